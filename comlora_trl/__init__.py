@@ -1,0 +1,20 @@
+"""ComLoRA on TRL: K LoRA branches compete during training, the winner leaves as an ordinary PEFT adapter."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from comlora_trl.config import ComLoRAConfig
+    from comlora_trl.trainer import ComLoRASFTTrainer
+
+__version__ = "0.1.0"
+__all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
+
+# The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
+_LAZY = {"ComLoRAConfig": "comlora_trl.config", "ComLoRASFTTrainer": "comlora_trl.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,221 @@
+"""The competition of ComLoRA as pure tensor functions: annealing, row weights, the three losses and the winner.
+
+Nothing here knows a model, a Trainer or PEFT. Shapes use K (branches) and R (rows: sequences, or the segments of a
+packed sequence). Equation numbers are those of *ComLoRA: A Competitive Learning Approach for Enhancing LoRA*
+(ICLR 2025).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ANNEALING_SCHEDULES = ("constant", "cosine", "exponential", "linear")
+EQUATION_SIGNS = ("as_described", "as_printed")
+
+
+@dataclass(frozen=True)
+class CompetitionSettings:
+    """What of the competition stays the same for a whole run; see [`ComLoRAConfig`] for each value's meaning.
+
+    Range checks live in `ComLoRAConfig.__post_init__`, the place where a user's values arrive.
+    """
+
+    k: int = 2
+    top_n: int | None = None
+    annealing: str = "exponential"
+    annealing_rate: float = 5.0
+    noise: float = 0.1
+    lm_weight: float = 1.0
+    alignment_weight: float = 1.0
+    pairwise_weight: float = 1.0
+    equation_signs: str = "as_described"
+
+    @property
+    def sign(self) -> float:
+        """+1 when L in eq. 5–9 is read as a log-likelihood (as the text describes), -1 for the printed equations."""
+        return 1.0 if self.equation_signs == "as_described" else -1.0
+
+
+def annealing(progress: float, schedule: str = "exponential", rate: float = 5.0) -> float:
+    """η(t), the weight of the alignment loss (eq. 13–14).
+
+    Args:
+        progress: t/T, optimizer steps done over all optimizer steps, in [0, 1].
+        schedule: one of `ANNEALING_SCHEDULES`.
+        rate: γ of the exponential schedule.
+
+    Raises:
+        ValueError: if `schedule` is unknown.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1.0 - math.cos(math.pi * progress))
+    if schedule == "exponential":
+        return 1.0 - math.exp(-rate * progress)
+    if schedule == "linear":
+        return progress
+    raise ValueError(f"unknown annealing schedule {schedule!r}: choose one of {', '.join(ANNEALING_SCHEDULES)}.")
+
+
+def selection_probabilities(scores: Tensor, top_n: int | None = None, alive: Tensor | None = None) -> Tensor:
+    """p of eq. 5: softmax over each row's `top_n` highest scores, zero elsewhere, without gradient.
+
+    Args:
+        scores: sim, [R, K].
+        top_n: N; None means all branches.
+        alive: bool [K], False for a disqualified branch, which takes no part; None means all take part.
+
+    Returns:
+        [R, K], each row sums to 1.
+    """
+    scores = scores.detach()
+    if alive is not None:
+        scores = scores.masked_fill(~alive, float("-inf"))
+    k = scores.size(-1)
+    if top_n is not None and top_n < k:
+        # `topk` breaks ties by position, so exactly N branches remain even when scores are equal
+        chosen = scores.topk(top_n, dim=-1).indices
+        outside = torch.ones_like(scores, dtype=torch.bool).scatter(-1, chosen, False)
+        scores = scores.masked_fill(outside, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def row_weights(
+    probabilities: Tensor | None,
+    rows: int,
+    eta: float,
+    settings: CompetitionSettings,
+    alive: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """w[k, b] = 1/K + η(t)·p[b, k]: eq. 4 and eq. 5 as one weight on every row of every branch.
+
+    The weights are known before the language model runs, because p comes from embeddings alone.
+
+    Args:
+        probabilities: p, [R, K], or None without a selector (then eq. 4 alone is left).
+        rows: R.
+        eta: η(t).
+        alive: bool [K]; a disqualified branch gets weight 0.
+        dtype: of the result, the log-probabilities' own.
+
+    Returns:
+        [K, R]
+    """
+    weights = torch.full((settings.k, rows), settings.lm_weight / settings.k, device=alive.device, dtype=dtype)
+    if probabilities is not None:
+        weights = weights + settings.sign * settings.alignment_weight * eta * probabilities.T.to(dtype)
+    return weights * alive[:, None]
+
+
+def pairwise_losses(
+    scores: Tensor, mean_nll: Tensor, noise: Tensor, settings: CompetitionSettings, alive: Tensor
+) -> Tensor:
+    """‖log_softmax(Δsim) − log_softmax(Δperf)‖₁ of every row (eq. 6–9), over the ordered pairs of living branches.
+
+    One softmax runs over all K(K−1) ordered pairs of a row: row by row, softmax_j(sim_i − sim_j) would lose i.
+
+    Args:
+        scores: sim, [R, K]; the only input that receives a gradient.
+        mean_nll: L, the rows' mean negative log-likelihood in nats per token, [K, R].
+        noise: ε, standard normal draws, [R, K].
+        alive: bool [K]; pairs with a disqualified branch are left out.
+
+    Returns:
+        [R], zero when no pair is left.
+    """
+    k = scores.size(-1)
+    first, second = _ordered_pairs(k, scores.device)
+    if first.numel() == 0:
+        return scores.sum(dim=-1) * 0.0
+    noisy = mean_nll.detach().T.to(scores.dtype) + settings.noise * noise.to(scores.dtype)  # eq. 6
+    # A non-finite loss belongs to a branch that is out; it must not reach the arithmetic, where 0 * nan is nan
+    noisy = torch.where(alive, noisy, torch.zeros_like(noisy))
+    difference = scores[:, first] - scores[:, second]
+    performance = -settings.sign * (noisy[:, first] - noisy[:, second])  # eq. 7
+    living = (alive[first] & alive[second]).expand_as(difference)
+    gap = _masked_log_softmax(difference, living) - _masked_log_softmax(performance, living).detach()  # eq. 8
+    return torch.where(living, gap, torch.zeros_like(gap)).abs().sum(dim=-1)  # eq. 9
+
+
+def pairwise_loss(
+    scores: Tensor,
+    mean_nll: Tensor,
+    noise: Tensor,
+    supervised: Tensor,
+    num_rows: int | Tensor,
+    settings: CompetitionSettings,
+    alive: Tensor,
+) -> Tensor:
+    """L_pair (eq. 9): the mean of [`pairwise_losses`] over the rows with supervised tokens.
+
+    Args:
+        supervised: bool [R], whether the row has a supervised token; others add nothing.
+        num_rows: such rows in the whole optimizer step (all micro-batches and processes), so that gradient
+            accumulation and data parallelism leave the mean unchanged.
+
+    Returns:
+        this micro-batch's share of the mean, a scalar.
+    """
+    losses = pairwise_losses(scores, mean_nll, noise, settings, alive)
+    total = torch.where(supervised, losses, torch.zeros_like(losses)).sum()
+    return total / torch.as_tensor(num_rows, device=total.device).clamp(min=1)
+
+
+def mean_nll(nll: Tensor, tokens: Tensor) -> Tensor:
+    """L[k, b] = S[k, b] / m_b in nats per token, 0 for a row without supervised tokens.
+
+    Args:
+        nll: S, summed negative log-likelihood of every row under every branch, [K, R].
+        tokens: m, supervised tokens of every row, [R].
+    """
+    return nll / tokens.clamp(min=1)
+
+
+def step_noise(seed: int, step: int, rows: int, k: int) -> Tensor:
+    """ε for all rows of one optimizer step, [rows, K], a function of `seed` and `step` alone (eq. 6).
+
+    Drawn on the CPU from a generator of its own: the same row gets the same noise whatever the micro-batch size,
+    the number of processes or the device, a resumed run repeats it, and no other random stream moves.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
+    return torch.randn(rows, k, generator=generator)
+
+
+def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:
+    """The winning branch: argmax of the accumulated scores (eq. 11–12), or argmin of the validation losses.
+
+    Args:
+        values: [K], accumulated scores or losses.
+        alive: bool [K]; a disqualified branch cannot win.
+        highest: whether the highest value wins (scores) or the lowest (losses).
+
+    Returns:
+        the branch's index; ties go to the lowest index.
+
+    Raises:
+        RuntimeError: if every branch is disqualified.
+    """
+    if not bool(alive.any()):
+        raise RuntimeError("every branch is disqualified, so none can win: lower the learning rate and train again.")
+    values = values.double() if highest else -values.double()
+    values = values.masked_fill(~alive | ~values.isfinite(), float("-inf"))
+    best = values.max()
+    # `argmax` leaves open which of several maxima it returns
+    return int(((values == best) & alive).nonzero()[0])
+
+
+def _ordered_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    index = torch.arange(k, device=device)
+    first, second = index.repeat_interleave(k), index.repeat(k)
+    # The diagonal is dropped by position, not by a comparison of values, which would synchronise the GPU
+    keep = [position for position in range(k * k) if position // k != position % k]
+    return first[keep], second[keep]
+
+
+def _masked_log_softmax(values: Tensor, mask: Tensor) -> Tensor:
+    # A finite stand-in for -inf: with no pair left, log_softmax of -inf alone would be nan
+    return values.masked_fill(~mask, torch.finfo(values.dtype).min / 4).log_softmax(dim=-1)

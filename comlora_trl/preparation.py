@@ -1,0 +1,198 @@
+"""What happens before training: the base model, the adapters' configuration and the validation set, each checked.
+
+A wrong value ends here, in one line, before any training time is spent.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import create_model_from_path
+
+from comlora_trl.config import ComLoRAConfig
+from comlora_trl.model import ComLoRAModel
+
+DEFAULT_RANK = 8
+DEFAULT_ALPHA = 16
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+# Initialisations that change the base weights, once per adapter, so that K adapters can't share the base
+_BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
+_DATA_COLUMNS = ("text", "messages", "conversations", "prompt", "input_ids")
+
+
+def load_base_model(model: str, args: ComLoRAConfig, quantization_config: Any = None) -> PreTrainedModel:
+    """Loads a model id or path as TRL's SFTTrainer does, `model_init_kwargs` and quantisation included."""
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError("quantization_config is given twice, as an argument and in model_init_kwargs: drop one.")
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None  # each process holds the whole model
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model, **kwargs)
+
+
+def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, args: ComLoRAConfig) -> ComLoRAModel:
+    """The base model with K branches and the selector.
+
+    Args:
+        peft_config: configuration of every branch; None for rank 8, alpha 16 on q, k, v, up and down.
+
+    Raises:
+        TypeError: if `peft_config` is not a LoRA configuration.
+        ValueError: if the model or the configuration can't be trained as competing branches.
+    """
+    if isinstance(model, ComLoRAModel):
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "the model has adapters already (PeftModel), and the branches need a base without any: pass the base "
+            "model with peft_config=LoraConfig(...), or merge_and_unload() the adapter first."
+        )
+    peft_config = peft_config or default_lora_config(model)
+    check_lora_config(peft_config, model, args.comlora_k)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
+    kwargs = {"autocast_adapter_dtype": False} if zero3 and not quantized else {}
+    return ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
+
+
+def default_lora_config(model: nn.Module) -> LoraConfig:
+    """The paper's adapter: rank 8 on q, k, v, up and down, or PEFT's own choice where a model has other names."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = list(DEFAULT_TARGETS) if names.issuperset(DEFAULT_TARGETS) else None
+    return LoraConfig(r=DEFAULT_RANK, lora_alpha=DEFAULT_ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def check_lora_config(config: PeftConfig, model: nn.Module, k: int) -> None:
+    """Refuses what K branches can't share, see [`build_comlora_model`]."""
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"peft_config is a {type(config).__name__}: the branches are LoRA adapters, pass a LoraConfig."
+        )
+    targets = config.target_modules or ()
+    if "lm_head" in targets or config.target_modules == "lm_head":
+        raise ValueError(
+            "target_modules names lm_head: the loss reads lm_head.weight directly, so an adapter on it would never "
+            "train; remove lm_head from target_modules."
+        )
+    shared = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "target_parameters": config.target_parameters,
+        "layer_replication": config.layer_replication,
+        "bias": config.bias if config.bias != "none" else None,
+    }
+    for name, value in shared.items():
+        if value:
+            raise ValueError(
+                f"LoraConfig({name}={value!r}) trains weights that all branches would share: leave {name} out; each "
+                "branch may train its LoRA matrices only."
+            )
+    method = str(config.init_lora_weights).lower()
+    if k > 1 and method.startswith(_BASE_CHANGING_INITIALISATIONS):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which {k} branches share: use "
+            "True, 'gaussian' or 'orthogonal', or comlora_k=1."
+        )
+    if any(".experts." in name and isinstance(module, nn.Linear) for name, module in model.named_modules()):
+        if isinstance(config.target_modules, str) or not {"q_proj", "k_proj", "v_proj", "o_proj"} >= set(targets):
+            raise ValueError(
+                "the model routes tokens to expert layers, which see an unequal share of each branch's tokens: choose "
+                "target_modules among the attention projections (q_proj, k_proj, v_proj, o_proj)."
+            )
+
+
+def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimizer: Any) -> None:
+    """Refuses options of TRL whose loss can't be a row-weighted sum of log-probabilities.
+
+    Raises:
+        ValueError: naming the option, the reason and the fix.
+    """
+    refused = {
+        "loss_type='dft'": (args.loss_type == "dft", "its token weights depend on the branch's own probabilities"),
+        "label_smoothing_factor": (args.label_smoothing_factor > 0, "it needs the full logits of every branch"),
+        "compute_loss_func": (compute_loss_func is not None, "it needs the full logits of every branch"),
+        "gradient_checkpointing_kwargs={'use_reentrant': True}": (
+            args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
+            "reentrant checkpointing can't follow the batch as it widens to K branches",
+        ),
+        "chat_template_path to a tokenizer": (
+            args.chat_template_path is not None and not os.path.isfile(args.chat_template_path),
+            "it may add tokens, whose embeddings no branch trains; give a Jinja file",
+        ),
+        "optimizers": (
+            optimizer is not None and args.comlora_selector_learning_rate is not None,
+            "comlora_selector_learning_rate needs the optimizer to be made here",
+        ),
+    }
+    for option, (given, reason) in refused.items():
+        if given:
+            raise ValueError(f"{option} does not work with competing branches: {reason}. Leave it out.")
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str, formatting_func: Any) -> None:
+    """Refuses a data set without a column that TRL's SFT trainer can read.
+
+    Raises:
+        ValueError: naming the columns found and those allowed.
+    """
+    columns = list(next(iter(dataset), {}))
+    if not columns:
+        raise ValueError(f"the {name} dataset is empty: give it at least one example.")
+    if {"image", "images"} & set(columns):
+        raise ValueError(f"the {name} dataset has images: competing branches take text only.")
+    if formatting_func is None and not set(_DATA_COLUMNS) & set(columns):
+        raise ValueError(
+            f"the {name} dataset has the columns {', '.join(columns)}, none of which is known: name a column text, "
+            "messages, prompt (with completion) or input_ids, or pass formatting_func."
+        )
+    if "prompt" in columns and "completion" not in columns and formatting_func is None:
+        raise ValueError(f"the {name} dataset has a prompt column but no completion column: add completion.")
+
+
+def hold_out(
+    dataset: Dataset | IterableDataset, size: int, seed: int
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """Takes `size` examples out of the training set for validation, drawn by the seed (streams: the first ones).
+
+    Returns:
+        the rest and the validation set.
+
+    Raises:
+        ValueError: if `size` is 0 or leaves nothing to train on.
+    """
+    if size < 1:
+        raise ValueError(
+            f"comlora_validation_size={size} leaves no example to choose the winner by: pass an eval_dataset, or set "
+            "comlora_validation_size to 1 or more (the paper uses 120)."
+        )
+    if isinstance(dataset, IterableDataset):
+        return dataset.skip(size), dataset.take(size)
+    if size >= len(dataset):
+        raise ValueError(
+            f"comlora_validation_size={size} takes all of the {len(dataset)} training examples: lower it below "
+            f"{len(dataset)}, or pass an eval_dataset."
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return dataset.select(sorted(order[size:])), dataset.select(sorted(order[:size]))
+
+
+def check_not_empty(datasets: Iterable[Any]) -> None:
+    """Refuses an empty validation set.
+
+    Raises:
+        ValueError: saying so.
+    """
+    for dataset in datasets:
+        if next(iter(dataset), None) is None:
+            raise ValueError(
+                "the eval_dataset is empty, so no winner could be chosen: give it examples, or leave it out."
+            )

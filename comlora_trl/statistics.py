@@ -1,0 +1,142 @@
+"""What a training step and an evaluation leave behind: per branch losses, probabilities, wins and scores.
+
+Sums stay on the device during a step; one transfer at its end brings them to the host.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comlora_trl.competition import CompetitionSettings, winner
+
+
+class StepSums:
+    """Sums over the micro-batches of one optimizer step, in one float64 vector so that one reduction suffices.
+
+    Layout: S summed per branch [K], p summed per branch [K], micro-batches with a non-finite loss per branch [K],
+    then Σ p·S, L_pair, supervised tokens and rows.
+    """
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self.k = k
+        # float64 is not known to every accelerator (MPS)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.vector = torch.zeros(3 * k + 4, dtype=dtype, device=device)
+
+    def add(self, nll: Tensor, tokens: Tensor, probabilities: Tensor | None, pairwise: Tensor | None) -> None:
+        """Adds a micro-batch: S [K, R], m [R], p [R, K] or None, and its share of the pairwise loss or None."""
+        k, supervised = self.k, tokens > 0
+        finite = nll.isfinite()
+        nll = torch.where(finite, nll, torch.zeros_like(nll))
+        self.vector[:k] += nll.sum(dim=1)
+        self.vector[2 * k : 3 * k] += (~finite.all(dim=1)).to(self.vector.dtype)
+        self.vector[-2] += tokens.sum()
+        self.vector[-1] += supervised.sum()
+        if probabilities is not None:
+            probabilities = probabilities * supervised[:, None]
+            self.vector[k : 2 * k] += probabilities.sum(dim=0)
+            self.vector[-4] += (probabilities.T * nll).sum()
+        if pairwise is not None:
+            self.vector[-3] += pairwise.detach()
+
+
+@dataclass
+class LogWindow:
+    """Averages between two logs of the Trainer, as the entries `comlora/...`."""
+
+    k: int
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+    def add_step(self, sums: list[float], eta: float, alive: list[bool], settings: CompetitionSettings) -> int | None:
+        """Adds a finished step from [`StepSums`]' vector, reduced over processes.
+
+        Returns:
+            the branch that won the step (lowest NLL), or None when no branch that is in the race had a token.
+        """
+        k = self.k
+        pair, tokens, rows = sums[-3], max(sums[-2], 1.0), max(sums[-1], 1.0)
+        losses = [value / tokens for value in sums[:k]]
+        entry = {f"comlora/loss_{branch}": losses[branch] for branch in range(k)}
+        if sums[-1]:
+            entry |= {f"comlora/probability_{branch}": sums[k + branch] / rows for branch in range(k)}
+        entry["comlora/eta"] = eta
+        entry["comlora/lm_loss"] = settings.lm_weight * sum(losses) / k
+        entry["comlora/alignment_loss"] = settings.sign * settings.alignment_weight * eta * sums[-4] / tokens
+        entry["comlora/pairwise_loss"] = pair
+        racing = [branch for branch in range(k) if alive[branch]] if sums[-2] else []
+        best = min(racing, key=lambda branch: losses[branch], default=None)
+        entry |= {f"comlora/wins_{branch}": float(branch == best) for branch in range(k)}
+        self.steps.append(entry)
+        return best
+
+    def flush(self) -> dict[str, float]:
+        """The window's entries, means over its steps (wins are counts), and begins the next window."""
+        steps, self.steps = self.steps, []
+        logs = {}
+        for name in steps[-1] if steps else ():
+            values = [step[name] for step in steps if name in step]
+            counted = name.startswith("comlora/wins_")
+            logs[name] = sum(values) if counted else sum(values) / len(values)
+        return logs
+
+
+@dataclass
+class ValidationTally:
+    """Sums over a validation set, each example once.
+
+    Columns of the gathered rows: scores [K], S [K], the batch's mean loss [K], m [1].
+    """
+
+    k: int
+    sums: Tensor | None = None
+    examples: int = 0
+
+    def columns(
+        self, nll: Tensor, tokens: Tensor, scores: Tensor | None, example: Tensor | None, count: int
+    ) -> Tensor:
+        """One line per example, [count, 3·K + 1].
+
+        Args:
+            example: the example each row belongs to, [R], or None when rows are examples; rows past `count` are
+                padding of a packed batch.
+        """
+        batch = nll.sum(dim=1) / tokens.sum().clamp(min=1)
+        scores = torch.zeros_like(nll.T) if scores is None else scores
+        rows = torch.cat([scores.to(nll.dtype), nll.T, tokens[:, None].to(nll.dtype)], dim=1)
+        if example is not None:
+            rows = rows.new_zeros(count + 1, rows.size(1)).index_add(0, example.clamp(max=count), rows)[:count]
+        return torch.cat([rows[:, :-1], batch.expand(rows.size(0), -1), rows[:, -1:]], dim=1)
+
+    def add(self, gathered: Tensor) -> None:
+        """Adds gathered lines of [`columns`]."""
+        total = gathered.double().sum(dim=0).cpu()
+        self.sums = total if self.sums is None else self.sums + total
+        self.examples += gathered.size(0)
+
+    def result(self, alive: Tensor, by_selector: bool, step: int) -> dict[str, Any]:
+        """Each branch's validation NLL and score, and the winner (eq. 11–12), ready for JSON.
+
+        Raises:
+            RuntimeError: if no example was seen or every branch is disqualified.
+        """
+        if self.sums is None:
+            raise RuntimeError("the validation set gave no example, so there is no winner: check the eval_dataset.")
+        k = self.k
+        scores, nll, batch_loss = self.sums[:k], self.sums[k : 2 * k] / self.sums[-1], self.sums[2 * k : 3 * k]
+        by_loss = winner(nll, alive, highest=False)
+        chosen = winner(scores, alive) if by_selector else by_loss
+        return {
+            "step": step,
+            "examples": self.examples,
+            "validation_nll": nll.tolist(),
+            "scores": scores.tolist() if by_selector or bool(scores.any()) else None,
+            "winner": chosen,
+            "winner_by_validation_loss": by_loss,
+            "eval_loss": (batch_loss / self.examples)[chosen].item(),
+        }
+
+    def __add__(self, other: "ValidationTally") -> "ValidationTally":
+        sums = [tally.sums for tally in (self, other) if tally.sums is not None]
+        return ValidationTally(self.k, sum(sums) if sums else None, self.examples + other.examples)

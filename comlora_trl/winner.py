@@ -1,0 +1,147 @@
+"""Exporting a branch as an ordinary PEFT adapter: one rank-r LoRA at the folder's root, safetensors only.
+
+The export is atomic: it is written into a temporary folder beside the target and renamed.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from comlora_trl.model import ComLoRAModel, CompetitionState, branch_name
+from comlora_trl.report import competition_summary, write_summary
+
+# What a checkpoint folder holds for every branch alike, to be kept beside the exported adapter
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def check_target(target: str | Path, overwrite: bool) -> None:
+    """Refuses a target that can't be written or would lose something, before training starts.
+
+    Raises:
+        FileExistsError: if the folder exists, is not empty and `overwrite` is False.
+        PermissionError: if it can't be written.
+    """
+    target = Path(target)
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"the winner's folder {target} exists and is not empty: give another one with --comlora_winner_dir, or "
+            "replace it with --comlora_overwrite_winner."
+        )
+    check_writable(target.parent, "comlora_winner_dir")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"the winner's folder {target} is a file: give a folder with --comlora_winner_dir.")
+
+
+def check_writable(folder: str | Path, option: str) -> None:
+    """Refuses a folder that can't be made or written to, in one line.
+
+    Raises:
+        PermissionError: naming the folder, the reason and the option to change.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"can't write to {folder} ({error.strerror}): choose another folder with --{option}, or make it writable."
+        ) from error
+
+
+@contextmanager
+def new_folder(target: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends without an error, and vanishes otherwise."""
+    target = Path(target).absolute()
+    check_target(target, overwrite)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        # mkdtemp makes a private folder; the export is as readable as any other new folder
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.previous.", dir=target.parent))
+            os.replace(target, previous / target.name)
+            os.replace(temporary, target)
+            shutil.rmtree(previous)
+        else:
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_branch(
+    model: ComLoRAModel,
+    branch: int,
+    folder: Path,
+    summary: dict[str, Any],
+    processing_class: Any = None,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
+    """Writes one branch of a model into a folder as an ordinary PEFT adapter, with tokenizer and `competition.json`.
+
+    Args:
+        state_dict: the whole model's weights where they are sharded (FSDP, ZeRO-3); None to read them from the model.
+    """
+    kwargs = {} if state_dict is None else {"state_dict": state_dict}
+    name = branch_name(branch)
+    model.save_adapters(folder, [name], **kwargs)
+    _flatten(folder / name, folder)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
+    write_summary(summary, folder)
+
+
+def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | Path, overwrite: bool = False) -> int:
+    """Exports a branch from a checkpoint folder, without loading a model.
+
+    Args:
+        checkpoint: a `checkpoint-N` folder of a ComLoRA run.
+        branch: the branch, or None for the winner of the newest evaluation before the checkpoint.
+
+    Returns:
+        the exported branch.
+
+    Raises:
+        ValueError: if the folder is no such checkpoint, has no such branch or no winner yet.
+    """
+    checkpoint = Path(checkpoint)
+    state = CompetitionState.load(checkpoint)
+    if branch is None:
+        if state.last_evaluation is None:
+            raise ValueError(
+                f"checkpoint {checkpoint} was saved before any evaluation, so it knows no winner: name a branch with "
+                f"--branch 0..{state.k - 1}, or train with --eval_strategy steps."
+            )
+        branch = state.last_evaluation["winner"]
+    if not 0 <= branch < state.k:
+        raise ValueError(f"checkpoint {checkpoint} has no branch {branch}: choose one of 0..{state.k - 1}, or all.")
+    with new_folder(target, overwrite) as folder:
+        for file in (checkpoint / branch_name(branch)).iterdir():
+            shutil.copy2(file, folder)
+        for name in _TOKENIZER_FILES:
+            if (checkpoint / name).is_file():
+                shutil.copy2(checkpoint / name, folder)
+        write_summary(competition_summary(state, []) | {"exported_branch": branch}, folder)
+    return branch
+
+
+def _flatten(source: Path, folder: Path) -> None:
+    """Moves an adapter's files from its subfolder, where PEFT puts a named adapter, to the root."""
+    for file in source.iterdir():
+        os.replace(file, folder / file.name)
+    source.rmdir()
