@@ -1,0 +1,77 @@
+"""Write the demo data set: eight small rule-generated tasks in the formats of the eight commonsense tasks.
+
+Every row has the fields of the LLM-Adapters files (instruction, input, output, answer) plus `task`. The facts behind
+the questions (a robin is a bird, people use a kettle to boil water, ...) are split per task: three quarters are asked
+in train and validation, the rest only in test, so the test set measures what the base model knew before fine-tuning.
+
+    python scripts/make_demo_data.py            # rewrites comlora_trl/demo/data/, byte for byte the same
+"""
+
+import argparse
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+from demo_world import GENERATORS, TASKS
+
+
+def split_facts(task: str, seed: int) -> tuple[list[str], list[str]]:
+    """The facts that train and validation ask for, and those kept for test."""
+    facts = list(GENERATORS[task][1])
+    random.Random(f"{seed} {task}").shuffle(facts)
+    cut = len(facts) * 3 // 4
+    return facts[:cut], facts[cut:]
+
+
+def draw_rows(task: str, facts: list[str], count: int, seen: set[str], rng: random.Random) -> list[dict[str, str]]:
+    """`count` rows of one task with new instructions and balanced answers; ValueError when facts run out."""
+    rows: list[dict[str, str]] = []
+    per_answer: Counter[str] = Counter()
+    for _ in range(500 * count):
+        item = GENERATORS[task][0](rng.choice(facts), rng)
+        row = item.row()
+        if row["instruction"] not in seen and per_answer[row["answer"]] < math.ceil(count / len(item.keywords)):
+            seen.add(row["instruction"])
+            per_answer[row["answer"]] += 1
+            rows.append(row)
+        if len(rows) == count:
+            return rows
+    raise ValueError(f"{task}: only {len(rows)} of {count} distinct rows found; ask for fewer rows per task")
+
+
+def make_splits(train: int, validation: int, test: int, seed: int) -> dict[str, list[dict[str, str]]]:
+    """All three splits, the given number of rows per task; test keeps the tasks in order, the others are shuffled."""
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
+    for task in TASKS:
+        rng, seen = random.Random(f"{seed} {task} rows"), set()
+        asked, kept = split_facts(task, seed)
+        splits["test"] += draw_rows(task, kept, test, seen, rng)
+        splits["validation"] += draw_rows(task, asked, validation, seen, rng)
+        splits["train"] += draw_rows(task, asked, train, seen, rng)
+    for name in ("train", "validation"):
+        random.Random(f"{seed} {name}").shuffle(splits[name])
+    return splits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_out = Path(__file__).resolve().parents[1] / "comlora_trl" / "demo" / "data"
+    parser.add_argument(
+        "--out", type=Path, default=default_out, help="folder to write to (default: the package's demo)"
+    )
+    parser.add_argument("--train", type=int, default=400, help="training rows per task (default %(default)s)")
+    parser.add_argument("--validation", type=int, default=25, help="validation rows per task (default %(default)s)")
+    parser.add_argument("--test", type=int, default=75, help="test rows per task (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_splits(arguments.train, arguments.validation, arguments.test, arguments.seed).items():
+        path = arguments.out / f"{name}.json"
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        print(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
