@@ -141,6 +141,8 @@ class ComLoRAModel(PeftModelForCausalLM):
             embeddings = base.get_input_embeddings()
             with torch.device(embeddings.weight.device):
                 self.selector = Selector(embeddings.weight.size(-1), settings.k, selector)
+            if embeddings.weight.dtype == torch.float64:
+                self.selector.double()  # half precisions train in float32, as PEFT's adapters do
             self.selector_input = selector.input
         self.competition_state = CompetitionState(k=settings.k, wins=[0.0] * settings.k)
 

@@ -1,0 +1,146 @@
+"""Fine-tune a language model with ComLoRA: K LoRA branches compete, the winner leaves as an ordinary PEFT adapter.
+
+The embedded default (a small model and data set, offline, about two minutes on two CPU cores):
+
+    python scripts/sft.py --comlora_k 2
+
+A model and data of your own; every flag of TRL's own sft.py works:
+
+    python scripts/sft.py --model_name_or_path meta-llama/Meta-Llama-3-8B --dtype bfloat16 \
+        --dataset_name commonsense_170k --comlora_k 2 --lora_r 8 --per_device_train_batch_size 16
+
+--dataset_name takes a preset (commonsense_170k, mmlu, convai2, demo), a hub id, or a local file or folder. Flags may come
+from a YAML file (--config recipe.yaml); those on the command line win. The winner is left in ./winner.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.data import PROMPT_TEMPLATES, load_training_dataset
+from comlora_trl.demo import demo_model_path, demo_recipe_path
+from comlora_trl.preparation import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS
+
+
+@dataclass
+class ComLoRAScriptArguments(ScriptArguments):
+    """TRL's script arguments, and the prompt template."""
+
+    comlora_prompt: str = field(
+        default="comlora",
+        metadata={
+            "help": "Prompt template of instruction data: 'comlora', 'llm_adapters' or 'hira' (their own white space).",
+            "choices": sorted(PROMPT_TEMPLATES),
+        },
+    )
+
+
+@dataclass
+class ComLoRAModelConfig(ModelConfig):
+    """TRL's model configuration, with an adapter by default, of the paper's shape."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Always on: the branches are LoRA adapters."})
+    lora_r: int = field(default=DEFAULT_RANK, metadata={"help": "Rank of each branch."})
+    lora_alpha: int = field(default=DEFAULT_ALPHA, metadata={"help": "LoRA alpha of each branch."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: list(DEFAULT_TARGETS), metadata={"help": "Modules each branch adapts."}
+    )
+
+
+@dataclass
+class ComLoRAScriptConfig(ComLoRAConfig):
+    """The trainer's configuration, with folders below the working directory."""
+
+    output_dir: str | None = field(
+        default="comlora-output", metadata={"help": "Folder for checkpoints, logs and the model card."}
+    )
+    comlora_winner_dir: str | None = field(
+        default="winner", metadata={"help": "Folder the winning adapter is exported to."}
+    )
+
+
+def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
+    """Parses flags and --config; with neither a model nor data given, the embedded default's recipe comes first."""
+    parser = TrlParser((ComLoRAScriptArguments, ComLoRAScriptConfig, ComLoRAModelConfig, DatasetMixtureConfig))
+    parser.description = __doc__
+    if not {"model_name_or_path", "dataset_name", "datasets"} & _given(argv):
+        recipe = yaml.safe_load(demo_recipe_path().read_text())
+        unknown = parser.set_defaults_with_config(**recipe)
+        assert not unknown, f"the demo's recipe has unknown fields: {unknown}"
+    return parser.parse_args_and_config(args=argv)
+
+
+def _given(argv: list[str]) -> set[str]:
+    """Names of the options given on the command line or in the --config file."""
+    names = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
+    if "--config" in argv[:-1]:
+        with open(argv[argv.index("--config") + 1]) as file:
+            names |= set(yaml.safe_load(file) or {})
+    return names
+
+
+def load_data(script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
+    """The training set, and an evaluation set where the data brings one (else the trainer holds examples out)."""
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+        return dataset["train"], dataset.get("test") if training_args.eval_strategy != "no" else None
+    name = script_args.dataset_name or "demo"
+    options = {
+        "template": script_args.comlora_prompt,
+        "config": script_args.dataset_config,
+        "streaming": script_args.dataset_streaming,
+    }
+    train = load_training_dataset(name, split=script_args.dataset_train_split, **options)
+    return train, load_training_dataset(name, split="validation", **options) if name == "demo" else None
+
+
+def build_trainer(argv: list[str]) -> ComLoRASFTTrainer:
+    """From the command line to a trainer that is ready to start."""
+    script_args, training_args, model_args, dataset_args = parse_arguments(argv)
+    model = model_args.model_name_or_path or str(demo_model_path())
+    model_args.use_peft = True
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    train_dataset, eval_dataset = load_data(script_args, training_args, dataset_args)
+    return ComLoRASFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def main(argv: list[str]) -> None:
+    try:
+        trainer = build_trainer(argv)
+    except (ValueError, TypeError, OSError) as error:
+        # Before training starts an error is the input's, and its message says what to do
+        sys.exit(f"error: {error}")
+
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
