@@ -1,0 +1,95 @@
+"""Commonsense data in LLM-Adapters' format: a JSON list of {instruction, input, output, answer}."""
+
+from pathlib import Path
+from typing import Any
+
+from comlora_trl.data.errors import DataError
+from comlora_trl.data.files import (
+    DATA_DIR_VARIABLE,
+    check_fields,
+    download_llm_adapters,
+    read_rows,
+)
+from comlora_trl.data.keywords import COMMONSENSE_TASKS
+
+TRAINING_FILE = "ft-training_set/commonsense_170k.json"
+TRAINING_SHA1 = "529e426b33d4cdb1d0c4a275a1a7245ad081fd91"
+TRAINING_FIELDS = ("instruction", "output")
+
+
+def instruction_of(row: dict[str, Any]) -> str:
+    """The instruction with its input, where a row has one (the commonsense data leaves it empty), below it."""
+    extra = row.get("input") or ""
+    return f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
+
+
+def to_pair(row: dict[str, Any]) -> tuple[str, str]:
+    """(instruction, completion) of a row."""
+    return instruction_of(row), row["output"]
+
+
+def read_training_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows to train on, fields checked."""
+    return read_rows(path, TRAINING_FIELDS)
+
+
+def read_test_rows(path: Path, task: str) -> list[dict[str, Any]]:
+    """Rows of a test file, whose answers must be keywords of the task.
+
+    Raises:
+        DataError: see [`read_rows`]; or an answer that could never be given.
+    """
+    rows = read_rows(path, ("instruction", "answer"))
+    check_answers(rows, task, str(path))
+    return rows
+
+
+def check_answers(rows: list[dict[str, Any]], task: str, source: str) -> None:
+    """Raises a DataError at the first row whose answer no response could match."""
+    check_fields(rows, ("instruction", "answer"), source)
+    keywords = COMMONSENSE_TASKS[task].keywords
+    for number, row in enumerate(rows):
+        if row["answer"] not in keywords:
+            raise DataError(
+                f"{source}: row {number} has the answer {row['answer']!r}, expected one of {', '.join(keywords)}; "
+                f"is this the file of {task}?"
+            )
+
+
+def test_file(task: str, data_dir: str | Path | None) -> Path:
+    """The test file of a task: `commonsense/TASK/test.json` of the data folder, else the pinned public one.
+
+    Raises:
+        DataError: a data folder is named and does not hold the file, or the download fails.
+    """
+    if data_dir is None:
+        return download_llm_adapters(f"dataset/{task}/test.json", COMMONSENSE_TASKS[task].test_sha1)
+    path = Path(data_dir).expanduser() / "commonsense" / task / "test.json"
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file, but {data_dir} was named as the data folder; put LLM-Adapters' "
+            f"dataset/{task}/test.json there, leave {task} out of --tasks, or unset the folder to download it"
+        )
+    return path
+
+
+def training_file(task: str, split: str, data_dir: str | None) -> Path:
+    """The file a preset stands for: `commonsense_170k`, or one of the eight tasks.
+
+    Raises:
+        DataError: there is no file of that split with a known checksum, and no data folder holds one.
+    """
+    if task == "commonsense_170k":
+        local = Path(data_dir).expanduser() / "commonsense_170k.json" if data_dir else None
+        if split != "train":
+            raise DataError(f"commonsense_170k has only the split 'train', got {split!r}")
+        return local if local and local.is_file() else download_llm_adapters(TRAINING_FILE, TRAINING_SHA1)
+    if split == "test":
+        return test_file(task, data_dir)
+    path = Path(data_dir).expanduser() / "commonsense" / task / f"{split}.json" if data_dir else None
+    if path and path.is_file():
+        return path
+    raise DataError(
+        f"{path or task}: no {split} file of {task} alone; set {DATA_DIR_VARIABLE} to a folder that holds "
+        f"commonsense/{task}/{split}.json, name a file, or use commonsense_170k, which contains the eight"
+    )

@@ -1,0 +1,131 @@
+"""Reading local data files, and downloading pinned ones."""
+
+import hashlib
+import json
+import os
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from comlora_trl.data.errors import DataError
+
+LLM_ADAPTERS_COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
+LLM_ADAPTERS_URL = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/{LLM_ADAPTERS_COMMIT}/"
+DATA_DIR_VARIABLE = "COMLORA_DATA_DIR"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that must exist and hold something."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error}); save the file as UTF-8") from error
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty; fetch it again")
+    return text
+
+
+def read_rows(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a JSON list (.json) or of JSON lines (.jsonl), each with at least the named fields.
+
+    Raises:
+        DataError: the file is missing, empty, not JSON, not a list of objects, or a row lacks a field.
+    """
+    text = read_text(path)
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected a list of JSON objects; see the data section of the README")
+    if not rows:
+        raise DataError(f"{path}: the list holds no rows; fetch the file again")
+    check_fields(rows, fields, str(path))
+    return rows
+
+
+def check_fields(rows: Sequence[dict[str, Any]], fields: Sequence[str], source: str) -> None:
+    """Raises a DataError naming the first row of `source` that lacks one of the fields, or holds null in it."""
+    for number, row in enumerate(rows):
+        missing = [field for field in fields if row.get(field) is None]
+        if missing:
+            raise DataError(
+                f"{source}: row {number} has no {missing[0]!r}; expected the fields {', '.join(fields)}, "
+                f"got {', '.join(row) or 'none'}; fix that row or fetch the file again"
+            )
+
+
+def git_blob_sha1(path: Path) -> str:
+    """The SHA-1 under which git stores a file of this content."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha1(path: Path, sha1: str) -> None:
+    """Raises a DataError when the file's git blob SHA-1 is another."""
+    if (found := git_blob_sha1(path)) != sha1:
+        raise DataError(
+            f"{path}: git blob SHA-1 is {found}, expected {sha1}; delete the file so that it is downloaded again"
+        )
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: COMLORA_CACHE_DIR, or a folder in the Hugging Face cache."""
+    if folder := os.environ.get("COMLORA_CACHE_DIR"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "comlora_trl"
+
+
+def download_llm_adapters(name: str, sha1: str) -> Path:
+    """A file of LLM-Adapters' repository at the pinned commit, from the cache or downloaded, its checksum checked.
+
+    Args:
+        name: path in the repository.
+        sha1: its git blob SHA-1.
+
+    Raises:
+        DataError: it cannot be downloaded, or what came differs from the checksum (nothing is kept then).
+    """
+    target = cache_folder() / LLM_ADAPTERS_COMMIT / name
+    if target.is_file():
+        check_sha1(target, sha1)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    try:
+        _fetch(LLM_ADAPTERS_URL + name, handle)
+        if (found := git_blob_sha1(Path(temporary))) != sha1:
+            raise DataError(
+                f"{LLM_ADAPTERS_URL + name}: git blob SHA-1 is {found}, expected {sha1}; "
+                f"try again, or put a copy in the folder that {DATA_DIR_VARIABLE} names"
+            )
+        os.replace(temporary, target)
+    except OSError as error:
+        raise DataError(
+            f"{LLM_ADAPTERS_URL + name}: cannot be downloaded to {target} ({error}); "
+            f"offline, set {DATA_DIR_VARIABLE} to a folder that holds the data"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def _fetch(url: str, handle: int) -> None:
+    from tqdm.auto import tqdm
+
+    with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=60) as response:
+        total = int(response.headers.get("Content-Length", 0)) or None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as progress:
+            while block := response.read(1 << 16):
+                file.write(block)
+                progress.update(len(block))

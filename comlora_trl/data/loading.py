@@ -1,0 +1,180 @@
+"""From a name, a file, a folder or a hub id to a data set that TRL's SFTTrainer takes."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+
+from comlora_trl.data import commonsense, convai2, mmlu
+from comlora_trl.data.demo import read_demo_rows
+from comlora_trl.data.errors import DataError
+from comlora_trl.data.files import DATA_DIR_VARIABLE, read_rows
+from comlora_trl.data.keywords import COMMONSENSE_TASKS
+from comlora_trl.data.prompts import build_prompt
+
+PRESETS = ("commonsense_170k", "mmlu", "convai2", "demo", *COMMONSENSE_TASKS)
+TRL_COLUMNS = ("messages", "text", "prompt", "input_ids")
+
+Pair = tuple[str, str]
+ToPair = Callable[[dict[str, Any]], Pair]
+
+
+def load_training_dataset(
+    name: str | os.PathLike | Sequence[str | os.PathLike],
+    split: str = "train",
+    template: str = "comlora",
+    config: str | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Loads data to train on, as prompt-completion rows.
+
+    Args:
+        name: a preset (see `PRESETS`), a local file (.json, .jsonl, ParlAI's .txt), a folder of such, a list of files,
+            or a hub id. Instruction data (instruction, output) and multiple choice (question, choices, answer) become
+            {prompt, completion}; TRL's own formats are left alone.
+        split: the split; in a folder, the name of the files.
+        template: the prompt template, see [`build_prompt`].
+        config: configuration of a hub data set.
+        streaming: give an `IterableDataset`.
+
+    Raises:
+        DataError: the data is missing, empty or lacks a field; the message says what to do.
+    """
+    build_prompt("", template)  # an unknown template fails before anything is read or downloaded
+    if not isinstance(name, str | os.PathLike):
+        pairs = [pair for path in name for pair in _file_pairs(Path(path))]
+        return _to_dataset(pairs, template, streaming)
+    if str(name) in PRESETS and str(name) != "mmlu":
+        return _to_dataset(_preset_pairs(str(name), split), template, streaming)
+    if str(name) == "mmlu":
+        return _load_mmlu(split, template, streaming)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, split, template, config, streaming)
+    if path.is_file():
+        return _load_file(path, template, streaming)
+    return _load_hub(str(name), split, template, config, streaming)
+
+
+def _to_dataset(pairs: list[Pair], template: str, streaming: bool) -> Dataset | IterableDataset:
+    columns = {
+        "prompt": [build_prompt(instruction, template) for instruction, _ in pairs],
+        "completion": [completion for _, completion in pairs],
+    }
+    dataset = Dataset.from_dict(columns)
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _preset_pairs(name: str, split: str) -> list[Pair]:
+    data_dir = os.environ.get(DATA_DIR_VARIABLE)
+    if name == "demo":
+        return [commonsense.to_pair(row) for row in read_demo_rows(split)]
+    if name == "convai2":
+        path = convai2.local_file(split, data_dir, DATA_DIR_VARIABLE)
+    else:
+        path = commonsense.training_file(name, split, data_dir)
+    return _file_pairs(path)
+
+
+def _load_mmlu(split: str, template: str, streaming: bool) -> Dataset | IterableDataset:
+    data_dir = os.environ.get(DATA_DIR_VARIABLE)
+    if not data_dir:
+        config, hub_split = mmlu.hub_split(split)
+        return _load_hub(mmlu.HUB_ID, hub_split, template, config, streaming, revision=mmlu.HUB_REVISION)
+    path = mmlu.local_file(Path(data_dir).expanduser() / "mmlu", split)
+    if path is None:
+        raise DataError(
+            f"{Path(data_dir) / 'mmlu'}: no {split}.jsonl, but {DATA_DIR_VARIABLE} names this data folder; "
+            f"put it there, or unset {DATA_DIR_VARIABLE} to download {mmlu.HUB_ID}"
+        )
+    return _load_file(path, template, streaming)
+
+
+def _file_pairs(path: Path) -> list[Pair]:
+    """(instruction, completion) of every row of a file of ours."""
+    if path.suffix == ".txt":
+        return [commonsense.to_pair(row) for row in convai2.read_convai2_rows(path)]
+    rows = read_rows(path)
+    if _is_mmlu(rows[0]):
+        mmlu.check_mmlu_rows(rows, str(path))
+        return [mmlu.to_pair(row) for row in rows]
+    return [commonsense.to_pair(row) for row in commonsense.read_training_rows(path)]
+
+
+def _is_mmlu(columns: Any) -> bool:
+    return {"question", "choices"} <= set(columns)
+
+
+def _is_trl(columns: Any) -> bool:
+    return any(column in columns for column in TRL_COLUMNS) and "instruction" not in columns
+
+
+def _load_file(path: Path, template: str, streaming: bool) -> Dataset | IterableDataset:
+    if path.suffix not in (".json", ".jsonl", ".txt"):
+        raise DataError(f"{path}: unknown kind of file; expected .json, .jsonl or ParlAI's .txt")
+    if path.suffix != ".txt" and _is_trl(read_rows(path)[0]):
+        return load_dataset("json", data_files=str(path), split="train", streaming=streaming)
+    return _to_dataset(_file_pairs(path), template, streaming)
+
+
+def _load_folder(
+    folder: Path, split: str, template: str, config: str | None, streaming: bool
+) -> Dataset | IterableDataset:
+    """A folder with one of our layouts; any other is left to `datasets`."""
+    if files := _folder_files(folder, split):
+        if len(files) == 1:
+            return _load_file(files[0], template, streaming)
+        return _to_dataset([pair for file in files for pair in _file_pairs(file)], template, streaming)
+    if _has_other_data(folder):
+        return _load_hub(str(folder), split, template, config, streaming)
+    raise DataError(
+        f"{folder}: no data of the split {split!r}; expected TASK/{split}.json, TASK.json, {split}.json or .jsonl, "
+        f"or {convai2.file_name(split)}"
+    )
+
+
+def _folder_files(folder: Path, split: str) -> list[Path]:
+    if (path := folder / convai2.file_name(split)).is_file():
+        return [path]
+    if files := sorted(folder.glob(f"*/{split}.json")):
+        return files
+    if path := mmlu.local_file(folder, split):
+        return [path]
+    return sorted(path for task in COMMONSENSE_TASKS if (path := folder / f"{task}.json").is_file())
+
+
+def _has_other_data(folder: Path) -> bool:
+    return any(path.suffix in (".parquet", ".csv", ".arrow") for path in folder.rglob("*"))
+
+
+def _load_hub(
+    name: str, split: str, template: str, config: str | None, streaming: bool, revision: str | None = None
+) -> Dataset | IterableDataset:
+    try:
+        dataset = load_dataset(name, config, split=split, streaming=streaming, revision=revision)
+    except Exception as error:  # the hub's errors share no class; the reason is kept
+        raise DataError(
+            f"{name}: not a preset ({', '.join(PRESETS)}), not a local file or folder, and not loaded from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); check the name"
+        ) from error
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if _is_trl(columns):
+        return dataset
+    if _is_mmlu(columns):
+        to_pair: ToPair = mmlu.to_pair
+    elif {"instruction", "output"} <= set(columns):
+        to_pair = commonsense.to_pair
+    else:
+        raise DataError(
+            f"{name}: has the columns {', '.join(columns)}; expected instruction and output, question, choices and "
+            f"answer, or one of TRL's formats ({', '.join(TRL_COLUMNS[:3])}); rename the columns"
+        )
+    return dataset.map(partial(_map_row, to_pair=to_pair, template=template), remove_columns=columns)
+
+
+def _map_row(row: dict[str, Any], to_pair: ToPair, template: str) -> dict[str, str]:
+    instruction, completion = to_pair(row)
+    return {"prompt": build_prompt(instruction, template), "completion": completion}

@@ -1,0 +1,32 @@
+"""The prompt around an instruction: one function for training and evaluation.
+
+The templates say the same words and differ in white space only, which is enough to cost an adapter accuracy when it
+is scored under another one than it was trained under.
+"""
+
+_PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+PROMPT_TEMPLATES: dict[str, str] = {
+    "comlora": _PREAMBLE + "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+    # LLM-Adapters (Hu et al. 2023): a triple-quoted string inside an indented function, its indentation included
+    "llm_adapters": _PREAMBLE
+    + " \n\n                ### Instruction:\n                {instruction}"
+    + "\n\n                ### Response:\n                ",
+    "hira": _PREAMBLE + "  \n\n### Instruction:\n{instruction}\n\n### Response:\n",
+}
+
+
+def build_prompt(instruction: str, template: str = "comlora") -> str:
+    """The prompt of an instruction, up to where the response begins.
+
+    Args:
+        instruction: the instruction, inserted as it is (its own further lines are not indented).
+        template: a key of `PROMPT_TEMPLATES`.
+
+    Raises:
+        ValueError: for a template of another name.
+    """
+    if template not in PROMPT_TEMPLATES:
+        raise ValueError(f"unknown prompt template {template!r}: choose one of {', '.join(PROMPT_TEMPLATES)}")
+    head, tail = PROMPT_TEMPLATES[template].split("{instruction}")
+    return head + instruction + tail
