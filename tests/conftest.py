@@ -1,0 +1,126 @@
+"""A tiny model, tokenizer and data set, made on the spot: the suite runs offline and in seconds."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_DISABLED="true")
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_and_single_threaded() -> None:
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data of the paper's evaluations, where a checkout has it beside itself."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("COMLORA_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder} (set COMLORA_TEST_DATA)")
+    return folder
+
+
+def make_model(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """A LLaMA of two layers and width 32, the same weights for the same seed."""
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**config, **overrides}))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_dataset(rows: int = 64) -> Dataset:
+    """Prompts to reverse a word, of ragged length."""
+    draw = random.Random(0)
+    words = ["".join(draw.choice("abcdefgh") for _ in range(draw.randint(2, 9))) for _ in range(rows)]
+    return Dataset.from_list([{"prompt": f"reverse {word}:", "completion": f" {word[::-1]}"} for word in words])
+
+
+def make_lora(**overrides: object) -> LoraConfig:
+    """Rank 4 on the default targets."""
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **overrides})
+
+
+def make_arguments(output_dir: Path | str, **overrides: object) -> dict[str, object]:
+    """Arguments that TRL's and our configuration share: a few fast, quiet steps on the CPU."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return {**defaults, **overrides}
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable:
+    """Trains a small competition and returns its trainer; each call has a folder of its own."""
+    from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+
+    runs = []
+
+    def run(double: bool = True, lora: dict | None = None, start: bool = True, trainer: dict | None = None, **args):
+        model = make_model()
+        runs.append(tmp_path / f"run-{len(runs)}")
+        config = ComLoRAConfig(**make_arguments(runs[-1], **args))
+        given = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(13), "peft_config": make_lora(**lora or {})}
+        result = ComLoRASFTTrainer(
+            model.double() if double else model, config, processing_class=make_tokenizer(), **{**given, **trainer or {}}
+        )
+        if start:
+            result.train()
+        return result
+
+    return run
+
+
+def parameters(trainer: object) -> dict[str, torch.Tensor]:
+    """What a trainer has trained: adapters and selector."""
+    named = trainer.comlora_model.named_parameters()
+    return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
+
+
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two sets of parameters."""
+    assert first.keys() == second.keys() and first
+    return max((first[name] - second[name]).abs().max().item() for name in first)
