@@ -103,10 +103,14 @@ def train(tmp_path: Path) -> Callable:
         model = make_model()
         runs.append(tmp_path / f"run-{len(runs)}")
         config = ComLoRAConfig(**make_arguments(runs[-1], **args))
-        given = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(13), "peft_config": make_lora(**lora or {})}
-        result = ComLoRASFTTrainer(
-            model.double() if double else model, config, processing_class=make_tokenizer(), **{**given, **trainer or {}}
-        )
+        given = {
+            "train_dataset": make_dataset(),
+            "eval_dataset": make_dataset(13),
+            "processing_class": make_tokenizer(),
+            "peft_config": make_lora(**lora or {}),
+        }
+        given |= trainer or {}
+        result = ComLoRASFTTrainer(model.double() if double else model, config, **given)
         if start:
             result.train()
         return result
