@@ -1,0 +1,244 @@
+"""The CONVAI2 metrics, each from its own library: sacrebleu, rouge-score, NLTK's METEOR and bert-score.
+
+Nothing of the libraries is rewritten here. What is added: replies with several references, empty replies, and a check
+of what METEOR and BERTScore need from outside Python, so that nothing fails after hours of generation. Every library
+is imported, and every model read, when the metric is first used, once per process.
+
+Choices, where a library leaves one:
+
+- BLEU: `sacrebleu.corpus_bleu` as it stands (13a tokens, case kept, exponential smoothing).
+- METEOR: `nltk.translate.meteor_score` with its defaults, the mean over replies. Tokens come from NLTK's
+  `word_tokenize` with `preserve_line=True`. The `evaluate` library takes the same tokenizer after splitting sentences
+  with the Punkt model, which is one more download; the two differ only at a period that ends a sentence inside a
+  reply and has no space before it, and CONVAI2 puts one before each.
+- ROUGE-L: the F1 of `rouge_score` without stemming, the mean over replies.
+- BERTScore: `bert_score.BERTScorer` without idf weights or rescaling, the mean over replies.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bert_score import BERTScorer
+
+MODEL_VARIABLE = "COMLORA_BERTSCORE_MODEL"
+LAYERS_VARIABLE = "COMLORA_BERTSCORE_LAYERS"
+DEFAULT_MODEL = "roberta-large"
+METRICS = ("bleu", "meteor", "rouge_l", "bertscore_precision", "bertscore_recall", "bertscore_f1")
+
+
+def score_dialogue(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """Scores replies against their references; where a reply has several, the best counts, as each library has it.
+
+    An empty reply (nothing but white space) scores 0 in every metric: it adds nothing to the corpus BLEU's matches,
+    and 0 to the means of the others.
+
+    Args:
+        predictions: one reply per dialogue.
+        references: for each reply, one or more references.
+
+    Returns:
+        the six `METRICS` and `average`, their unweighted mean; all in percent (0 to 100).
+
+    Raises:
+        ValueError: if the lists are empty or of different lengths, or a reply has no reference.
+        RuntimeError: if WordNet or the BERTScore model is missing, as `check_requirements` says.
+    """
+    _check_input(predictions, references)
+    predictions = [prediction if prediction.strip() else "" for prediction in predictions]
+    precision, recall, f1 = _bertscore(predictions, references)
+    scores = {
+        "bleu": _bleu(predictions, references),
+        "meteor": _meteor(predictions, references),
+        "rouge_l": _rouge_l(predictions, references),
+        "bertscore_precision": precision,
+        "bertscore_recall": recall,
+        "bertscore_f1": f1,
+    }
+    return scores | {"average": sum(scores.values()) / len(scores)}
+
+
+def check_requirements() -> None:
+    """Loads what METEOR and BERTScore need from outside Python, so that what is missing shows before generation.
+
+    A model named by its hub id is downloaded if the machine is online. What is loaded stays loaded for scoring.
+
+    Raises:
+        RuntimeError: naming everything that is missing, with the commands that fix it, online and offline.
+        ValueError: if COMLORA_BERTSCORE_LAYERS is not a layer count of the model.
+    """
+    problems = []
+    for load in (_wordnet, _bert_scorer):
+        try:
+            load()
+        except RuntimeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RuntimeError("\n".join(problems))
+
+
+def bertscore_model_name() -> str:
+    """The model that BERTScore uses: COMLORA_BERTSCORE_MODEL (a hub id or a folder), else roberta-large."""
+    return os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
+
+
+def bertscore_layers() -> int:
+    """The layer whose embeddings BERTScore compares.
+
+    COMLORA_BERTSCORE_LAYERS if set, else bert-score's own choice for the model: by its id, or by the last part of a
+    folder's path (`models/roberta-large` is taken for roberta-large).
+
+    Raises:
+        ValueError: if the variable is no whole number above 0, or is not set and bert-score does not know the model.
+    """
+    from bert_score.utils import model2layers
+
+    name = bertscore_model_name()
+    value = os.environ.get(LAYERS_VARIABLE)
+    if value:
+        if not value.isascii() or not value.isdigit() or int(value) < 1:
+            raise ValueError(f"{LAYERS_VARIABLE}={value} is not a layer count: give a whole number from 1 up.")
+        return int(value)
+    if name in model2layers:
+        return model2layers[name]
+    last = Path(name).name
+    known = [layers for model, layers in model2layers.items() if model.rsplit("/", 1)[-1] == last]
+    if known:
+        return known[0]
+    raise ValueError(
+        f"bert-score knows no layer for the model {name}: set {LAYERS_VARIABLE} to the layer to compare, "
+        "from 1 to the model's number of layers."
+    )
+
+
+def _check_input(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            f"got {len(predictions)} replies and references for {len(references)}: give as many of one as of the "
+            "other, and at least one."
+        )
+    for row, group in enumerate(references):
+        if isinstance(group, str) or not group:
+            raise ValueError(f"reply {row} has the references {group!r}: give a list of at least one string.")
+
+
+def _bleu(predictions: list[str], references: list[list[str]]) -> float:
+    import sacrebleu
+
+    # sacrebleu takes one stream per reference; None marks where a reply has no further one
+    most = max(len(group) for group in references)
+    streams = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
+    # `force` only silences a warning: CONVAI2's periods stand apart on both sides
+    return sacrebleu.corpus_bleu(predictions, streams, force=True).score
+
+
+def _meteor(predictions: list[str], references: list[list[str]]) -> float:
+    from nltk import word_tokenize
+    from nltk.translate.meteor_score import meteor_score
+
+    _wordnet()
+
+    def tokens(text: str) -> list[str]:
+        return word_tokenize(text, preserve_line=True)
+
+    scores = [
+        meteor_score([tokens(r) for r in group], tokens(p)) for p, group in zip(predictions, references, strict=True)
+    ]
+    return 100 * sum(scores) / len(scores)
+
+
+def _rouge_l(predictions: list[str], references: list[list[str]]) -> float:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    scores = [
+        scorer.score_multi(group, p)["rougeL"].fmeasure for p, group in zip(predictions, references, strict=True)
+    ]
+    return 100 * sum(scores) / len(scores)
+
+
+def _bertscore(predictions: list[str], references: list[list[str]]) -> tuple[float, float, float]:
+    """Mean precision, recall and F1. Empty strings, on which bert-score 0.3.13 crashes, are kept from it."""
+    import torch
+
+    pairs = [(p, [r for r in group if r.strip()]) for p, group in zip(predictions, references, strict=True) if p]
+    pairs = [(prediction, group) for prediction, group in pairs if group]
+    if not pairs:
+        return 0.0, 0.0, 0.0
+    scorer = _bert_scorer()
+    scorer.device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorer._model.to(scorer.device)
+    try:
+        scores = scorer.score([prediction for prediction, _ in pairs], [group for _, group in pairs])
+    finally:
+        scorer._model.to("cpu")
+    precision, recall, f1 = (100 * s.double().sum().item() / len(predictions) for s in scores)
+    return precision, recall, f1
+
+
+@lru_cache(maxsize=1)
+def _wordnet() -> None:
+    """Loads WordNet, or says in one message how to get it."""
+    try:
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()
+    except ImportError as error:
+        raise RuntimeError(_not_installed(error)) from error
+    except LookupError as error:
+        raise RuntimeError(
+            "METEOR needs NLTK's WordNet data, which is in none of NLTK's folders. Online: `python -m nltk.downloader "
+            "wordnet`. Offline: `export NLTK_DATA=FOLDER`, where FOLDER/corpora/wordnet comes from `python -m "
+            "nltk.downloader -d FOLDER wordnet` on a machine with a network."
+        ) from error
+
+
+def _bert_scorer() -> "BERTScorer":
+    """The scorer, loaded once per model and layer count, or one message on how to get its model."""
+    try:
+        return _load_bert_scorer(bertscore_model_name(), bertscore_layers())
+    except ImportError as error:
+        raise RuntimeError(_not_installed(error)) from error
+
+
+@lru_cache(maxsize=1)
+def _load_bert_scorer(name: str, layers: int) -> "BERTScorer":
+    from bert_score import BERTScorer
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name)
+        available = config.num_hidden_layers
+        if layers > available:
+            raise ValueError(f"{LAYERS_VARIABLE}={layers}, but the model {name} has layers 1 to {available}.")
+        # On the CPU until it is used: the model under evaluation has the accelerator to itself until then
+        scorer = BERTScorer(model_type=name, num_layers=layers, device="cpu")
+    except OSError as error:
+        raise RuntimeError(
+            f"BERTScore needs the model {name}, which is neither a folder with a model nor in the hub's cache, nor "
+            f"can it be downloaded now. Online: `hf download {name}`. Offline: `export {MODEL_VARIABLE}=FOLDER/"
+            f"{Path(name).name}`, a folder that comes from `hf download {name} --local-dir FOLDER/{Path(name).name}` "
+            "on a machine with a network."
+        ) from error
+    finally:
+        if progress:
+            logging.enable_progress_bar()
+    _limit_length(scorer, getattr(config, "max_position_embeddings", None))
+    return scorer
+
+
+def _limit_length(scorer: "BERTScorer", positions: int | None) -> None:
+    """Gives a tokenizer that names no maximum the model's own; bert-score would pass on 1e30, and crash."""
+    if positions and scorer._tokenizer.model_max_length > positions:
+        # RoBERTa's positions start at padding_idx + 1 = 2
+        scorer._tokenizer.model_max_length = positions - 2
+
+
+def _not_installed(error: ImportError) -> str:
+    return f'the CONVAI2 metrics need a package that is not installed ({error}): `pip install "comlora-trl[eval]"`.'
