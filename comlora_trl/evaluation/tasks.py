@@ -1,0 +1,248 @@
+"""What the task files in lm_eval_tasks/ refer to: their data, their scoring, their aggregation.
+
+lm_eval calls a loader with the task's metadata (the file's own, `--model_args` and `--metadata` merged) and its
+`dataset_kwargs`. A loader gives documents {prompt, answer, ...}; `prompt` is ready for the model.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comlora_trl.data import commonsense, convai2, mmlu
+from comlora_trl.data.demo import read_demo_rows
+from comlora_trl.data.errors import DataError
+from comlora_trl.data.files import DATA_DIR_VARIABLE
+from comlora_trl.data.keywords import COMMONSENSE_TASKS, first_keyword
+from comlora_trl.data.prompts import build_prompt
+from comlora_trl.evaluation.stopping import RESPONSE_MARK, install_row_stopping
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+METADATA_KEYS = ("comlora_data_dir", "comlora_prompt")
+Doc = dict[str, Any]
+
+
+def load_commonsense(
+    comlora_source: str, comlora_data_dir: str | None = None, comlora_prompt: str = "comlora", **metadata: Any
+) -> "DatasetDict":
+    """The test set of one of the eight tasks.
+
+    Args:
+        comlora_source: the task's name in LLM-Adapters' repository.
+        comlora_data_dir: the data folder; without it COMLORA_DATA_DIR; without that the pinned public file.
+        comlora_prompt: the prompt template.
+        metadata: the rest, unused.
+
+    Raises:
+        DataError: the data is missing or not as expected.
+    """
+    rows = _commonsense_rows(comlora_source, _data_dir(comlora_data_dir))
+    return _dataset([_keyword_doc(row, comlora_source, comlora_prompt) for row in rows], metadata)
+
+
+def load_demo(comlora_prompt: str = "comlora", **metadata: Any) -> "DatasetDict":
+    """The bundled test set; see [`load_commonsense`] for the arguments."""
+    return _dataset([_keyword_doc(row, row["task"], comlora_prompt) for row in read_demo_rows("test")], metadata)
+
+
+def load_mmlu(
+    comlora_source: str, comlora_data_dir: str | None = None, comlora_prompt: str = "comlora", **metadata: Any
+) -> "DatasetDict":
+    """The test questions of one MMLU subject; see [`load_commonsense`] for the arguments."""
+    source, subjects = _mmlu_rows(_data_dir(comlora_data_dir))
+    if comlora_source not in subjects:
+        raise DataError(
+            f"{source}: no question on {comlora_source}, expected all 57 subjects; complete the file, or name the "
+            f"subjects it has in --tasks: {', '.join(f'comlora_mmlu_{subject}' for subject in subjects)}"
+        )
+    docs = [
+        {"prompt": build_prompt(mmlu.to_instruction(row), comlora_prompt), "answer": mmlu.answer_letter(row)}
+        for row in subjects[comlora_source]
+    ]
+    return _dataset(docs, metadata)
+
+
+def load_convai2(
+    comlora_data_dir: str | None = None, comlora_prompt: str = "comlora", **metadata: Any
+) -> "DatasetDict":
+    """The replies of CONVAI2's validation file (it has no public test set); see [`load_commonsense`].
+
+    Raises:
+        DataError: the data is missing or not as expected.
+        RuntimeError: a metric's data or model is missing, so that generating would be in vain.
+    """
+    from comlora_trl.evaluation.metrics import check_requirements
+
+    rows = _convai2_rows(_data_dir(comlora_data_dir))
+    check_requirements()
+    docs = [
+        {"index": index, "prompt": build_prompt(row["instruction"], comlora_prompt), "answer": row["output"]}
+        for index, row in enumerate(rows)
+    ]
+    return _dataset(docs, metadata)
+
+
+def score_keyword(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """1 when the first keyword of the response is the answer. A repeated prompt ends the response, as the reference
+    has it."""
+    response = results[0].split(RESPONSE_MARK)[0].strip()
+    return {"acc": float(first_keyword(response, COMMONSENSE_TASKS[doc["task"]].keywords) == doc["answer"])}
+
+
+def score_letter(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """1 when the first letter A to D that stands alone in the response is the answer."""
+    response = results[0].split(RESPONSE_MARK)[0].strip()
+    return {"acc": float(first_keyword(response, mmlu.LETTERS, whole_word=True) == doc["answer"])}
+
+
+DIALOGUE_METRICS = (
+    "bleu",
+    "meteor",
+    "rouge_l",
+    "bertscore_precision",
+    "bertscore_recall",
+    "bertscore_f1",
+    "average",
+    "bertscore_model",
+)
+DialogueItem = tuple[int, str, str, str]
+
+
+def collect_dialogue(doc: Doc, results: Sequence[str]) -> dict[str, DialogueItem]:
+    """What the corpus metrics need of one document: (index, prompt, reply, reference)."""
+    item = (doc["index"], doc["prompt"], convai2.cut_reply(results[0]), doc["answer"])
+    return dict.fromkeys(DIALOGUE_METRICS, item)
+
+
+def aggregate_bleu(items: Sequence[DialogueItem]) -> float:
+    """Corpus BLEU, 0 to 100."""
+    return _dialogue_scores(tuple(items))["bleu"]
+
+
+def aggregate_meteor(items: Sequence[DialogueItem]) -> float:
+    """Mean METEOR, 0 to 100."""
+    return _dialogue_scores(tuple(items))["meteor"]
+
+
+def aggregate_rouge_l(items: Sequence[DialogueItem]) -> float:
+    """Mean ROUGE-L F1, 0 to 100."""
+    return _dialogue_scores(tuple(items))["rouge_l"]
+
+
+def aggregate_bertscore_precision(items: Sequence[DialogueItem]) -> float:
+    """Mean BERTScore precision, times 100."""
+    return _dialogue_scores(tuple(items))["bertscore_precision"]
+
+
+def aggregate_bertscore_recall(items: Sequence[DialogueItem]) -> float:
+    """Mean BERTScore recall, times 100."""
+    return _dialogue_scores(tuple(items))["bertscore_recall"]
+
+
+def aggregate_bertscore_f1(items: Sequence[DialogueItem]) -> float:
+    """Mean BERTScore F1, times 100."""
+    return _dialogue_scores(tuple(items))["bertscore_f1"]
+
+
+def aggregate_average(items: Sequence[DialogueItem]) -> float:
+    """The mean of the six, the paper's Average."""
+    return _dialogue_scores(tuple(items))["average"]
+
+
+def name_bertscore_model(items: Sequence[DialogueItem]) -> str:
+    """The model BERTScore was computed with; scores of different models cannot be compared."""
+    from comlora_trl.evaluation.metrics import bertscore_model_name
+
+    return bertscore_model_name()
+
+
+@lru_cache(maxsize=1)
+def _dialogue_scores(items: tuple[DialogueItem, ...]) -> dict[str, float]:
+    """All scores at once, for lm_eval asks for them metric by metric. Several processes hand in their documents one
+    process after the other, hence the sorting."""
+    from comlora_trl.evaluation.metrics import score_dialogue
+
+    _, prompts, replies, references = (list(column) for column in zip(*sorted(items), strict=True))
+    return score_dialogue(*convai2.group_references(prompts, replies, references))
+
+
+def _data_dir(named: str | None) -> str | None:
+    return named or os.environ.get(DATA_DIR_VARIABLE) or None
+
+
+def _keyword_doc(row: Doc, task: str, template: str) -> Doc:
+    return {
+        "prompt": build_prompt(commonsense.instruction_of(row), template),
+        "answer": row["answer"],
+        "task": task,
+    }
+
+
+def _dataset(docs: list[Doc], metadata: dict[str, Any]) -> "DatasetDict":
+    """Documents as lm_eval takes them; a misspelt key of ours must not pass for the default."""
+    from datasets import Dataset, DatasetDict
+
+    unknown = [key for key in metadata if key.startswith("comlora_")]
+    if unknown:
+        raise DataError(f"--metadata has the unknown key {unknown[0]!r}: choose from {', '.join(METADATA_KEYS)}")
+    install_row_stopping()
+    return DatasetDict(test=Dataset.from_list(docs))
+
+
+# Tasks are loaded twice, once to find trouble before the model is loaded: the rows are kept
+
+
+@lru_cache(maxsize=len(COMMONSENSE_TASKS))
+def _commonsense_rows(task: str, data_dir: str | None) -> list[Doc]:
+    path = commonsense.test_file(task, data_dir)
+    rows = commonsense.read_test_rows(path, task)
+    if data_dir is None and len(rows) != COMMONSENSE_TASKS[task].test_rows:
+        raise DataError(f"{path}: {len(rows)} rows, expected {COMMONSENSE_TASKS[task].test_rows}; delete the file")
+    return rows
+
+
+@lru_cache(maxsize=1)
+def _mmlu_rows(data_dir: str | None) -> tuple[str, dict[str, list[Doc]]]:
+    """(name of the source, rows by subject)."""
+    source, rows = _local_mmlu(data_dir) if data_dir else _hub_mmlu()
+    subjects: dict[str, list[Doc]] = {}
+    for number, row in enumerate(rows):
+        if not row.get("subject"):
+            raise DataError(f"{source}: row {number} has no 'subject'; fix that row or fetch the file again")
+        subjects.setdefault(row["subject"], []).append(row)
+    return source, subjects
+
+
+def _local_mmlu(data_dir: str) -> tuple[str, list[Doc]]:
+    folder = os.path.join(os.path.expanduser(data_dir), "mmlu")
+    path = mmlu.local_file(Path(folder), "test")
+    if path is None:
+        raise DataError(
+            f"{folder}/test.jsonl: no such file, but {data_dir} was named as the data folder; put {mmlu.HUB_ID}'s "
+            "test questions there (per line: question, subject, choices, answer), or unset the folder to download them"
+        )
+    return str(path), mmlu.read_mmlu_rows(path)
+
+
+def _hub_mmlu() -> tuple[str, list[Doc]]:
+    from datasets import load_dataset
+
+    source = f"{mmlu.HUB_ID} at {mmlu.HUB_REVISION[:7]}"
+    try:
+        rows = load_dataset(mmlu.HUB_ID, "all", split="test", revision=mmlu.HUB_REVISION).to_list()
+    except Exception as error:  # the hub's errors share no class; the reason is kept
+        raise DataError(
+            f"{source}: cannot be loaded ({type(error).__name__}); offline, set {DATA_DIR_VARIABLE} to a folder that "
+            "holds mmlu/test.jsonl"
+        ) from error
+    if len(rows) != mmlu.TEST_ROWS:
+        raise DataError(f"{source}: {len(rows)} test questions, expected {mmlu.TEST_ROWS}; clear the datasets cache")
+    return source, rows
+
+
+@lru_cache(maxsize=1)
+def _convai2_rows(data_dir: str | None) -> list[Doc]:
+    return convai2.read_convai2_rows(convai2.local_file("validation", data_dir, DATA_DIR_VARIABLE))
