@@ -1,0 +1,291 @@
+"""`comlora-tables` on result files as lm_eval writes them."""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from comlora_trl.evaluation.results import COMMONSENSE, paper, read_runs
+from comlora_trl.evaluation.tables import build_tables, main
+from comlora_trl.evaluation.tables_render import Cell, Row, Table, latex, markdown, ranks
+
+CONVAI2 = ("bleu", "meteor", "rouge_l", "bertscore_precision", "bertscore_recall", "bertscore_f1", "average")
+
+
+def write_adapter(folder: Path, rank: int = 8, k: int | None = None, base: str = "base", **competition: object) -> str:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "base_model_name_or_path": base}))
+    if k:
+        (folder / "competition.json").write_text(json.dumps({"k": k, "winner": 0, **competition}))
+    return str(folder)
+
+
+def write_results(folder: Path, model: str, results: dict, day: int = 1, **more: object) -> Path:
+    """One result file in lm_eval 0.4.13's form."""
+    content = {
+        "results": {task: {"alias": task, **values} for task, values in results.items()},
+        "group_subtasks": {},
+        "config": {"model": "hf", "model_args": {"peft": model, "pretrained": "base"}, "limit": None},
+        "date": float(day),
+        "model_name": model,
+        **more,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"results_2026-01-{day:02d}T10-00-00.123456.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def commonsense(accuracy: float, without: tuple[str, ...] = ()) -> dict:
+    """The eight tasks' accuracies, each a hundredth above the last."""
+    tasks = [task for task in COMMONSENSE if task not in without]
+    return {
+        f"comlora_{task}": {"acc,none": accuracy + 0.01 * i, "acc_stderr,none": 0.5} for i, task in enumerate(tasks)
+    }
+
+
+def measured(arguments: list[object], number: str = "3") -> dict[str, Row]:
+    (table,) = build_tables(read_runs([str(argument) for argument in arguments]), [number])
+    return {row.method: row for row in table.rows if row.source != "paper"}
+
+
+def notes(arguments: list[object], number: str = "3") -> str:
+    (table,) = build_tables(read_runs([str(argument) for argument in arguments]), [number])
+    return "\n".join(table.notes)
+
+
+def test_the_papers_figures():
+    tables = {table.number: {row.method: row for row in table.rows} for table in build_tables([], ["2", "3", "4"])}
+
+    assert [len(rows) for rows in tables.values()] == [9, 9, 9]
+    best = "ComLoRA K=2 r=8"
+    assert tables["2"]["ComLoRA K=4 r=32"].cells["accuracy"].mean == 61.09
+    assert tables["3"][best].cells["average"].mean == 87.09
+    assert tables["4"][best].cells["average"].mean == 48.76
+    for rows in paper()["tables"]["3"]["rows"]:
+        # printed means of rounded figures; the paper's own sums hold to the second digit
+        assert statistics.fmean(rows[task] for task in COMMONSENSE) == pytest.approx(rows["average"], abs=0.011)
+
+
+def test_seeds_of_one_method_become_mean_and_deviation(tmp_path: Path):
+    for seed, accuracy in enumerate((0.5, 0.6, 0.8)):
+        adapter = write_adapter(tmp_path / f"seed{seed}" / "winner", k=2)
+        write_results(tmp_path / f"seed{seed}" / "results", adapter, commonsense(accuracy))
+
+    row = measured([tmp_path])["ComLoRA K=2 r=8"]
+
+    assert row.runs == 3
+    assert row.cells["boolq"].mean == pytest.approx(100 * (0.5 + 0.6 + 0.8) / 3)
+    assert row.cells["boolq"].std == pytest.approx(100 * statistics.stdev([0.5, 0.6, 0.8]))
+    assert row.cells["average"].mean == pytest.approx(100 * (0.5 + 0.6 + 0.8) / 3 + 3.5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "method"),
+    [
+        ({"rank": 16}, "LoRA r=16"),
+        ({"rank": 4, "k": 4}, "ComLoRA K=4 r=4"),
+        ({"rank": 4, "k": 4, "exported_branch": 0}, "ComLoRA K=4 r=4"),
+        ({"rank": 4, "k": 4, "exported_branch": 3}, "ComLoRA K=4 r=4, branch 3"),
+    ],
+)
+def test_the_adapter_tells_its_method(tmp_path: Path, adapter: dict, method: str):
+    write_results(tmp_path / "results", write_adapter(tmp_path / "adapter", **adapter), commonsense(0.5))
+
+    assert list(measured([tmp_path])) == [method]
+
+
+@pytest.mark.parametrize("key", ["peft", "lora_local_path", "pretrained"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_the_model_is_found_in_the_arguments(tmp_path: Path, key: str, as_text: bool):
+    folder = write_adapter(tmp_path / "adapter", rank=5)
+    given = f"dtype=float32,{key}={folder}" if as_text else {"dtype": "float32", key: folder}
+    write_results(tmp_path / "results", "x", commonsense(0.5), config={"model_args": given})
+
+    assert list(measured([tmp_path])) == ["LoRA r=5"]
+
+
+def test_without_its_adapter_a_run_has_the_models_name(tmp_path: Path):
+    write_results(tmp_path, "gone/adapter/", commonsense(0.5))
+
+    assert list(measured([tmp_path])) == ["gone/adapter"]
+
+
+def test_equal_relative_names_are_different_adapters(tmp_path: Path):
+    """Each seed was evaluated in its own folder, with `peft=winner/`."""
+    for seed in range(2):
+        write_adapter(tmp_path / f"seed{seed}" / "winner", k=2)
+        write_results(tmp_path / f"seed{seed}" / "results" / "winner__", "winner/", commonsense(0.5 + 0.1 * seed))
+    for seed in range(2):
+        write_results(tmp_path / "elsewhere" / f"seed{seed}" / "lost__", "lost/", commonsense(0.5))
+
+    rows = measured([tmp_path])
+
+    assert {method: row.runs for method, row in rows.items()} == {"ComLoRA K=2 r=8": 2, "lost": 2}
+
+
+def test_a_name_given_holds_for_all_it_names(tmp_path: Path):
+    for seed in range(2):
+        adapter = write_adapter(tmp_path / f"seed={seed}" / "adapter")
+        write_results(tmp_path / f"seed={seed}" / "results", adapter, commonsense(0.5))
+
+    pattern = f"lora  R=8={tmp_path}/seed=*/results"
+
+    assert measured([pattern])["LoRA r=8"].runs == 2
+    one = measured([f"mine={tmp_path / 'seed=0'}", tmp_path])
+    assert {method: row.runs for method, row in one.items()} == {"LoRA r=8": 1, "mine": 1}
+
+
+def test_files_of_one_adapter_are_put_together_and_the_newer_counts(tmp_path: Path):
+    adapter = write_adapter(tmp_path / "adapter")
+    first, second = ("boolq", "piqa"), tuple(COMMONSENSE)[2:]
+    rows = {"n-samples": {"comlora_boolq": {"original": 3270, "effective": 10}}}
+    write_results(tmp_path / "a", adapter, {"comlora_boolq": {"acc,none": 0.1}}, day=1, **rows)
+    write_results(tmp_path / "b", adapter, commonsense(0.6, without=second), day=3)
+    write_results(tmp_path / "c", adapter, commonsense(0.7, without=first), day=2)
+
+    row = measured([tmp_path])["LoRA r=8"]
+
+    assert row.runs == 1
+    assert row.cells["boolq"].figures == (pytest.approx(60),)
+    assert row.cells["average"].mean is not None
+    assert "10 of 3,270" not in notes([tmp_path])
+
+
+def test_no_average_without_all_eight(tmp_path: Path):
+    for seed, without in enumerate([(), ("hellaswag", "piqa")]):
+        adapter = write_adapter(tmp_path / f"{seed}" / "adapter")
+        write_results(
+            tmp_path / f"{seed}", adapter, commonsense(0.5, without) | {"comlora_commonsense": {"acc,none": 0.9}}
+        )
+
+    row = measured([tmp_path])["LoRA r=8"]
+    assert row.cells["average"].figures == (pytest.approx(53.5),)
+    assert measured([tmp_path / "1"])["LoRA r=8"].cells["average"].mean is None
+    text = markdown(build_tables(read_runs([str(tmp_path / "1")]), ["3"]))
+    (line,) = [line for line in text.splitlines() if "| 1 run |" in line]
+    assert [cell.strip() for cell in line.split("|")[3:-1]].count("–") == 3  # two tasks and the average
+    assert "which has no PIQA, HellaSwag." in notes([tmp_path])
+    assert "average is of 1 of 2 runs" in notes([tmp_path])
+
+
+def test_mmlu_and_convai2(tmp_path: Path):
+    adapter = write_adapter(tmp_path / "adapter", k=4)
+    groups = {"comlora_mmlu": ["comlora_mmlu_stem"], "comlora_mmlu_stem": ["comlora_mmlu_astronomy"]}
+    results = {"comlora_mmlu": {"acc,letter": 0.6123}, "comlora_mmlu_stem": {"acc,letter": 0.25}}
+    results["comlora_convai2"] = {f"{name},none": 10.0 + i for i, name in enumerate(CONVAI2)}
+    results["comlora_convai2"] |= {"bertscore_model,none": "tiny", "bleu_stderr,none": "N/A"}
+    samples = {"comlora_mmlu_astronomy": {"original": 152, "effective": 152}}
+    write_results(tmp_path, adapter, results, **{"group_subtasks": groups, "n-samples": samples})
+
+    mmlu, dialogue = (measured([tmp_path], number)["ComLoRA K=4 r=8"].cells for number in ("2", "4"))
+
+    assert mmlu["accuracy"].mean == pytest.approx(61.23)
+    assert mmlu["stem"].mean == pytest.approx(25)
+    assert mmlu["humanities"].mean is None
+    assert {name: cell.mean for name, cell in dialogue.items()} == {name: 10.0 + i for i, name in enumerate(CONVAI2)}
+    assert "comlora_mmlu on 152 of 14,042 rows" in notes([tmp_path], "2")
+    assert "BERTScore by tiny instead of roberta-large" in notes([tmp_path], "4")
+    assert measured([tmp_path], "3") == {}
+
+
+def test_different_base_models_are_no_seeds(tmp_path: Path):
+    for base in ("first", "second"):
+        write_results(tmp_path / base, write_adapter(tmp_path / base / "adapter", base=base), commonsense(0.5))
+
+    assert "different base models (first, second)" in notes([tmp_path])
+
+
+def test_ranks_compare_the_measured_with_the_measured():
+    def row(method: str, source: str, figure: float | None) -> Row:
+        return Row(method, source, 1, {"x": Cell() if figure is None else Cell((figure,))})
+
+    rows = [row("a", "paper", 90), row("b", "paper", 80), row("c", "paper", 70)]
+    rows += [
+        row("a", "measured", 30.001),
+        row("b", "measured", 30.004),
+        row("c", "measured", 20),
+        row("d", "measured", None),
+    ]
+    table = Table("9", "t", {"x": "x"}, rows)
+
+    assert ranks(table) == {(0, "x"): 1, (1, "x"): 2, (3, "x"): 1, (4, "x"): 1, (5, "x"): 2}
+    text = markdown([table])
+    assert "| a | paper | **90.00** |" in text and "| b | paper | <u>80.00</u> |" in text
+    assert "| b | 1 run | **30.00** |" in text and "| d | 1 run | – |" in text
+    assert r"a & paper & \textbf{90.00} \\" in latex([table]) and r"d & 1 run & -- \\" in latex([table])
+    alone = Table("9", "t", {"x": "x"}, rows[:1])
+    assert ranks(alone) == {}
+
+
+def test_latex_escapes_names(tmp_path: Path):
+    write_results(tmp_path, "x", commonsense(0.5))
+    text = latex(build_tables(read_runs([f"my_{{50%}} & co={tmp_path}"]), ["3"]))
+
+    assert r"my\_\{50\%\} \& co & 1 run & 50.00" in text
+
+
+def test_csv_is_unrounded_and_has_no_unmeasured_figure(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for seed in range(2):
+        adapter = write_adapter(tmp_path / f"{seed}" / "adapter")
+        write_results(tmp_path / f"{seed}", adapter, {"comlora_boolq": {"acc,none": 0.123456 + seed / 10}})
+
+    assert main([str(tmp_path), "--table", "3", "--format", "csv"]) == 0
+
+    output = capsys.readouterr()
+    lines = [line for line in csv.DictReader(io.StringIO(output.out)) if line["source"] == "measured"]
+    assert [(line["method"], line["column"], line["runs"]) for line in lines] == [("LoRA r=8", "boolq", "2")]
+    assert float(lines[0]["mean"]) == pytest.approx(17.3456)
+    assert float(lines[0]["std"]) == pytest.approx(100 * statistics.stdev([0.123456, 0.223456]))
+    assert "no average" in output.err
+
+
+def test_output_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_results(tmp_path / "r", write_adapter(tmp_path / "adapter"), commonsense(0.5))
+    target = tmp_path / "tables.md"
+
+    assert main([str(tmp_path / "r"), "--output", str(target)]) == 0
+
+    assert capsys.readouterr().out == ""
+    text = target.read_text()
+    assert [f"**Table {n}: " in text for n in "234"] == [True] * 3
+    assert text.count("Nothing was measured for this table.") == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "content", "says"),
+    [
+        ("missing", None, "no such file or folder"),
+        ("name=missing", None, "no such file or folder"),
+        (".", None, "no result file of lm_eval"),
+        ("a.json", "{", "can't be read as JSON"),
+        ("a.json", "[1]", 'has no "results"'),
+        ("a.json", '{"a": 1}', 'has no "results"'),
+        ("a.json", '{"results": {"comlora_boolq": {"acc,none": 61.5}}}', "from 0 to 1"),
+        ("a.json", '{"results": {"comlora_boolq": {"acc,a": 0.1, "acc,b": 0.2}}}', "acc,a, acc,b"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch, argument: str, content: str | None, says: str
+):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / argument).write_text(content)
+
+    assert main([argument]) == 1
+
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1
+    assert says in output.err and argument in output.err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("NAME=RESULTS", "competition.json", "--output_path", "latex"))
