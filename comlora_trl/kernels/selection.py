@@ -1,0 +1,46 @@
+"""Which kernels run where."""
+
+import importlib.util
+import os
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from comlora_trl.kernels import torch_path
+
+VARIABLE = "COMLORA_KERNELS"
+
+
+def selected_kernels(device: torch.device | str) -> str:
+    """Which kernels run on `device`: "triton" on CUDA where Triton is installed, otherwise "torch".
+
+    `COMLORA_KERNELS=torch` or `triton` forces one (Triton's interpreter, `TRITON_INTERPRET=1`, runs on the CPU).
+
+    Raises:
+        ValueError: if `COMLORA_KERNELS` names no kernels that exist, or kernels that can't run here.
+    """
+    return _select(torch.device(device).type, os.environ.get(VARIABLE, ""), os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@lru_cache
+def _select(device: str, forced: str, interpreted: bool) -> str:
+    if forced not in ("", "torch", "triton"):
+        raise ValueError(f"{VARIABLE}={forced} is not possible: it must be torch or triton (leave it out to choose).")
+    installed = importlib.util.find_spec("triton") is not None
+    if forced == "triton" and not (installed and (device == "cuda" or interpreted)):
+        reason = "Triton is not installed" if not installed else f"the tensors are on {device}"
+        raise ValueError(
+            f"{VARIABLE}=triton is not possible, {reason}: install triton and train on CUDA, or leave {VARIABLE} out."
+        )
+    return forced or ("triton" if installed and device == "cuda" else "torch")
+
+
+def products(x: Tensor, dtype: torch.dtype) -> ModuleType:
+    """The module whose thin products serve x, computing in `dtype`; Triton's kernels have no float64, nor 0 rows."""
+    if dtype == torch.float64 or x.dtype == torch.float64 or x.numel() == 0 or selected_kernels(x.device) == "torch":
+        return torch_path
+    from comlora_trl.kernels import triton_path
+
+    return triton_path

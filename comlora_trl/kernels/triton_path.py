@@ -1,0 +1,253 @@
+"""The thin products of K LoRA branches as Triton kernels, with the signatures of `torch_path`.
+
+They are bandwidth-bound: r is 8 to 32, so each kernel reads its one large operand once and does as much with it as it
+can. dS and dB come from one pass over the gradient; dropout happens while x is read, from a seed. Sums over many rows
+are split among programs, whose float32 parts are added in a fixed order: the same input gives the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Values that differ from step to step and must not each compile a kernel of their own
+_VARYING = ("rows", "seed", "threshold", "factor")
+
+
+class Noise(NamedTuple):
+    """What dropout's mask is drawn from.
+
+    Attributes:
+        p: probability of dropping an element.
+        seed: of the hash that decides each element's fate.
+    """
+
+    p: float
+    seed: int
+
+
+def draw_noise(x: Tensor, p: float) -> Noise:
+    """The noise of one forward, from torch's CPU generator (which checkpointing restores): no device sync."""
+    return Noise(p, int(torch.randint(2**31 - 1, ())))
+
+
+def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
+    """dropout(x) A_kᵀ, [K, M, r]; see `torch_path`."""
+    x = x.reshape(-1, x.size(-1))
+    k, rank, width = a.shape
+    rows = x.size(0) // k
+    out = a.new_empty(k, rows, rank)
+    block = 16 if x.size(0) <= 4096 else 64
+    _project_down[triton.cdiv(rows, block), k](
+        x, a, out, rows, width, rank, *_dropout(noise), BM=block, BD=128, **_options(rank, a, noise)
+    )
+    return out
+
+
+def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(dS, dB) in one pass over the gradient; see `torch_path`. dB is float32."""
+    k, rows, width = grad.shape
+    rank = b.size(-1)
+    block, columns = 128 if grad.size(1) >= 128 else 64, 64
+    blocks, tiles = triton.cdiv(rows, block), triton.cdiv(width, columns)
+    splits = _splits(tiles, blocks * k)
+    ds = grad.new_empty(splits, k, rows, rank, dtype=torch.float32)
+    db = grad.new_empty(blocks, k, width, rank, dtype=torch.float32)
+    _rank_gradients[blocks, k, splits](
+        grad.contiguous(),
+        b,
+        xa,
+        ds,
+        db,
+        rows,
+        width,
+        rank,
+        scaling,
+        triton.cdiv(tiles, splits),
+        BM=block,
+        BL=columns,
+        R=_padded(rank),
+        PRECISION=_precision(b),
+    )
+    return ds.sum(0).to(b.dtype) if splits > 1 else ds[0].to(b.dtype), db.sum(0) if blocks > 1 else db[0]
+
+
+def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
+    """dA = dSᵀ dropout(x), [K, r, d], float32; see `torch_path`."""
+    x = x.reshape(-1, x.size(-1))
+    (k, rows, rank), width = ds.shape, x.size(-1)
+    block, columns = 64, 128
+    tiles, blocks = triton.cdiv(width, columns), triton.cdiv(rows, block)
+    splits = _splits(blocks, tiles * k)
+    parts = ds.new_empty(splits, k, rank, width, dtype=torch.float32)
+    _a_gradient[tiles, k, splits](
+        x,
+        ds,
+        parts,
+        rows,
+        width,
+        rank,
+        triton.cdiv(blocks, splits),
+        *_dropout(noise),
+        BM=block,
+        BD=columns,
+        **_options(rank, ds, noise),
+    )
+    return parts.sum(0) if splits > 1 else parts[0]
+
+
+def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
+    """The branches' share of dx, [K, M, d]; see `torch_path`. Without dropout cuBLAS writes it as fast."""
+    if noise is None:
+        return torch.bmm(ds, a)
+    (k, rows, rank), width = ds.shape, a.size(-1)
+    out = ds.new_empty(k, rows, width)
+    _project_back[triton.cdiv(rows, 64), triton.cdiv(width, 128), k](
+        ds, a, out, rows, width, rank, *_dropout(noise), BM=64, BD=128, **_options(rank, a, noise)
+    )
+    return out
+
+
+def _splits(work: int, programs: int) -> int:
+    """Into how many parts to cut a sum of `work` tiles, so that some 528 programs (4 for each of 132 SMs) run."""
+    return max(1, min(work, 528 // max(programs, 1)))
+
+
+def _dropout(noise: Noise | None) -> tuple[int, int, float]:
+    """Seed, threshold on a 31-bit hash, and the factor of what is kept."""
+    return (0, 0, 1.0) if noise is None else (noise.seed, int(noise.p * 2**31), 1.0 / (1.0 - noise.p))
+
+
+def _options(rank: int, like: Tensor, noise: Noise | None) -> dict[str, object]:
+    return {"R": _padded(rank), "DROPOUT": noise is not None, "PRECISION": _precision(like)}
+
+
+def _padded(rank: int) -> int:
+    """The rank as a tile size: a power of two, 16 at least (the matrix units' smallest)."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _precision(like: Tensor) -> str:
+    exact = like.dtype == torch.float32 or not like.is_cuda
+    return "ieee" if exact else "tf32"  # the latter means nothing to half precisions
+
+
+@triton.jit
+def _kept(row, col, width, seed, threshold):
+    """Whether dropout keeps the elements at (row, col): a hash of their place (Wellons' lowbias32) and the seed."""
+    seed = seed.to(tl.uint32)
+    bits = (row[:, None] * width + col[None, :]).to(tl.uint32) ^ seed
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D + seed
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return (bits >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _dot(left, right, PRECISION: tl.constexpr):
+    """left · right in float32. Triton's interpreter reads bf16 bits as integers in a product, so it gets float32."""
+    if PRECISION == "ieee":
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _project_down(
+    x, a, out, rows, width, rank, seed, threshold, factor,
+    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    branch = tl.program_id(1)
+    inside = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = (branch * rows + inside).to(tl.int64)
+    ranks = tl.arange(0, R)
+    total = tl.zeros([BM, R], tl.float32)
+    for start in range(0, width, BD):
+        col = start + tl.arange(0, BD)
+        tile = tl.load(x + row[:, None] * width + col[None, :], (inside < rows)[:, None] & (col < width)[None, :], 0.0)
+        if DROPOUT:
+            tile = tl.where(_kept(row, col, width, seed, threshold), tile, 0.0)
+        weights = tl.load(
+            a + (branch * rank + ranks)[None, :] * width + col[:, None],
+            (col < width)[:, None] & (ranks < rank)[None, :],
+            0.0,
+        )
+        total += _dot(tile.to(weights.dtype), weights, PRECISION)
+    place = out + row[:, None] * rank + ranks[None, :]
+    tl.store(place, (total * factor).to(out.dtype.element_ty), (inside < rows)[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=("rows", "steps", "scaling"))
+def _rank_gradients(
+    grad, b, xa, ds, db, rows, width, rank, scaling, steps,
+    BM: tl.constexpr, BL: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, branch, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    branches = tl.num_programs(1)
+    inside = block * BM + tl.arange(0, BM)
+    row = (branch * rows + inside).to(tl.int64)
+    ranks = tl.arange(0, R)
+    by_row = (inside < rows)[:, None] & (ranks < rank)[None, :]
+    down = tl.load(xa + row[:, None] * rank + ranks[None, :], by_row, 0.0)
+    total = tl.zeros([BM, R], tl.float32)
+    for step in range(steps):
+        col = (split * steps + step) * BL + tl.arange(0, BL)
+        tile = tl.load(
+            grad + row[:, None] * width + col[None, :], (inside < rows)[:, None] & (col < width)[None, :], 0.0
+        )
+        by_col = (col < width)[:, None] & (ranks < rank)[None, :]
+        weights = tl.load(b + (branch * width + col)[:, None] * rank + ranks[None, :], by_col, 0.0)
+        total += _dot(tile, weights, PRECISION)
+        part = _dot(tl.trans(tile), down, PRECISION) * scaling
+        start = ((block * branches + branch) * width + col).to(tl.int64)
+        tl.store(db + start[:, None] * rank + ranks[None, :], part, by_col)
+    start = (split * branches * rows + row).to(tl.int64)
+    tl.store(ds + start[:, None] * rank + ranks[None, :], total * scaling, by_row)
+
+
+@triton.jit(do_not_specialize=(*_VARYING, "steps"))
+def _a_gradient(
+    x, ds, parts, rows, width, rank, steps, seed, threshold, factor,
+    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    branch, split = tl.program_id(1), tl.program_id(2)
+    branches = tl.num_programs(1)
+    col = tl.program_id(0) * BD + tl.arange(0, BD)
+    ranks = tl.arange(0, R)
+    total = tl.zeros([BD, R], tl.float32)
+    for step in range(steps):
+        inside = (split * steps + step) * BM + tl.arange(0, BM)
+        row = (branch * rows + inside).to(tl.int64)
+        tile = tl.load(x + row[:, None] * width + col[None, :], (inside < rows)[:, None] & (col < width)[None, :], 0.0)
+        if DROPOUT:
+            tile = tl.where(_kept(row, col, width, seed, threshold), tile, 0.0)
+        back = tl.load(
+            ds + row[:, None] * rank + ranks[None, :], (inside < rows)[:, None] & (ranks < rank)[None, :], 0.0
+        )
+        total += _dot(tl.trans(tile.to(back.dtype)), back, PRECISION)
+    line = ((split * branches + branch) * rank + ranks).to(tl.int64)
+    place = parts + line[None, :] * width + col[:, None]
+    tl.store(place, total * factor, (col < width)[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _project_back(
+    ds, a, out, rows, width, rank, seed, threshold, factor,
+    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    branch = tl.program_id(2)
+    inside = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = (branch * rows + inside).to(tl.int64)
+    col = tl.program_id(1) * BD + tl.arange(0, BD)
+    ranks = tl.arange(0, R)
+    back = tl.load(ds + row[:, None] * rank + ranks[None, :], (inside < rows)[:, None] & (ranks < rank)[None, :], 0.0)
+    weights = tl.load(
+        a + (branch * rank + ranks)[:, None] * width + col[None, :],
+        (ranks < rank)[:, None] & (col < width)[None, :],
+        0.0,
+    )
+    tile = _dot(back, weights, PRECISION) * factor
+    if DROPOUT:
+        tile = tl.where(_kept(row, col, width, seed, threshold), tile, 0.0)
+    place = out + row[:, None] * width + col[None, :]
+    tl.store(place, tile.to(out.dtype.element_ty), (inside < rows)[:, None] & (col < width)[None, :])
