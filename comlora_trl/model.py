@@ -192,7 +192,7 @@ class ComLoRAModel(PeftModelForCausalLM):
         if self.selector is not None:
             scores = self.score(inputs["input_ids"], rows, labels)
             probabilities = selection_probabilities(scores, self.settings.top_n, alive)
-        dtype = torch.float32 if scores is None or scores.dtype != torch.float64 else torch.float64
+        dtype = torch.float64 if self.get_base_model().dtype == torch.float64 else torch.float32
         weights = row_weights(probabilities, rows.count, branch_pass.eta, self.settings, alive, dtype)
         chunk = branch_pass.chunk or self.settings.k
         run = branch_nll_batched if chunk >= self.settings.k else branch_nll_in_chunks
@@ -201,8 +201,11 @@ class ComLoRAModel(PeftModelForCausalLM):
 
     def score(self, input_ids: Tensor, rows: Rows, labels: Tensor) -> Tensor:
         """The selector's scores sim, [R, K], for the rows of a batch (eq. 1–3)."""
+        embedding = self.get_base_model().get_input_embeddings()
+        if isinstance(embedding, LoraLayer):
+            embedding = embedding.get_base_layer()  # the selector reads the frozen embeddings, not a branch's own
         with torch.no_grad():
-            embeddings = self.get_base_model().get_input_embeddings()(input_ids)
+            embeddings = embedding(input_ids)
         keep = rows.prompt(labels) if self.selector_input == "prompt" else rows.real
         return self.selector(*rows.split(embeddings, keep))
 
