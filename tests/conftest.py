@@ -118,6 +118,34 @@ def train(tmp_path: Path) -> Callable:
     return run
 
 
+class Float64LogProbabilities:
+    """Stands in for TRL's log-probability kernel, which computes in float32 whatever the model's type."""
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        log_probs = logits.log_softmax(dim=-1)
+        entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(dim=-1)
+        chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+        return chosen, entropy, None, None, logits.argmax(dim=-1) == targets
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float64 from end to end: also where TRL's LM head, LLaMA's norm and eager attention fall back to float32."""
+    plain = torch.nn.functional.softmax
+
+    def softmax(values: torch.Tensor, *args, dtype: torch.dtype | None = None, **kwargs) -> torch.Tensor:
+        return plain(values, *args, dtype=None if values.dtype == torch.float64 else dtype, **kwargs)
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Float64LogProbabilities)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", norm)
+    monkeypatch.setattr("torch.nn.functional.softmax", softmax)
+
+
 def parameters(trainer: object) -> dict[str, torch.Tensor]:
     """What a trainer has trained: adapters and selector."""
     named = trainer.comlora_model.named_parameters()

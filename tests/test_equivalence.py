@@ -1,0 +1,237 @@
+"""Batched = in chunks = the paper's equations, in losses and in all gradients, in float64."""
+
+import re
+
+import pytest
+import torch
+from conftest import make_lora, make_model
+from reference import Equations, ReferenceRun, Row, eta
+from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from comlora_trl.competition import CompetitionSettings, mean_nll, pairwise_loss
+from comlora_trl.model import BranchOutput, BranchPass, ComLoRAModel
+from comlora_trl.selector import SelectorSettings
+
+TOLERANCE = 1e-9
+DEFAULT_SELECTOR = SelectorSettings()
+
+
+def make_rows(unsupervised: tuple[int, ...] = (2,), lengths: tuple[int, ...] = (9, 5, 6, 12)) -> list[Row]:
+    draw = torch.Generator().manual_seed(1)
+    rows = []
+    for index, length in enumerate(lengths):
+        ids = torch.randint(3, 99, (length,), generator=draw).tolist()
+        start = length if index in unsupervised else 2 + index
+        rows.append(Row(ids, [-100] * start + ids[start:]))
+    return rows
+
+
+def collate(rows: list[Row], packed: bool = False, multiple: int | None = None) -> dict[str, Tensor]:
+    """TRL's own collator, padded or padding-free."""
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed, pad_to_multiple_of=multiple)
+    return collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+
+
+def make_comlora(
+    settings: CompetitionSettings,
+    selector: SelectorSettings | None = DEFAULT_SELECTOR,
+    lora: dict | None = None,
+    **overrides: object,
+) -> ComLoRAModel:
+    """Branches with random B (fresh ones are zero and all alike), and TRL's fused head, ready to train."""
+    base = make_model(**overrides).double()
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    torch.manual_seed(2)
+    model = ComLoRAModel(base, make_lora(**lora or {}), settings, selector).double()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (".branch_" in name or "bias" in name):
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.train()
+
+
+def trainable(model: ComLoRAModel) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def step(
+    model: ComLoRAModel, inputs: dict, noise: Tensor, at: float = 0.6, chunk: int | None = None
+) -> tuple[Tensor, dict[str, Tensor], BranchOutput]:
+    """Loss and gradients of one optimizer step, put together as the trainer does."""
+    model.zero_grad()
+    inputs = {name: value for name, value in inputs.items()}
+    output = model(branch_pass=BranchPass(eta=at, chunk=chunk), fused_lm_head=True, use_cache=False, **inputs)
+    loss = -output.log_probs.sum() / output.tokens.sum().clamp(min=1)
+    if output.scores is not None:
+        supervised, settings = output.tokens > 0, model.settings
+        racing = model.alive(torch.device("cpu")) & output.nll.isfinite().all(dim=1)
+        mean = mean_nll(output.nll, output.tokens)
+        noise = torch.cat([noise, noise.new_zeros(len(mean.T) - len(noise), settings.k)])  # rows of mere padding
+        pairs = pairwise_loss(output.scores, mean, noise, supervised, supervised.sum(), settings, racing)
+        loss = loss + settings.pairwise_weight * pairs
+    loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trainable(model).items()}
+    return loss.detach(), gradients, output
+
+
+def make_noise(rows: list[Row], k: int) -> Tensor:
+    return torch.randn(len(rows), k, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def assert_equal(gradients: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    assert gradients.keys() == expected.keys() and expected
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def values(lists: list[list[Tensor]]) -> Tensor:
+    return torch.tensor([[value.item() for value in line] for line in lists], dtype=torch.float64)
+
+
+CASES: dict[str, dict] = {
+    "k1": {"k": 1},
+    "k1_without_selector": {"k": 1, "selector": None},
+    "k2": {"k": 2},
+    "k3_n1": {"k": 3, "top_n": 1},
+    "k3_n2": {"k": 3, "top_n": 2},
+    "k4": {"k": 4},
+    "k4_n3": {"k": 4, "top_n": 3},
+    "constant": {"k": 2, "annealing": "constant"},
+    "cosine": {"k": 2, "annealing": "cosine"},
+    "linear": {"k": 2, "annealing": "linear"},
+    "as_printed": {"k": 3, "equation_signs": "as_printed"},
+    "strong_noise": {"k": 3, "noise": 10.0},
+    "without_lm": {"k": 3, "lm_weight": 0.0, "top_n": 2},
+    "without_alignment": {"k": 3, "alignment_weight": 0.0},
+    "without_pairwise": {"k": 3, "pairwise_weight": 0.0},
+    "weights": {"k": 3, "lm_weight": 0.5, "alignment_weight": 2.0, "pairwise_weight": 3.0},
+    "without_selector": {"k": 3, "selector": None},
+    "selector_of_prompt": {"k": 3, "selector": SelectorSettings(input="prompt")},
+    "small_selector": {"k": 3, "selector": SelectorSettings(dim=12, ffn_dim=20, heads=3)},
+    "checkpointing": {"k": 3, "checkpointing": True},
+    "eager": {"k": 2, "model": {"attn_implementation": "eager"}},
+    "upper_layer": {"k": 3, "lora": {"layers_to_transform": [1]}},
+    "upper_layer_checkpointing": {"k": 2, "lora": {"layers_to_transform": [1]}, "checkpointing": True},
+    "rslora": {"k": 2, "lora": {"use_rslora": True}},
+    "dora": {"k": 3, "lora": {"use_dora": True}},
+    "embedding": {"k": 3, "lora": {"target_modules": ["embed_tokens", "q_proj"]}},
+    "lora_bias": {"k": 3, "lora": {"lora_bias": True}},
+    "biased_base": {"k": 3, "model": {"attention_bias": True}},
+    "no_row_supervised": {"k": 2, "unsupervised": (0, 1, 2, 3)},
+}
+_SETTINGS = set(CompetitionSettings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_the_equations(name, float64):
+    case = dict(CASES[name])
+    settings = CompetitionSettings(**{key: case.pop(key) for key in list(case) if key in _SETTINGS})
+    selector, lora = case.pop("selector", DEFAULT_SELECTOR), case.pop("lora", {})
+    checkpointing, overrides = case.pop("checkpointing", False), case.pop("model", {})
+    rows = make_rows(case.pop("unsupervised", (2,)))
+    assert not case
+    model = make_comlora(settings, selector, lora, **overrides)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    noise, at = make_noise(rows, settings.k), eta(settings.annealing, 3, 10)
+
+    run = ReferenceRun(make_model(**overrides).double(), make_lora(**lora), settings.k, trainable(model))
+    equations = Equations(settings.k, settings.top_n, at, settings.noise, printed=settings.sign < 0)
+    for weight in ("lm_weight", "alignment_weight", "pairwise_weight"):
+        setattr(equations, weight, getattr(settings, weight))
+    prompt_only = selector is not None and selector.input == "prompt"
+    reference = run.losses(rows, noise, equations, selector.heads if selector else 8, prompt_only)
+    expected = run.gradients(reference.total)
+    if any(row.supervised for row in rows) and settings.lm_weight:
+        moved = {n for n, value in expected.items() if value.abs().max() > 1e-6}
+        assert {int(d) for n in moved for d in re.findall(r"\.branch_(\d)", n)} == set(range(settings.k))
+        wanted = selector is not None and settings.k > 1 and settings.pairwise_weight > 0
+        assert any(n.startswith("selector.") for n in moved) == wanted
+
+    for packed in (False, True):
+        for chunk in (None, 1, 2):
+            loss, gradients, output = step(model, collate(rows, packed), noise, at, chunk)
+            assert loss.item() == pytest.approx(reference.total.item(), abs=TOLERANCE)
+            torch.testing.assert_close(output.nll, values(reference.nll), rtol=0, atol=TOLERANCE)
+            assert output.tokens.tolist() == [row.supervised for row in rows]
+            if selector is not None:
+                torch.testing.assert_close(output.scores, values(reference.scores), rtol=0, atol=TOLERANCE)
+            assert_equal(gradients, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_more_padding_changes_nothing(packed, float64):
+    model, rows = make_comlora(CompetitionSettings(k=3, top_n=2)), make_rows()
+    noise = make_noise(rows, 3)
+    loss, gradients, _ = step(model, collate(rows, packed), noise)
+    wide_loss, wide_gradients, _ = step(model, collate(rows, packed, multiple=50), noise)
+    assert collate(rows, packed, multiple=50)["input_ids"].size(1) == 50
+    assert wide_loss.item() == pytest.approx(loss.item(), abs=TOLERANCE)
+    assert_equal(wide_gradients, gradients)
+
+
+def test_with_trls_own_head(monkeypatch):
+    """TRL's kernel rounds log-probabilities (about 5) and their gradients to float32: 1e-6 is what it can keep."""
+    settings, rows = CompetitionSettings(k=3), make_rows()
+    model, noise = make_comlora(settings), make_noise(rows, 3)
+    run = ReferenceRun(make_model().double(), make_lora(), 3, trainable(model))
+    reference = run.losses(rows, noise, Equations(3, eta=0.6))
+    loss, gradients, _ = step(model, collate(rows), noise)
+    assert loss.item() == pytest.approx(reference.total.item(), abs=5e-6)
+    assert_equal(gradients, run.gradients(reference.total), tolerance=5e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_disqualified_branch_is_out_of_the_equations(chunk, float64):
+    model, rows = make_comlora(CompetitionSettings(k=3)), make_rows()
+    noise = make_noise(rows, 3)
+    model.competition_state.disqualified = {1: 5}
+    run = ReferenceRun(make_model().double(), make_lora(), 3, trainable(model))
+    reference = run.losses(rows, noise, Equations(3, eta=0.6, alive={0, 2}))
+    loss, gradients, output = step(model, collate(rows), noise, chunk=chunk)
+    assert loss.item() == pytest.approx(reference.total.item(), abs=TOLERANCE)
+    assert_equal(gradients, run.gradients(reference.total))
+    assert all(value.abs().max() == 0 for name, value in gradients.items() if ".branch_1." in name)
+    if chunk is None:
+        assert output.log_probs.view(3, -1)[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_non_finite_branch_leaves_the_others_exactly(value, chunk, packed, float64):
+    model, inputs = make_comlora(CompetitionSettings(k=3)), collate(make_rows(), packed)
+    noise = make_noise(make_rows(), 3)
+    _, calm, _ = step(model, inputs, noise, chunk=chunk)
+    next(p for name, p in trainable(model).items() if "lora_B.branch_1" in name).data.fill_(value)
+    loss, hurt, output = step(model, inputs, noise, chunk=chunk)
+    assert loss.isfinite() and not output.nll[1].isfinite().all()
+    assert output.nll[[0, 2]].isfinite().all()
+    for name, gradient in calm.items():
+        if ".branch_0." in name or ".branch_2." in name:
+            assert torch.equal(gradient, hurt[name]), name
+        elif name.startswith("selector."):
+            assert hurt[name].isfinite().all(), name
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["plain", "dora"])
+def test_dropout_of_one_branch_is_pefts(kind, float64):
+    lora, rows = {"lora_dropout": 0.3, **kind}, make_rows()
+    model = make_comlora(CompetitionSettings(k=1), None, lora)
+    run = ReferenceRun(make_model().double(), make_lora(**lora), 1, trainable(model))
+    inputs = collate(rows)
+    torch.manual_seed(11)
+    loss, gradients, _ = step(model, inputs, make_noise(rows, 1))
+
+    run.model.train()
+    torch.manual_seed(11)
+    logits = run.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    expected = -log_probs[labels != -100].sum() / (labels != -100).sum()
+    assert loss.item() == pytest.approx(expected.item(), abs=TOLERANCE)
+    assert_equal(gradients, run.gradients(expected))
+
+    torch.manual_seed(12)
+    assert abs(step(model, inputs, make_noise(rows, 1))[0].item() - loss.item()) > 1e-6  # the dropout drops
