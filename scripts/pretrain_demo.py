@@ -1,0 +1,199 @@
+"""Pretrain the demo base model: a small LLaMA that knows the demo's facts but answers its instructions at random.
+
+The corpus has three parts: facts as plain sentences; quizzes with right answers, in other layouts than the one that
+fine-tuning uses; and the fine-tuning layout itself with an answer drawn at random. So the base model knows the facts
+and the format and still scores at chance; what is left for LoRA is to connect the two. Questions of the validation and
+test sets never occur with their answer.
+
+    python scripts/pretrain_demo.py                        # one GPU, about 3 minutes; writes comlora_trl/demo/model/
+    python scripts/pretrain_demo.py --device cpu --steps 1500 --batch_size 128     # slow, and a weaker model
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from demo_world import Item, any_item
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm, trange
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also runs from a checkout that is not installed
+from comlora_trl.data.prompts import build_prompt  # noqa: E402
+
+DEMO = ROOT / "comlora_trl" / "demo"
+# One token each: the template's fixed parts would otherwise be a third of every prompt.
+TEMPLATE_TOKENS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction:",
+    "### Response:",
+]
+PROMPT_WEIGHT = 0.1  # of a question's tokens in the loss: they are mostly unpredictable, the answer's are not
+
+
+def quiz(item: Item, rng: random.Random) -> tuple[str, str]:
+    """A question with its right answer, in a layout that the demo's instructions don't have."""
+    option, keyword = item.options[item.right], item.keywords[item.right]
+    if rng.random() < 0.5:
+        answers = [f"{option}, {keyword}", f"{keyword}, {option}", f"the correct answer is {keyword}"]
+        return f"### Question:\n{item.instruction}\n\n### Answer:\n", rng.choice(answers)
+    listed = "\n".join(f"{number}) {text}" for number, text in enumerate(item.options, start=1))
+    answers = [f"{option}, so {item.right + 1})", f"{item.right + 1}) {option}"]
+    return f"Quiz: {item.question}\n{listed}\nKey: ", rng.choice(answers)
+
+
+def corpus(count: int, reserved: set[str], rng: random.Random) -> Iterator[tuple[str, str]]:
+    """`count` pairs (text that counts little in the loss, text that counts in full)."""
+    for _ in range(count):
+        item, part = any_item(rng), rng.random()
+        if part < 0.15:
+            yield "", " ".join(any_item(rng).statement for _ in range(4))
+        elif part < 0.7 and item.instruction not in reserved:
+            yield quiz(item, rng)
+        else:
+            yield build_prompt(item.instruction), f"the correct answer is {rng.choice(item.keywords)}"
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (any text round-trips) with pad, bos and eos; neither bos nor eos is added to a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(TEMPLATE_TOKENS),
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in TEMPLATE_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, padded on the right with pad, and each token's loss weight, both [examples, longest]."""
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    answers = tokenizer([answer + tokenizer.eos_token for _, answer in pairs])["input_ids"]
+    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((len(pairs), longest), tokenizer.pad_token_id, dtype=torch.int16)
+    weights = torch.zeros(len(pairs), longest, dtype=torch.float16)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer, dtype=torch.int16)
+        weights[row, : len(prompt)] = PROMPT_WEIGHT
+        weights[row, len(prompt) : len(prompt) + len(answer)] = 1.0
+    return ids, weights
+
+
+def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean next-token NLL (nats) under the token weights. Right padding needs no mask: attention is causal."""
+    logits = model(input_ids=ids[:, :-1]).logits.float()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (nll * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, encoded: tuple[torch.Tensor, torch.Tensor], device: str) -> float:
+    """Share of examples whose answer's every token is the model's first choice, given the tokens before it."""
+    ids, weights = encoded[0].to(device).long(), encoded[1].to(device)
+    right = (model(input_ids=ids[:, :-1]).logits.argmax(-1) == ids[:, 1:]) | (weights[:, 1:] != 1)
+    return right.all(dim=1).float().mean().item()
+
+
+def validation_pairs(fine_tuning_layout: bool) -> list[tuple[str, str]]:
+    """The validation rows with their right answers, in the fine-tuning layout or as quizzes."""
+    rows = json.loads((DEMO / "data" / "validation.json").read_text(encoding="utf-8"))
+    prompt = build_prompt if fine_tuning_layout else lambda text: f"### Question:\n{text}\n\n### Answer:\n"
+    # With the answer's beginning in the prompt, only the keyword is judged.
+    return [(prompt(row["instruction"]) + "the correct answer is", f" {row['answer']}") for row in rows]
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """fp16 on disk for size; config.json says float32, so that the model loads in the precision CPUs compute in."""
+    weights = {name: tensor.detach().half().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    weights.pop("lm_head.weight")  # tied to the token embeddings
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
+    model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], "float32"
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEMO / "model", help="folder to write to (default: the demo's)")
+    parser.add_argument("--steps", type=int, default=5750, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=512, help="examples per step (default %(default)s)")
+    parser.add_argument("--examples", type=int, default=300_000, help="size of the corpus (default %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="peak, cosine (default %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=1280, help="tokens (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    arguments = parser.parse_args()
+    device, rng = arguments.device, random.Random(arguments.seed)
+    torch.manual_seed(arguments.seed)
+
+    reserved = set()
+    for split in ("validation", "test"):
+        rows = json.loads((DEMO / "data" / f"{split}.json").read_text(encoding="utf-8"))
+        reserved |= {row["instruction"] for row in rows}
+    progress = tqdm(corpus(arguments.examples, reserved, rng), total=arguments.examples, desc="corpus", mininterval=5)
+    pairs = list(progress)
+    tokenizer = train_tokenizer((prompt + answer for prompt, answer in pairs[:20_000]), arguments.vocabulary)
+    ids, weights = (tensor.to(device) for tensor in encode(pairs, tokenizer))
+    checks = [encode(validation_pairs(layout), tokenizer) for layout in (False, True)]
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    print(
+        f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens, corpus {tuple(ids.shape)}",
+        flush=True,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(300, arguments.steps // 10), arguments.steps)
+    bar = trange(1, arguments.steps + 1, desc="pretraining", mininterval=5)
+    for step in bar:
+        rows = torch.randint(len(ids), (arguments.batch_size,), device=device)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device.startswith("cuda")):
+            loss = weighted_loss(model, ids[rows].long(), weights[rows].float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 250 == 0 or step == arguments.steps:
+            as_quiz, as_instruction = (accuracy(model, check, device) for check in checks)
+            bar.write(
+                f"step {step}: loss {loss.item():.3f}, validation {as_quiz:.1%} as quiz, "
+                f"{as_instruction:.1%} in the fine-tuning layout (chance 35.4%)"
+            )
+            save(model, tokenizer, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
