@@ -12,8 +12,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from reference import Row
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -68,6 +71,23 @@ def make_dataset(rows: int = 64) -> Dataset:
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefgh") for _ in range(draw.randint(2, 9))) for _ in range(rows)]
     return Dataset.from_list([{"prompt": f"reverse {word}:", "completion": f" {word[::-1]}"} for word in words])
+
+
+def make_rows(unsupervised: tuple[int, ...] = (2,), lengths: tuple[int, ...] = (9, 5, 6, 12)) -> list[Row]:
+    """Rows of ragged length for one batch, some of them without a supervised token."""
+    draw = torch.Generator().manual_seed(1)
+    rows = []
+    for index, length in enumerate(lengths):
+        ids = torch.randint(3, 99, (length,), generator=draw).tolist()
+        start = length if index in unsupervised else 2 + index
+        rows.append(Row(ids, [-100] * start + ids[start:]))
+    return rows
+
+
+def collate(rows: list[Row], packed: bool = False, multiple: int | None = None) -> dict[str, Tensor]:
+    """TRL's own collator, padded or padding-free."""
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed, pad_to_multiple_of=multiple)
+    return collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
 
 
 def make_lora(**overrides: object) -> LoraConfig:

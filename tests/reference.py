@@ -145,7 +145,7 @@ def losses(
         equations.alignment_weight * alignment,
         equations.pairwise_weight * pairwise,
         nll,
-        scores or [],
+        [] if scores is None else scores,
     )
 
 
@@ -226,12 +226,18 @@ class ReferenceRun:
         return selector_scores(self.embeddings[tokens], self.selector, heads)
 
     def losses(
-        self, rows: list[Row], noise: Tensor, equations: Equations, heads: int = 8, prompt_only: bool = False
+        self,
+        rows: list[Row],
+        noise: Tensor,
+        equations: Equations,
+        heads: int = 8,
+        prompt_only: bool = False,
+        racing: set[int] | None = None,
     ) -> Losses:
         """Eq. 4–9 of the rows of one optimizer step, `noise` ε[b, k]."""
         nll = [[self.row_nll(branch, row) for row in rows] for branch in range(equations.k)]
         scores = [self.row_scores(row, heads, prompt_only) for row in rows] if self.selector else None
-        return losses(nll, [row.supervised for row in rows], scores, noise.tolist(), equations)
+        return losses(nll, [row.supervised for row in rows], scores, noise.tolist(), equations, racing)
 
     def gradients(self, total: Tensor) -> dict[str, Tensor]:
         """Of every adapter and selector weight, by the name it has in the model under test."""

@@ -4,34 +4,18 @@ import re
 
 import pytest
 import torch
-from conftest import make_lora, make_model
+from conftest import collate, make_dataset, make_lora, make_model, make_rows
 from reference import Equations, ReferenceRun, Row, eta
 from torch import Tensor
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from comlora_trl.competition import CompetitionSettings, mean_nll, pairwise_loss
+from comlora_trl.competition import CompetitionSettings, mean_nll, pairwise_loss, step_noise
 from comlora_trl.model import BranchOutput, BranchPass, ComLoRAModel
 from comlora_trl.selector import SelectorSettings
 
 TOLERANCE = 1e-9
 DEFAULT_SELECTOR = SelectorSettings()
-
-
-def make_rows(unsupervised: tuple[int, ...] = (2,), lengths: tuple[int, ...] = (9, 5, 6, 12)) -> list[Row]:
-    draw = torch.Generator().manual_seed(1)
-    rows = []
-    for index, length in enumerate(lengths):
-        ids = torch.randint(3, 99, (length,), generator=draw).tolist()
-        start = length if index in unsupervised else 2 + index
-        rows.append(Row(ids, [-100] * start + ids[start:]))
-    return rows
-
-
-def collate(rows: list[Row], packed: bool = False, multiple: int | None = None) -> dict[str, Tensor]:
-    """TRL's own collator, padded or padding-free."""
-    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed, pad_to_multiple_of=multiple)
-    return collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
 
 
 def make_comlora(
@@ -83,6 +67,18 @@ def assert_equal(gradients: dict[str, Tensor], expected: dict[str, Tensor], tole
     assert gradients.keys() == expected.keys() and expected
     for name, value in expected.items():
         torch.testing.assert_close(gradients[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def split_rows(batch: dict[str, Tensor]) -> list[Row]:
+    """A collated batch as rows, without padding."""
+    if "cu_seq_lens_q" in batch:
+        cuts = batch["cu_seq_lens_q"].diff().tolist()
+        pairs = zip(batch["input_ids"][0].split(cuts), batch["labels"][0].split(cuts), strict=True)
+    else:
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        lines = zip(batch["input_ids"], batch["labels"], lengths, strict=True)
+        pairs = [(ids[:length], labels[:length]) for ids, labels, length in lines]
+    return [Row(ids.tolist(), labels.tolist()) for ids, labels in pairs]
 
 
 def values(lists: list[list[Tensor]]) -> Tensor:
@@ -171,7 +167,7 @@ def test_more_padding_changes_nothing(packed, float64):
     assert_equal(wide_gradients, gradients)
 
 
-def test_with_trls_own_head(monkeypatch):
+def test_with_trls_own_head():
     """TRL's kernel rounds log-probabilities (about 5) and their gradients to float32: 1e-6 is what it can keep."""
     settings, rows = CompetitionSettings(k=3), make_rows()
     model, noise = make_comlora(settings), make_noise(rows, 3)
@@ -203,6 +199,10 @@ def test_disqualified_branch_is_out_of_the_equations(chunk, float64):
 def test_non_finite_branch_leaves_the_others_exactly(value, chunk, packed, float64):
     model, inputs = make_comlora(CompetitionSettings(k=3)), collate(make_rows(), packed)
     noise = make_noise(make_rows(), 3)
+    run = ReferenceRun(make_model().double(), make_lora(), 3, trainable(model))
+    # The selector reads embeddings alone, so p is unmoved; eq. 7's pairs are those of the branches that are finite
+    pairs_of_two = run.losses(make_rows(), noise, Equations(3, eta=0.6), racing={0, 2})
+    selector = run.gradients(pairs_of_two.total)
     _, calm, _ = step(model, inputs, noise, chunk=chunk)
     next(p for name, p in trainable(model).items() if "lora_B.branch_1" in name).data.fill_(value)
     loss, hurt, output = step(model, inputs, noise, chunk=chunk)
@@ -212,7 +212,7 @@ def test_non_finite_branch_leaves_the_others_exactly(value, chunk, packed, float
         if ".branch_0." in name or ".branch_2." in name:
             assert torch.equal(gradient, hurt[name]), name
         elif name.startswith("selector."):
-            assert hurt[name].isfinite().all(), name
+            torch.testing.assert_close(hurt[name], selector[name], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["plain", "dora"])
@@ -235,3 +235,52 @@ def test_dropout_of_one_branch_is_pefts(kind, float64):
 
     torch.manual_seed(12)
     assert abs(step(model, inputs, make_noise(rows, 1))[0].item() - loss.item()) > 1e-6  # the dropout drops
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_checkpointing_drops_the_same_elements_again(chunk, float64):
+    model, inputs = make_comlora(CompetitionSettings(k=2), lora={"lora_dropout": 0.3}), collate(make_rows())
+    noise, results = make_noise(make_rows(), 2), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(11)
+        results.append(step(model, inputs, noise, chunk=chunk)[1])
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "padding_free"])
+def test_every_step_of_the_trainer_is_the_equations(train, packed, chunk, float64):
+    """η(t), ε(t), tokens and rows of the whole accumulation window, through the trainer's own loss."""
+    seen, steps = [], []
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            named = trainable(model).items()
+            steps.append(({n: p.detach().clone() for n, p in named}, {n: p.grad.clone() for n, p in named}))
+
+    options = {"comlora_k": 3, "comlora_top_n": 2, "comlora_branch_chunk": chunk, "max_grad_norm": 0.0}
+    options |= {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options |= {"padding_free": True, "max_length": None} if packed else {}
+    given = {"callbacks": [Recorder()], "eval_dataset": make_dataset(3)}
+    trainer = train(start=False, trainer=given, **options)
+    original = trainer.data_collator
+
+    def record(examples):
+        seen.extend(examples)
+        return original(examples)
+
+    trainer.data_collator = record
+    trainer.train()
+    assert len(steps) == 3
+    for t, (weights, gradients) in enumerate(steps):
+        batch = original(seen[4 * t : 4 * t + 4])
+        rows = split_rows(batch)
+        assert len(rows) == 4
+        run = ReferenceRun(make_model().double(), make_lora(), 3, weights)
+        equations = Equations(3, 2, eta("exponential", t, 3))
+        noise = step_noise(trainer.args.seed, t, 4, 3).double()
+        reference = run.losses(rows, noise, equations)
+        assert_equal(gradients, run.gradients(reference.total))
+        assert trainer.state.log_history[t]["loss"] == pytest.approx(reference.total.item(), abs=1e-4)  # TRL rounds
