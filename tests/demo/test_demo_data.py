@@ -1,0 +1,70 @@
+"""The demo data: reproducible, split cleanly, in the eight formats, and small."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from comlora_trl.data.keywords import COMMONSENSE_TASKS, first_keyword
+from comlora_trl.demo import DEMO_SPLITS, demo_data_path, demo_model_path, demo_recipe_path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "make_demo_data.py"
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict[str, str]]]:
+    return {split: json.loads(demo_data_path(split).read_text(encoding="utf-8")) for split in DEMO_SPLITS}
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the repository's scripts")
+def test_script_rewrites_the_same_bytes(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], check=True, capture_output=True)
+    for split in DEMO_SPLITS:
+        assert (tmp_path / f"{split}.json").read_bytes() == demo_data_path(split).read_bytes(), split
+
+
+def test_no_instruction_occurs_twice_across_splits(rows: dict[str, list[dict[str, str]]]) -> None:
+    instructions = [row["instruction"] for split in DEMO_SPLITS for row in rows[split]]
+    assert len(instructions) == len(set(instructions))
+
+
+@pytest.mark.parametrize("split", DEMO_SPLITS)
+def test_rows_follow_the_formats(rows: dict[str, list[dict[str, str]]], split: str) -> None:
+    counts = Counter(row["task"] for row in rows[split])
+    assert set(counts) == set(COMMONSENSE_TASKS) and len(set(counts.values())) == 1
+    for row in rows[split]:
+        keywords = COMMONSENSE_TASKS[row["task"]].keywords
+        offered = row["instruction"].rsplit("Answer format: ", 1)[1].split("/")
+        assert set(row) == {"instruction", "input", "output", "answer", "task"} and row["input"] == ""
+        assert row["output"] == f"the correct answer is {row['answer']}"
+        assert row["answer"] in offered and set(offered) <= set(keywords)
+        assert first_keyword(row["output"], keywords) == row["answer"]
+
+
+@pytest.mark.parametrize("split", DEMO_SPLITS)
+def test_always_giving_one_answer_scores_at_chance(rows: dict[str, list[dict[str, str]]], split: str) -> None:
+    for task in COMMONSENSE_TASKS:
+        answers = Counter(row["answer"] for row in rows[split] if row["task"] == task)
+        share = max(answers.values()) / answers.total()
+        assert share <= 1 / len(answers) + 0.05, (task, answers)
+
+
+def test_everything_embedded_stays_below_8_mb() -> None:
+    folder = demo_recipe_path().parent
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert size <= 8_000_000
+    assert demo_model_path().parent == folder
+
+
+def test_an_unknown_split_names_the_allowed_ones() -> None:
+    with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
+        demo_data_path("dev")
+
+
+def test_the_paths_need_no_torch() -> None:
+    code = "import sys, comlora_trl.demo as d; d.demo_model_path(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
