@@ -1,4 +1,4 @@
-"""The K-branch LoRA products against a float64 loop over the branches, in PyTorch and Triton (interpreted on a CPU)."""
+"""The K-branch LoRA products against a float64 loop over the branches; Triton's, on a CPU, in its interpreter."""
 
 import importlib.util
 import os

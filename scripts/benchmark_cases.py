@@ -1,0 +1,300 @@
+"""The models, data and timers of `benchmark.py`."""
+
+import copy
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.competition import CompetitionSettings
+from comlora_trl.model import BranchPass, ComLoRAModel
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # as SFTTrainer asks for
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured.
+
+    Attributes:
+        config: of the base model.
+        tokens, supervised: tokens in a row, and how many of them (the last) are supervised.
+        rows: rows a branch in the large batch; the small batch has a quarter.
+        rounds: timed runs of each arm, after two for warm-up.
+        device: where.
+    """
+
+    config: LlamaConfig
+    tokens: int
+    supervised: int
+    rows: int
+    rounds: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, layers: int | None, rounds: int) -> "Shape":
+        """LLaMA-3-8B's shape on a GPU, a small one elsewhere."""
+        if torch.cuda.is_available():
+            config = LlamaConfig(
+                vocab_size=128256,
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_hidden_layers=layers or 32,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+            )
+            return cls(config, 128, 8, 16, rounds, torch.device("cuda"))
+        config = LlamaConfig(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=448,
+            num_hidden_layers=layers or 4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+        )
+        return cls(config, 32, 8, 4, rounds, torch.device("cpu"))
+
+
+class Bench:
+    """One frozen base, and the models that share its weights."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        torch.manual_seed(0)
+        with torch.device(shape.device):
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                self._base = LlamaForCausalLM(shape.config).requires_grad_(False)
+            finally:
+                torch.set_default_dtype(before)
+
+    def base(self) -> LlamaForCausalLM:
+        """A model of its own that shares the frozen weights."""
+        shared = {id(t): t for t in (*self._base.parameters(), *self._base.buffers())}
+        return copy.deepcopy(self._base, memo=shared).train()
+
+    def lora_config(self, **changes: Any) -> LoraConfig:
+        """r = 8 on q, k, v, up, down."""
+        return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **changes})
+
+    def competing(self, k: int, **lora: Any) -> ComLoRAModel:
+        """K branches without a selector, ready to run."""
+        base = self.base()
+        add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
+        return with_delta(ComLoRAModel(base, self.lora_config(**lora), CompetitionSettings(k=k))).train()
+
+    def peft(self) -> nn.Module:
+        """A single PEFT LoRA."""
+        base = self.base()
+        add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
+        return with_delta(get_peft_model(base, self.lora_config())).train()
+
+    def frozen(self) -> nn.Module:
+        """The base alone."""
+        base = self.base()
+        add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
+        return base
+
+    def batch(self, rows: int) -> dict[str, Tensor]:
+        """Random tokens, the last few supervised."""
+        size = (rows, self.shape.tokens)
+        ids = torch.randint(self.shape.config.vocab_size, size, device=self.shape.device)
+        labels = ids.clone()
+        labels[:, : -self.shape.supervised] = -100
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def floor_step(self, model: nn.Module, rows: int) -> Callable[[], None]:
+        """Forward and backward of the frozen model on `rows` rows, with gradients to the embeddings."""
+        batch = self.batch(rows)
+        ids = batch.pop("input_ids")
+
+        def step() -> None:
+            embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+            self._backward(model(inputs_embeds=embeddings, fused_lm_head=True, **batch))
+
+        return self._autocast(step)
+
+    def lora_step(self, model: nn.Module, rows: int, **kwargs: Any) -> Callable[[], None]:
+        """Forward and backward of an adapted model on a batch of `rows` rows."""
+        batch = self.batch(rows)
+
+        def step() -> None:
+            for parameter in model.parameters():
+                parameter.grad = None
+            self._backward(model(fused_lm_head=True, **batch, **kwargs))
+
+        return self._autocast(step)
+
+    def branch_step(self, model: ComLoRAModel, rows: int, chunk: int | None = None) -> Callable[[], None]:
+        """[`lora_step`] of all branches, `rows` rows each."""
+        return self.lora_step(model, rows, branch_pass=BranchPass(eta=0.5, chunk=chunk))
+
+    def _backward(self, output: Any) -> None:
+        with torch.autocast(self.shape.device.type, enabled=False):
+            (-output.log_probs.sum() / 100).backward()
+
+    def _autocast(self, step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.autocast(self.shape.device.type, torch.bfloat16):
+                step()
+
+        return run
+
+    def alternate(self, arms: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+        """Median milliseconds, spread and peak GiB of each arm; the arms take turns."""
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        peaks = dict.fromkeys(arms, 0.0)
+        for turn in range(self.shape.rounds + 2):
+            for name, arm in arms.items():
+                elapsed, peak = self._timed(arm)
+                peaks[name] = max(peaks[name], peak)
+                if turn >= 2:
+                    times[name].append(elapsed)
+        return {
+            name: {
+                "ms": statistics.median(values),
+                "min_ms": min(values),
+                "max_ms": max(values),
+                "peak_gib": peaks[name],
+            }
+            for name, values in times.items()
+        }
+
+    def _timed(self, arm: Callable[[], Any]) -> tuple[float, float]:
+        if self.shape.device.type != "cuda":
+            start = time.perf_counter()
+            arm()
+            return 1e3 * (time.perf_counter() - start), 0.0
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        arm()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end), torch.cuda.max_memory_allocated() / 2**30
+
+    # ---- Whole trainer steps ----
+
+    def trainer(self, kind: str, rows: int, folder: Path, **settings: Any) -> SFTTrainer:
+        """A trainer over the frozen base: kind "trl" or "comlora"; without checkpointing, logging every step."""
+        arguments: dict[str, Any] = {
+            "output_dir": str(folder / kind / str(len(list(folder.rglob("*"))))),
+            "per_device_train_batch_size": rows,
+            "max_steps": self.shape.rounds + 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-4,
+            "bf16": True,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "use_cpu": self.shape.device.type == "cpu",
+        }
+        config, trainer = (SFTConfig, SFTTrainer) if kind == "trl" else (ComLoRAConfig, ComLoRASFTTrainer)
+        data = self._dataset(rows * (self.shape.rounds + 2))
+        made = trainer(
+            self.base(),
+            config(**arguments, **settings),
+            train_dataset=data,
+            eval_dataset=data.select(range(2)),
+            processing_class=_tokenizer(),
+            peft_config=self.lora_config(),
+        )
+        made.remove_callback(PrinterCallback)
+        return made
+
+    def alternate_trainers(self, trainers: dict[str, SFTTrainer], turns: int = 2) -> dict[str, dict[str, float]]:
+        """Median milliseconds from one step's end to the next; the trainers take turns of a few steps."""
+        times: dict[str, list[float]] = {name: [] for name in trainers}
+        for _ in range(turns):
+            for name, trainer in trainers.items():
+                timer = _StepTimer(self.shape.device)
+                trainer.add_callback(timer)
+                SFTTrainer.train(trainer)  # without the choice and export of the winner
+                trainer.remove_callback(timer)
+                times[name] += timer.intervals()[1:]
+        return {
+            name: {"ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+            for name, values in times.items()
+        }
+
+    def _dataset(self, rows: int) -> Dataset:
+        batch = self.batch(rows)
+        return Dataset.from_dict({name: batch[name].tolist() for name in ("input_ids", "labels")})
+
+
+class _StepTimer(TrainerCallback):
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        """Milliseconds between consecutive ends of steps."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if self.device.type != "cuda":
+            return [1e3 * (later - earlier) for earlier, later in pairs]
+        torch.cuda.synchronize()
+        return [earlier.elapsed_time(later) for earlier, later in pairs]
+
+
+def with_delta(model: nn.Module) -> nn.Module:
+    """Gives every B random values, so that no product runs on zeros."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    return model
+
+
+@contextmanager
+def forced_kernels(name: str) -> Iterator[None]:
+    """`COMLORA_KERNELS` set to `name` for a while."""
+    before = os.environ.get("COMLORA_KERNELS")
+    os.environ["COMLORA_KERNELS"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COMLORA_KERNELS"]
+        else:
+            os.environ["COMLORA_KERNELS"] = before
+
+
+def release() -> None:
+    """Gives freed memory back, so that one measurement does not weigh on the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
