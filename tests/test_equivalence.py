@@ -168,14 +168,14 @@ def test_more_padding_changes_nothing(packed, float64):
 
 
 def test_with_trls_own_head():
-    """TRL's kernel rounds log-probabilities (about 5) and their gradients to float32: 1e-6 is what it can keep."""
+    """TRL's kernel works in float32: each log-probability of about 5 is off by up to 5e-7, gradients by less."""
     settings, rows = CompetitionSettings(k=3), make_rows()
     model, noise = make_comlora(settings), make_noise(rows, 3)
     run = ReferenceRun(make_model().double(), make_lora(), 3, trainable(model))
     reference = run.losses(rows, noise, Equations(3, eta=0.6))
     loss, gradients, _ = step(model, collate(rows), noise)
-    assert loss.item() == pytest.approx(reference.total.item(), abs=5e-6)
-    assert_equal(gradients, run.gradients(reference.total), tolerance=5e-6)
+    assert loss.item() == pytest.approx(reference.total.item(), abs=2e-6)
+    assert_equal(gradients, run.gradients(reference.total), tolerance=5e-7)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])
