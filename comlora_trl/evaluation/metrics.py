@@ -220,11 +220,14 @@ def _load_bert_scorer(name: str, layers: int) -> "BERTScorer":
         # On the CPU until it is used: the model under evaluation has the accelerator to itself until then
         scorer = BERTScorer(model_type=name, num_layers=layers, device="cpu")
     except OSError as error:
+        folder = Path(name).expanduser()
+        # A folder that is gone is fetched again under its own name
+        hub_id = folder.name if folder.exists() or name.startswith((".", "/", "~")) else name
         raise RuntimeError(
             f"BERTScore needs the model {name}, which is neither a folder with a model nor in the hub's cache, nor "
-            f"can it be downloaded now. Online: `hf download {name}`. Offline: `export {MODEL_VARIABLE}=FOLDER/"
-            f"{Path(name).name}`, a folder that comes from `hf download {name} --local-dir FOLDER/{Path(name).name}` "
-            "on a machine with a network."
+            f"can it be downloaded now. Online: `hf download {hub_id}`. Offline: `export {MODEL_VARIABLE}=FOLDER/"
+            f"{Path(name).name}`, a folder that comes from `hf download {hub_id} --local-dir FOLDER/"
+            f"{Path(name).name}` on a machine with a network."
         ) from error
     finally:
         if progress:

@@ -215,7 +215,7 @@ def _remark(content: dict[str, Any], task: str) -> str | None:
         limit = (content.get("config") or {}).get("limit")
         model = content["results"][task].get("bertscore_model,none", DEFAULT_MODEL)
         parts = [f"--limit {limit:g}"] if limit else []
-        parts += [f"BERTScore by {model} instead of {DEFAULT_MODEL}"] if model != DEFAULT_MODEL else []
+        parts += [f"BERTScore by {model} instead of {DEFAULT_MODEL}"] if Path(str(model)).name != DEFAULT_MODEL else []
         return f"{task} with {' and '.join(parts)}" if parts else None
     samples = content.get("n-samples") or {}
     counts = [

@@ -74,7 +74,7 @@ def _add_measured(table: Table, method: str, runs: list[Run]) -> None:
     values = [run.values[table.number] | _average(table, run) for run in runs]
     cells = {column: Cell(tuple(v[column] for v in values if column in v)) for column in table.columns}
     table.rows.append(Row(method, "measured", len(runs), cells))
-    table.notes.append(f"{method}: " + ", ".join(run.model for run in runs) + ".")
+    table.notes.append(f"{method}: " + ", ".join(_place(run) for run in runs) + ".")
     bases = sorted({run.base for run in runs if run.base})
     if len(bases) > 1:
         table.notes.append(f"{method}: its runs have different base models ({', '.join(bases)}), so are no seeds.")
@@ -84,8 +84,14 @@ def _add_measured(table: Table, method: str, runs: list[Run]) -> None:
     for run in runs:
         if table.number == "3" and (missing := _missing(run)):
             headings = ", ".join(table.columns[task] for task in missing)
-            table.notes.append(f"{method}: no average for {run.model}, which has no {headings}.")
-        table.notes += [f"{method}: {run.model} has {remark}." for remark in run.remarks[table.number].values()]
+            table.notes.append(f"{method}: no average for {_place(run)}, which has no {headings}.")
+        if remarks := run.remarks[table.number]:
+            table.notes.append(f"{method}: {_place(run)} has {', '.join(remarks.values())}.")
+
+
+def _place(run: Run) -> str:
+    """The run's adapter, from the current folder if it is below it."""
+    return run.model.removeprefix(f"{Path.cwd()}/")
 
 
 def _missing(run: Run) -> list[str]:

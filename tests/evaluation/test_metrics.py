@@ -231,6 +231,7 @@ def test_a_folder_that_is_not_there_is_named(wordnet: None, tmp_path: Path, monk
 
     with pytest.raises(RuntimeError, match="nothing/roberta-large") as caught:
         metrics.check_requirements()
+    assert "`hf download roberta-large`" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

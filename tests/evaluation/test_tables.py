@@ -189,6 +189,9 @@ def test_mmlu_and_convai2(tmp_path: Path):
     assert {name: cell.mean for name, cell in dialogue.items()} == {name: 10.0 + i for i, name in enumerate(CONVAI2)}
     assert "comlora_mmlu on 152 of 14,042 rows" in notes([tmp_path], "2")
     assert "BERTScore by tiny instead of roberta-large" in notes([tmp_path], "4")
+    results["comlora_convai2"]["bertscore_model,none"] = "/models/roberta-large"
+    write_results(tmp_path, adapter, results, day=2)
+    assert "BERTScore" not in notes([tmp_path], "4")
     assert measured([tmp_path], "3") == {}
 
 
@@ -241,6 +244,13 @@ def test_csv_is_unrounded_and_has_no_unmeasured_figure(tmp_path: Path, capsys: p
     assert float(lines[0]["mean"]) == pytest.approx(17.3456)
     assert float(lines[0]["std"]) == pytest.approx(100 * statistics.stdev([0.123456, 0.223456]))
     assert "no average" in output.err
+
+
+def test_notes_name_adapters_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_results(tmp_path / "r", write_adapter(tmp_path / "seed1" / "winner", k=2), commonsense(0.5))
+    monkeypatch.chdir(tmp_path)
+
+    assert notes(["r"]) == "ComLoRA K=2 r=8: seed1/winner."
 
 
 def test_output_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):
