@@ -3,7 +3,7 @@
 The corpus has three parts: facts as plain sentences; quizzes with right answers, in other layouts than the one that
 fine-tuning uses; and the fine-tuning layout itself with an answer drawn at random. So the base model knows the facts
 and the format and still scores near chance; what is left for LoRA is to connect the two. No instruction of the
-validation and test sets is among the quizzes; the facts behind them are in the corpus, as sentences and in other quizzes.
+validation and test sets is among the quizzes; the facts behind them are in the corpus, as sentences and other quizzes.
 
     python scripts/pretrain_demo.py                        # one GPU, about 3 minutes; writes comlora_trl/demo/model/
     python scripts/pretrain_demo.py --device cpu --steps 1500 --batch_size 128     # slow, and a weaker model
