@@ -9,6 +9,7 @@ more.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -136,7 +137,8 @@ def many_branches(bench: Bench, results: Results) -> None:
             torch.cuda.synchronize()
         averages = profile.key_averages()
         counts[k] = sum(one.count for one in averages if "LaunchKernel" in one.key)
-        results.figures[f"profile K={k}"] = averages.table(sort_by="cuda_time_total", row_limit=45)
+        by_time = sorted(averages, key=lambda one: -one.self_device_time_total)[:60]
+        results.figures[f"profile K={k}"] = {one.key: [one.count, one.self_device_time_total] for one in by_time}
     results.row("kernels launched, K=8 / K=1", counts[8] / counts[1], 1.0, f"{counts[8]} / {counts[1]}")
 
 
@@ -216,15 +218,18 @@ def upper_half(bench: Bench, results: Results) -> None:
     """Adapters on the upper half only: the lower half runs once on B rows."""
     layers = bench.shape.config.num_hidden_layers
     upper = list(range(layers // 2, layers))
-    late, whole = (bench.competing(4, layers_to_transform=upper) for _ in range(2))
-    whole.expansion.start = None  # expands the model's inputs
-    rows = bench.shape.rows
-    found = bench.alternate({"late": bench.branch_step(late, rows), "full": bench.branch_step(whole, rows)})
-    results.figures["upper half"] = found
+    rows, models = bench.shape.rows, [bench.competing(4, layers_to_transform=upper) for _ in range(3)]
+    late, whole, frozen_below = models
+    whole.expansion.start = frozen_below.expansion.start = None  # expand the model's inputs
+    whole.get_base_model().get_input_embeddings().register_forward_hook(lambda *seen: seen[-1].requires_grad_())
+    names = ("late", "full, gradients to the embeddings as in the floor", "full, no gradient below")
+    arms = {
+        name: bench.branch_step(model, rows) for name, model in zip(names, (late, whole, frozen_below), strict=True)
+    }
+    found = results.figures["upper half"] = bench.alternate(arms)
     detail = "; ".join(f"{arm} {one['ms']:.0f} ms, {one['peak_gib']:.1f} GiB" for arm, one in found.items())
-    results.row(
-        "adapters on the upper half, K=4 / full expansion", found["late"]["ms"] / found["full"]["ms"], 0.65, detail
-    )
+    ratio = found["late"]["ms"] / found[names[1]]["ms"]
+    results.row("adapters on the upper half, K=4 / full expansion", ratio, 0.65, detail)
 
 
 SECTIONS = (
@@ -292,7 +297,7 @@ def _environment(shape: Shape) -> dict[str, Any]:
     cuda = shape.device.type == "cuda"
     return {
         "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "commit": commit or "unknown",
+        "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
         "layers": shape.config.num_hidden_layers,
         "rows": shape.rows,
         "tokens": shape.tokens,

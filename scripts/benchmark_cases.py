@@ -133,10 +133,10 @@ class Bench:
 
     def lora_step(self, model: nn.Module, rows: int, **kwargs: Any) -> Callable[[], None]:
         """Forward and backward of an adapted model on a batch of `rows` rows."""
-        batch = self.batch(rows)
+        batch, parameters = self.batch(rows), [p for p in model.parameters() if p.requires_grad]
 
         def step() -> None:
-            for parameter in model.parameters():
+            for parameter in parameters:
                 parameter.grad = None
             self._backward(model(fused_lm_head=True, **batch, **kwargs))
 

@@ -60,17 +60,15 @@ def branch_linear_fused_base(
 class _BranchDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base_output: Tensor, scaling: float, dropout: float, *ab: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _WithoutAutocast(x.device.type):
             out = base_output if _may_overwrite(base_output) else base_output.clone()
             if out is base_output:
                 ctx.mark_dirty(base_output)
-            xa, b = _project_down(ctx, x, out.dtype, scaling, dropout, ab)
-            out.view(b.size(0), -1, out.size(-1)).baddbmm_(xa, b.mT, alpha=scaling)
-            return out
+            return _add_deltas(ctx, x, out, scaling, dropout, ab)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with _WithoutAutocast(grad.device.type):
             dx, gradients = _gradients(ctx, grad, None)
         return dx, grad, None, None, *gradients
 
@@ -80,45 +78,30 @@ class _BranchLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, dropout: float, *ab: Tensor
     ) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        out = F.linear(x, weight, bias)  # under autocast in its dtype, as the layer alone would
         ctx.weight = weight
-        with torch.autocast(device, enabled=False):
-            xa, b = _project_down(ctx, x, dtype, scaling, dropout, ab)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-            out_shape = (*x.shape[:-1], weight.size(0))
-            if not x.is_cuda:  # PEFT's order of operations, bit for bit
-                out = F.linear(x.to(dtype), weight, bias)
-                out.view(b.size(0), -1, out.size(-1)).baddbmm_(xa, b.mT, alpha=scaling)
-                return out
-            # The deltas first: the large product then adds to them in its epilogue, which hides the reading
-            if bias is None:
-                out = torch.bmm(xa if scaling == 1.0 else xa * scaling, b.mT)
-            else:
-                out = torch.baddbmm(bias.view(1, 1, -1), xa, b.mT, alpha=scaling)
-            out.view(-1, weight.size(0)).addmm_(x.to(dtype).reshape(-1, x.size(-1)), weight.t())
-            return out.view(out_shape)
+        with _WithoutAutocast(x.device.type):
+            return _add_deltas(ctx, x, out, scaling, dropout, ab)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with _WithoutAutocast(grad.device.type):
             dx, gradients = _gradients(ctx, grad, ctx.weight)
         return dx, None, None, None, None, *gradients
 
 
-def _project_down(
-    ctx: Any, x: Tensor, dtype: torch.dtype, scaling: float, dropout: float, ab: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """x Aᵀ and the stacked B in the compute dtype; keeps on ctx what the backward pass needs."""
-    k = len(ab) // 2
+def _add_deltas(ctx: Any, x: Tensor, out: Tensor, scaling: float, dropout: float, ab: tuple[Tensor, ...]) -> Tensor:
+    """Adds the deltas to `out`, and keeps on ctx what the backward pass needs."""
+    k, dtype = len(ab) // 2, out.dtype
     # one stack and one cast for all branches, whatever K
     a, b = torch.stack(ab[:k]).to(dtype), torch.stack(ab[k:]).to(dtype)
-    ctx.products = products(x, dtype)
+    ctx.products = products(x, dtype, a.size(1))
     ctx.noise = ctx.products.draw_noise(x, dropout) if dropout else None
     xa = ctx.products.project_down(x, a, ctx.noise)
+    ctx.products.add_delta(out.view(k, -1, out.size(-1)), xa, b, scaling)
     ctx.save_for_backward(x, xa, a, b)
     ctx.scaling, ctx.dtype = scaling, ab[0].dtype
-    return xa, b
+    return out
 
 
 def _gradients(ctx: Any, grad: Tensor, weight: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
@@ -129,11 +112,30 @@ def _gradients(ctx: Any, grad: Tensor, weight: Tensor | None) -> tuple[Tensor | 
     da = ctx.products.a_gradient(ds, x, ctx.noise)
     dx = None
     if ctx.needs_input_grad[0]:
+        # The branches' share first: the large product then adds to it in its epilogue, which hides the reading
         dx = ctx.products.project_back(ds, a, x, ctx.noise)
         if weight is not None:
             dx.view(-1, dx.size(-1)).addmm_(grads.view(-1, grads.size(-1)), weight.to(dx.dtype))
         dx = dx.view(x.shape).to(x.dtype)
     return dx, [*da.to(ctx.dtype).unbind(), *db.to(ctx.dtype).unbind()]
+
+
+class _WithoutAutocast:
+    """`torch.autocast(enabled=False)` at a tenth of its cost, which counts with hundreds of layers a step."""
+
+    __slots__ = ("device", "before")
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.before = torch.is_autocast_enabled(self.device)
+        if self.before:
+            torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self.before:
+            torch.set_autocast_enabled(self.device, True)
 
 
 def _may_overwrite(output: Tensor) -> bool:

@@ -21,7 +21,8 @@ def selected_kernels(device: torch.device | str) -> str:
     Raises:
         ValueError: if `COMLORA_KERNELS` names no kernels that exist, or kernels that can't run here.
     """
-    return _select(torch.device(device).type, os.environ.get(VARIABLE, ""), os.environ.get("TRITON_INTERPRET") == "1")
+    device = device if isinstance(device, torch.device) else torch.device(device)
+    return _select(device.type, os.environ.get(VARIABLE, ""), os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @lru_cache
@@ -37,9 +38,13 @@ def _select(device: str, forced: str, interpreted: bool) -> str:
     return forced or ("triton" if installed and device == "cuda" else "torch")
 
 
-def products(x: Tensor, dtype: torch.dtype) -> ModuleType:
-    """The module whose thin products serve x, computing in `dtype`; Triton's kernels have no float64, nor 0 rows."""
-    if dtype == torch.float64 or x.dtype == torch.float64 or x.numel() == 0 or selected_kernels(x.device) == "torch":
+def products(x: Tensor, dtype: torch.dtype, rank: int) -> ModuleType:
+    """The module whose thin products serve x, computing in `dtype`.
+
+    Triton's kernels have no float64 and no ranks above 64, which would not fit their tiles, and need a row at least.
+    """
+    plain = dtype == torch.float64 or x.dtype == torch.float64 or rank > 64 or x.numel() == 0
+    if plain or selected_kernels(x.device) == "torch":
         return torch_path
     from comlora_trl.kernels import triton_path
 

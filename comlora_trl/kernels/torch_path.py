@@ -40,6 +40,11 @@ def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
     return torch.bmm(rows.to(a.dtype).reshape(a.size(0), -1, a.size(-1)), a.mT)
 
 
+def add_delta(out: Tensor, xa: Tensor, b: Tensor, scaling: float) -> None:
+    """Adds scaling · (x A_kᵀ) B_kᵀ to `out`, [K, M, l], in place."""
+    out.baddbmm_(xa, b.mT, alpha=scaling)
+
+
 def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """(dS, dB): dS = scaling · g B_k, [K, M, r], the gradient of x A_kᵀ, and dB = scaling · gᵀ (x A_kᵀ), [K, l, r].
 
@@ -48,7 +53,9 @@ def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, scaling: float) -> tuple
         b: [K, l, r].
         xa: [K, M, r].
     """
-    return torch.bmm(grad, b).mul_(scaling), torch.bmm(grad.mT, xa).mul_(scaling)
+    nothing = grad.new_empty(1, 1, 1)  # beta = 0: not read
+    ds = torch.baddbmm(nothing, grad, b, beta=0, alpha=scaling)
+    return ds, torch.baddbmm(nothing, grad.mT, xa, beta=0, alpha=scaling)
 
 
 def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:

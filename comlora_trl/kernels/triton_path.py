@@ -2,7 +2,8 @@
 
 They are bandwidth-bound: r is 8 to 32, so each kernel reads its one large operand once and does as much with it as it
 can. dS and dB come from one pass over the gradient; dropout happens while x is read, from a seed. Sums over many rows
-are split among programs, whose float32 parts are added in a fixed order: the same input gives the same bits.
+are split among programs, whose float32 parts are added in a fixed order: the same input gives the same bits. Where
+cuBLAS measured faster (README.md beside this file), or a launch costs more than it saves, `torch_path` serves.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from comlora_trl.kernels import torch_path
 
 # Values that differ from step to step and must not each compile a kernel of their own
 _VARYING = ("rows", "seed", "threshold", "factor")
@@ -28,6 +31,14 @@ class Noise(NamedTuple):
     seed: int
 
 
+# Elements of the large operand below which a launch costs more than the bytes it saves
+_SMALL = 2**24
+
+
+def _small(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.numel() < _SMALL  # in the interpreter every kernel runs
+
+
 def draw_noise(x: Tensor, p: float) -> Noise:
     """The noise of one forward, from torch's CPU generator (which checkpointing restores): no device sync."""
     return Noise(p, int(torch.randint(2**31 - 1, ())))
@@ -35,6 +46,8 @@ def draw_noise(x: Tensor, p: float) -> Noise:
 
 def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
     """dropout(x) A_kᵀ, [K, M, r]; see `torch_path`."""
+    if noise is None and x.is_cuda:
+        return torch_path.project_down(x, a, None)
     x = x.reshape(-1, x.size(-1))
     k, rank, width = a.shape
     rows = x.size(0) // k
@@ -46,8 +59,20 @@ def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
     return out
 
 
+def add_delta(out: Tensor, xa: Tensor, b: Tensor, scaling: float) -> None:
+    """Adds the deltas to `out`, [K, M, l], in place; see `torch_path`."""
+    if _small(out):
+        return torch_path.add_delta(out, xa, b, scaling)
+    (k, rows, width), rank = out.shape, b.size(-1)
+    _add_delta[triton.cdiv(rows, 64), triton.cdiv(width, 128), k](
+        out, xa, b, rows, width, rank, scaling, BM=64, BL=128, R=_padded(rank), PRECISION=_precision(b)
+    )
+
+
 def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """(dS, dB) in one pass over the gradient; see `torch_path`. dB is float32."""
+    if _small(grad):
+        return torch_path.rank_gradients(grad, b, xa, scaling)
     k, rows, width = grad.shape
     rank = b.size(-1)
     block, columns = 128 if grad.size(1) >= 128 else 64, 64
@@ -76,6 +101,8 @@ def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, scaling: float) -> tuple
 
 def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
     """dA = dSᵀ dropout(x), [K, r, d], float32; see `torch_path`."""
+    if noise is None and x.is_cuda:
+        return torch_path.a_gradient(ds, x, None)
     x = x.reshape(-1, x.size(-1))
     (k, rows, rank), width = ds.shape, x.size(-1)
     block, columns = 64, 128
@@ -175,6 +202,29 @@ def _project_down(
         total += _dot(tile.to(weights.dtype), weights, PRECISION)
     place = out + row[:, None] * rank + ranks[None, :]
     tl.store(place, (total * factor).to(out.dtype.element_ty), (inside < rows)[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=("rows", "scaling"))
+def _add_delta(
+    out, xa, b, rows, width, rank, scaling,
+    BM: tl.constexpr, BL: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    branch = tl.program_id(2)
+    inside = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = (branch * rows + inside).to(tl.int64)
+    col = tl.program_id(1) * BL + tl.arange(0, BL)
+    ranks = tl.arange(0, R)
+    place = out + row[:, None] * width + col[None, :]
+    within = (inside < rows)[:, None] & (col < width)[None, :]
+    tile = tl.load(place, within, 0.0)
+    down = tl.load(xa + row[:, None] * rank + ranks[None, :], (inside < rows)[:, None] & (ranks < rank)[None, :], 0.0)
+    up = tl.load(
+        b + (branch * width + col)[:, None] * rank + ranks[None, :],
+        (col < width)[:, None] & (ranks < rank)[None, :],
+        0.0,
+    )
+    delta = _dot(down, tl.trans(up), PRECISION) * scaling
+    tl.store(place, (tile.to(tl.float32) + delta).to(out.dtype.element_ty), within)
 
 
 @triton.jit(do_not_specialize=("rows", "steps", "scaling"))

@@ -107,14 +107,14 @@ def test_dropout_draws_one_mask_for_forward_and_backward(path: str, dtype: torch
 
 def drawn_mask(x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
     """dropout's mask, through the down-projection with the identity for A."""
-    path = products(x, dtype)
+    path = products(x, dtype, 8)
     noise = path.draw_noise(x, p)
     ones, identity = torch.ones_like(x), torch.eye(x.size(-1), dtype=dtype, device=x.device)[None]
     return path.project_down(ones, identity, noise).view_as(x)
 
 
 def test_dropout_masks_differ_and_keep_their_share(path: str) -> None:
-    x = torch.ones(64, 256, device=DEVICE)
+    x = torch.ones(256, 64, device=DEVICE)
     first, second = drawn_mask(x, torch.float32, 0.05), drawn_mask(x, torch.float32, 0.05)
     assert not torch.equal(first, second)
     for mask in (first, second):
