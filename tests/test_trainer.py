@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
 from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
@@ -65,7 +64,6 @@ def test_padding_free_equals_padded(train):
     "options",
     [
         {"packing": True, "max_length": 64},
-        {"activation_offloading": True},
         {"gradient_checkpointing": False},
         {"bf16": True, "double": False},
         {"lora": {"use_dora": True}},
@@ -139,6 +137,8 @@ def test_validation_set_is_held_out_and_reproducible(train):
 
 def test_args_none_and_plain_sft_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # TRL's default, bf16, asks for a GPU or use_cpu, and there are no arguments to say use_cpu with
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     given = {"train_dataset": make_dataset(130), "processing_class": make_tokenizer(), "peft_config": make_lora()}
     model = make_model()
     model.config._name_or_path = "someone/tiny"
