@@ -13,6 +13,8 @@ Choices, where a library leaves one:
   reply and has no space before it, and CONVAI2 puts one before each.
 - ROUGE-L: the F1 of `rouge_score` without stemming, the mean over replies.
 - BERTScore: `bert_score.BERTScorer` without idf weights or rescaling, the mean over replies.
+  With transformers 5, bert-score 0.3.13 no longer gets a space before the first word of a text into RoBERTa's
+  tokens, as it did with transformers 4, so figures are comparable to the last digit only under one version.
 """
 
 import os
@@ -216,7 +218,9 @@ def _load_bert_scorer(name: str, layers: int) -> "BERTScorer":
         config = AutoConfig.from_pretrained(name)
         available = config.num_hidden_layers
         if layers > available:
-            raise ValueError(f"{LAYERS_VARIABLE}={layers}, but the model {name} has layers 1 to {available}.")
+            raise ValueError(
+                f"the model {name} has layers 1 to {available}, not {layers}: set {LAYERS_VARIABLE} to one of them."
+            )
         # On the CPU until it is used: the model under evaluation has the accelerator to itself until then
         scorer = BERTScorer(model_type=name, num_layers=layers, device="cpu")
     except OSError as error:

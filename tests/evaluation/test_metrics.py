@@ -251,10 +251,20 @@ def test_model_and_layers_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     assert metrics.bertscore_layers() == 5
 
 
-@pytest.mark.parametrize("layers", ["0", "-1", "two", "1.5", "3"])
+@pytest.mark.parametrize("layers", ["0", "-1", "two", "1.5"])
 def test_wrong_layers_are_refused(bert: str, monkeypatch: pytest.MonkeyPatch, layers: str):
     monkeypatch.setenv(metrics.LAYERS_VARIABLE, layers)
     with pytest.raises(ValueError, match=f"COMLORA_BERTSCORE_LAYERS={layers}"):
+        metrics.check_requirements()
+
+
+@pytest.mark.parametrize("layers", ["3", None])
+def test_a_layer_that_the_model_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str | None):
+    """None: the layer of bert-score's own choice for a model of this name, 17."""
+    monkeypatch.setenv(metrics.MODEL_VARIABLE, str(make_bert(tmp_path, "roberta-large")))
+    if layers:
+        monkeypatch.setenv(metrics.LAYERS_VARIABLE, layers)
+    with pytest.raises(ValueError, match=f"layers 1 to 2, not {layers or 17}: set COMLORA_BERTSCORE_LAYERS"):
         metrics.check_requirements()
 
 
