@@ -1,13 +1,10 @@
 """The data set that comes with the package, in LLM-Adapters' format with the name of each row's task."""
 
-from pathlib import Path
 from typing import Any
 
 from comlora_trl.data.errors import DataError
 from comlora_trl.data.files import read_rows
-
-SPLITS = ("train", "validation", "test")
-FOLDER = Path(__file__).resolve().parent.parent / "demo" / "data"
+from comlora_trl.demo import DEMO_SPLITS, demo_data_path
 
 
 def read_demo_rows(split: str) -> list[dict[str, Any]]:
@@ -16,6 +13,6 @@ def read_demo_rows(split: str) -> list[dict[str, Any]]:
     Raises:
         DataError: there is no such split.
     """
-    if split not in SPLITS:
-        raise DataError(f"demo has no split {split!r}: choose one of {', '.join(SPLITS)}")
-    return read_rows(FOLDER / f"{split}.json", ("instruction", "output", "answer", "task"))
+    if split not in DEMO_SPLITS:
+        raise DataError(f"demo has no split {split!r}: choose one of {', '.join(DEMO_SPLITS)}")
+    return read_rows(demo_data_path(split), ("instruction", "output", "answer", "task"))

@@ -185,7 +185,7 @@ def _dataset(docs: list[Doc], metadata: dict[str, Any]) -> "DatasetDict":
     """Documents as lm_eval takes them; a misspelt key of ours must not pass for the default."""
     from datasets import Dataset, DatasetDict
 
-    unknown = [key for key in metadata if key.startswith("comlora_")]
+    unknown = [key for key in metadata if key.startswith("comlora_") and key not in METADATA_KEYS]
     if unknown:
         raise DataError(f"--metadata has the unknown key {unknown[0]!r}: choose from {', '.join(METADATA_KEYS)}")
     install_row_stopping()

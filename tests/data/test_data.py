@@ -1,0 +1,193 @@
+"""Every source becomes prompt-completion rows, and bad data gets one line that says what to do."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from comlora_trl.data import DataError, build_prompt, commonsense, convai2, files, load_training_dataset, mmlu
+
+ROW = {
+    "instruction": "Is it so?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "the answer is true",
+    "answer": "true",
+}
+QUESTION = {"question": "Which?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1}
+DIALOGUE = """1 your persona: i swim.
+2 hi\thello there\t\tno|hello there
+3 swim ?\tyes\t\tyes
+1 your persona: i read.
+2 hi\tgood day
+"""
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_data_dir(monkeypatch, tmp_path):
+    monkeypatch.delenv("COMLORA_DATA_DIR", raising=False)
+    monkeypatch.setenv("COMLORA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_prompts_have_the_exact_white_space():
+    words = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    pad = " " * 16
+    assert build_prompt("I\nJ") == f"{words}\n\n### Instruction:\nI\nJ\n\n### Response:\n"
+    expected = f"{words} \n\n{pad}### Instruction:\n{pad}I\n\n{pad}### Response:\n{pad}"
+    assert build_prompt("I", "llm_adapters") == expected
+    assert build_prompt("I", "hira") == f"{words}  \n\n### Instruction:\nI\n\n### Response:\n"
+    assert build_prompt("{instruction} {x}").count("{instruction} {x}") == 1
+    with pytest.raises(ValueError, match="'alpaca'.*comlora, llm_adapters, hira"):
+        build_prompt("I", "alpaca")
+
+
+def test_commonsense_file_list_and_folder(tmp_path):
+    first = write(tmp_path / "data" / "boolq" / "train.json", [ROW, ROW])
+    second = write(tmp_path / "data" / "piqa" / "train.json", [dict(ROW, output="solution1")])
+    expected = {"prompt": build_prompt(ROW["instruction"]), "completion": ROW["output"]}
+    assert load_training_dataset(str(first)).to_list() == [expected] * 2
+    rows = load_training_dataset(tmp_path / "data").to_list()
+    assert rows == load_training_dataset([first, second]).to_list()
+    assert [row["completion"] for row in rows] == [ROW["output"]] * 2 + ["solution1"]
+    streamed = load_training_dataset(first, streaming=True)
+    assert list(streamed) == [expected] * 2
+
+
+def test_template_and_input_reach_the_prompt(tmp_path):
+    path = write(tmp_path / "a.json", [dict(ROW, input="more")])
+    prompt = load_training_dataset(path, template="hira")[0]["prompt"]
+    assert prompt == build_prompt(ROW["instruction"] + "\n\nmore", "hira")
+
+
+def test_mmlu(tmp_path):
+    path = write(tmp_path / "mmlu" / "dev.jsonl", json.dumps(QUESTION) + "\n")
+    for source in (path, path.parent):
+        [row] = load_training_dataset(source).to_list()
+        assert row["completion"] == "the correct answer is B"
+        assert "Which?\n\nA: a\nB: b\nC: c\nD: d\n\nAnswer format: A/B/C/D" in row["prompt"]
+
+
+def test_convai2_starts_anew_at_number_one(tmp_path):
+    path = write(tmp_path / "train_self_original.txt", DIALOGUE)
+    rows = load_training_dataset(path.parent).to_list()
+    assert [row["completion"] for row in rows] == ["hello there", "yes", "good day"]
+    assert "your persona: i swim.\nQ: hi\nR: hello there\nQ: swim ?\n" in rows[1]["prompt"]
+    assert "i swim" not in rows[2]["prompt"] and "hello" not in rows[2]["prompt"]
+    assert "no|hello" not in "".join(row["prompt"] for row in rows)
+
+
+def test_references_are_grouped_like_the_reference_implementation():
+    grouped = convai2.group_references(["p", "p", "q", "p"], ["1", "2", "3", "4"], ["a", "b", "c", "d"])
+    assert grouped == (["1", "3", "4"], [["a", "b"], ["c"], ["d"]])
+    assert convai2.cut_reply(" i swim . Q: and R: you") == "i swim ."
+
+
+def test_demo():
+    assert len(load_training_dataset("demo")) > len(load_training_dataset("demo", split="validation")) > 0
+    with pytest.raises(DataError, match="'dev'.*train, validation, test"):
+        load_training_dataset("demo", split="dev")
+
+
+def test_trl_formats_are_left_alone(tmp_path):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    path = write(tmp_path / "chat.jsonl", json.dumps(row) + "\n")
+    assert load_training_dataset(str(path))[0] == row
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", r"a\.json: the file is empty"),
+        ("a.json", "[]", r"a\.json: the list holds no rows"),
+        ("a.json", "[{", r"a\.json: not valid JSON"),
+        ("a.json", {"a": 1}, r"a\.json: expected a list of JSON objects"),
+        ("a.json", [ROW, {"instruction": "I"}], r"a\.json: row 1 has no 'output'; expected the fields instruction"),
+        ("a.jsonl", json.dumps(dict(QUESTION, answer=4)), r"row 0 has the answer 4, expected an index 0 to 3"),
+        (
+            "a.jsonl",
+            json.dumps(dict(QUESTION, choices=["a"])),
+            r"row 0 has the choices \['a'\], expected a list of four",
+        ),
+        ("a.txt", "1 your persona: i swim.\n", r"holds no dialogue turn"),
+        ("a.txt", "hello\n", r"line 1 does not begin with its number"),
+        ("a.txt", "1 hi\tho\n", r"line 1 belongs to a dialogue without 'your persona:'"),
+        ("a.txt", "1 your persona: i swim.\n2 hi\n", r"line 2 has no reply"),
+        ("a.csv", "x", r"unknown kind of file; expected \.json"),
+    ],
+)
+def test_bad_files_get_one_line(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load_training_dataset(write(tmp_path / name, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_things_get_one_line(tmp_path, monkeypatch):
+    for name, message in [
+        ("convai2", "no stable public file.*COMLORA_DATA_DIR=DIR"),
+        ("boolq", "no train file of boolq alone.*commonsense_170k"),
+        (tmp_path, "no data of the split 'train'; expected TASK/train.json"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_training_dataset(name)
+    monkeypatch.setenv("COMLORA_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="mmlu: no train.jsonl, but COMLORA_DATA_DIR"):
+        load_training_dataset("mmlu")
+    with pytest.raises(DataError, match="hellaswag/test.json: no such file"):
+        commonsense.test_file("hellaswag", str(tmp_path))
+
+
+def blob_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob " + str(len(content)).encode() + b"\0" + content).hexdigest()
+
+
+def test_downloads_are_checked_and_cached(tmp_path, monkeypatch):
+    content = json.dumps([ROW]).encode()
+    upstream = tmp_path / "upstream"
+    upstream.mkdir()
+    (upstream / "f.json").write_bytes(content)
+    monkeypatch.setattr(files, "LLM_ADAPTERS_URL", upstream.as_uri() + "/")
+    path = files.download_llm_adapters("f.json", blob_sha1(content))
+    assert path.read_bytes() == content
+    (upstream / "f.json").unlink()
+    assert files.download_llm_adapters("f.json", blob_sha1(content)) == path
+    path.write_bytes(content + b" ")
+    with pytest.raises(DataError, match="git blob SHA-1 is .* expected .*delete the file"):
+        files.download_llm_adapters("f.json", blob_sha1(content))
+    (upstream / "g.json").write_bytes(b"other")
+    with pytest.raises(DataError, match="g.json: git blob SHA-1 is .*, expected"):
+        files.download_llm_adapters("g.json", blob_sha1(content))
+    with pytest.raises(DataError, match="h.json: cannot be downloaded.*COMLORA_DATA_DIR"):
+        files.download_llm_adapters("h.json", blob_sha1(content))
+    assert [entry.name for entry in path.parent.iterdir()] == ["f.json"], "nothing unchecked may stay"
+
+
+def test_git_agrees_on_the_checksum(tmp_path):
+    path = write(tmp_path / "f", "some text\n")
+    if not (git := subprocess.run(["git", "hash-object", path], capture_output=True, text=True)).stdout:
+        pytest.skip(f"no git: {git.stderr}")
+    assert files.git_blob_sha1(path) == git.stdout.strip()
+
+
+def test_prompts_and_evaluation_import_no_torch():
+    code = (
+        "import sys, comlora_trl.data, comlora_trl.evaluation.hook, comlora_trl.evaluation.tasks as t;"
+        "t.build_prompt('I'); sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'datasets', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_real_data(shared_data):
+    assert len(load_training_dataset(shared_data / "commonsense")) == 9427 + 2251 + 1119 + 4957
+    train = load_training_dataset(shared_data / "convai2")
+    text = (shared_data / "convai2" / "train_self_original.txt").read_text(encoding="utf-8")
+    assert len(train) == sum("\t" in line for line in text.split("\n"))
+    assert len(load_training_dataset(shared_data / "mmlu")) == 285
+    assert len(mmlu.read_mmlu_rows(shared_data / "mmlu" / "test.jsonl")) == 2595
