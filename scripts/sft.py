@@ -9,8 +9,8 @@ A model and data of your own; every flag of TRL's own sft.py works:
     python scripts/sft.py --model_name_or_path meta-llama/Meta-Llama-3-8B --dtype bfloat16 \
         --dataset_name commonsense_170k --comlora_k 2 --lora_r 8 --per_device_train_batch_size 16
 
---dataset_name takes a preset (commonsense_170k, mmlu, convai2, demo), a hub id, or a local file or folder. Flags may come
-from a YAML file (--config recipe.yaml); those on the command line win. The winner is left in ./winner.
+--dataset_name takes a preset (commonsense_170k, mmlu, convai2, demo), a hub id, or a local file or folder. Flags may
+come from a YAML file (--config recipe.yaml); those on the command line win. The winner is left in ./winner.
 """
 
 import sys
@@ -41,7 +41,7 @@ class ComLoRAScriptArguments(ScriptArguments):
     comlora_prompt: str = field(
         default="comlora",
         metadata={
-            "help": "Prompt template of instruction data: 'comlora', 'llm_adapters' or 'hira' (their own white space).",
+            "help": "Prompt template of instruction data: 'comlora', 'llm_adapters' or 'hira' (their white space).",
             "choices": sorted(PROMPT_TEMPLATES),
         },
     )
