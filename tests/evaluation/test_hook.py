@@ -1,0 +1,228 @@
+"""The hook: what it fills in, what it leaves alone, and the stock command in a fresh virtual environment."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import pytest
+from conftest import make_lora, make_model, make_tokenizer
+
+lm_eval = pytest.importorskip("lm_eval")
+
+import comlora_lm_eval_hook  # noqa: E402
+from comlora_trl.evaluation import hook  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[2]
+STOCK_TASK = """
+task: stock
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{until: ["a", "b"], max_gen_toks: 8, num_beams: 2}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """A winner as the trainer leaves one: adapter and tokenizer; its base beside it."""
+    from peft import get_peft_model
+
+    folder = tmp_path_factory.mktemp("run")
+    make_model().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    model = make_model()
+    model.name_or_path = model.config._name_or_path = str(folder / "base")
+    get_peft_model(model, make_lora(r=24)).save_pretrained(folder / "winner")
+    make_tokenizer().save_pretrained(folder / "winner")
+    return folder / "winner"
+
+
+def run(command, folder, python=sys.executable, **environment):
+    paths = {"PYTHONPATH": str(REPOSITORY)} if python == sys.executable else {"PYTHONPATH": ""}
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | paths | environment
+    return subprocess.run([python, *command], cwd=folder, env=variables, capture_output=True, text=True)
+
+
+def test_base_and_tokenizer_come_from_the_adapter(adapter, tmp_path):
+    base = str(adapter.parent / "base")
+    assert hook.hf_arguments(str(adapter), {}) == {"pretrained": base, "tokenizer": str(adapter)}
+    assert "tokenizer" not in hook.hf_arguments(str(adapter), {"tokenizer": "other"})
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "org/model", "revision": "v2"})
+    )
+    assert hook.hf_arguments(str(tmp_path), {}) == {"pretrained": "org/model", "revision": "v2"}
+
+
+def test_vllm_gets_a_rank_it_accepts(adapter):
+    assert hook.vllm_arguments(str(adapter), {})["max_lora_rank"] == 32
+    assert "max_lora_rank" not in hook.vllm_arguments(str(adapter), {"max_lora_rank": 64})
+
+
+def test_models_are_filled_and_nothing_given_is_overridden(adapter, capsys):
+    class VLLM:
+        def __init__(self, pretrained, **kwargs):
+            self.given = {"pretrained": pretrained, **kwargs}
+
+    module = types.SimpleNamespace(VLLM=VLLM)
+    hook.apply("lm_eval.models.vllm_causallms", module)
+    hook.apply("lm_eval.models.vllm_causallms", module)
+    path = str(adapter)
+    assert VLLM(lora_local_path=path).given == {
+        "pretrained": str(adapter.parent / "base"),
+        "tokenizer": path,
+        "lora_local_path": path,
+        "max_lora_rank": 32,
+    }
+    told = capsys.readouterr().err
+    assert told.startswith(f"comlora-trl: from lora_local_path={path}: pretrained=") and told.count("\n") == 1
+    assert VLLM(pretrained="mine", lora_local_path=path).given == {"pretrained": "mine", "lora_local_path": path}
+    assert VLLM("mine").given == {"pretrained": "mine"}
+    assert not capsys.readouterr().err
+    with pytest.raises(TypeError, match="pretrained"):
+        VLLM()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"base_model_name_or_path": "/gone/base"}, "its base model /gone/base does not exist.*add pretrained=BASE"),
+        ({"base_model_name_or_path": None}, "names no base model; add pretrained=BASE"),
+        (None, "adapter_config.json: no such file; expected the folder of a PEFT adapter"),
+    ],
+)
+def test_a_bad_adapter_gets_one_line(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        hook.hf_arguments(str(tmp_path), {})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no such folder"):
+        hook.hf_arguments(str(tmp_path / "winner"), {})
+
+
+def test_an_error_in_the_hook_leaves_lm_eval_alone(capsys):
+    comlora_lm_eval_hook.apply("lm_eval.tasks.manager", types.SimpleNamespace())  # it has no TaskManager
+    assert capsys.readouterr().err.startswith("comlora-trl: lm_eval is left as it is (AttributeError")
+
+
+def test_the_start_imports_nothing_else():
+    code = "import sys; before = set(sys.modules); import comlora_lm_eval_hook as hook; hook.install();"
+    code += "sys.exit(str(set(sys.modules) - before - {'comlora_lm_eval_hook'} or 0).replace('0', '') or 0)"
+    assert run(["-S", "-c", code], REPOSITORY).returncode == 0
+
+
+def pth_line() -> str:
+    return (REPOSITORY / "comlora_lm_eval_hook.pth").read_text()
+
+
+def test_the_pth_line_is_switched_off_and_survives_a_missing_module(tmp_path):
+    code = (
+        pth_line()
+        + "import sys; print(any(getattr(f, '__module__', '') == 'comlora_lm_eval_hook' for f in sys.meta_path))"
+    )
+    assert pth_line().count("\n") == 1 and pth_line().startswith("import ")
+    assert run(["-c", code], tmp_path).stdout == "True\n"
+    assert run(["-c", code], tmp_path, COMLORA_LM_EVAL_HOOK="0").stdout == "False\n"
+    gone = run(["-c", code], tmp_path, PYTHONPATH="")
+    assert (gone.stdout, gone.stderr) == ("False\n", "")
+
+
+@pytest.mark.slow
+def test_stock_results_are_the_same_with_and_without_the_hook(adapter, tmp_path):
+    """Samples, byte for byte, and scores: beams and stop strings included, where our tasks' stop check differs."""
+    rows = [{"question": f"what is {'abcdefgh'[i % 8] * (1 + i % 5)} ?", "answer": "x"} for i in range(24)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "stock.yaml").write_text(STOCK_TASK.format(data=data))
+    code = (
+        pth_line()
+        + "import sys, json, lm_eval; from lm_eval.tasks import TaskManager\n"
+        + "manager = TaskManager(include_path=sys.argv[1])\n"
+        + "hooked = 'comlora_demo' in manager.all_tasks\n"
+        + "r = lm_eval.simple_evaluate('hf', {'pretrained': sys.argv[2], 'peft': sys.argv[3]}, ['stock'],"
+        + " task_manager=manager, batch_size=8, device='cpu')\n"
+        + "print(json.dumps([hooked, json.dumps([r['results'], r['samples'], r['configs']], default=str)]))"
+    )
+    arguments = ["-c", code, str(tmp_path), str(adapter.parent / "base"), str(adapter)]
+    outputs = []
+    for switch in ("1", "0"):
+        result = run(arguments, tmp_path, COMLORA_LM_EVAL_HOOK=switch)
+        assert result.returncode == 0, result.stderr[-2000:]
+        outputs.append(json.loads(result.stdout.splitlines()[-1]))
+    assert [hooked for hooked, _ in outputs] == [True, False]
+    assert outputs[0][1] == outputs[1][1] and "exact_match" in outputs[0][1]
+
+
+@pytest.mark.slow
+def test_tasks_validate_by_name(tmp_path):
+    names = "comlora_commonsense,comlora_mmlu,comlora_convai2,comlora_demo"
+    result = run(["-m", "comlora_trl.evaluation.cli", "validate", "--tasks", names], tmp_path)
+    assert "All tasks found and valid" in result.stdout, result.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_stale_base_ends_in_one_line(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone/base"}))
+    command = ["-m", "comlora_trl.evaluation.cli", "--model", "hf", "--model_args", f"peft={tmp_path}"]
+    result = run([*command, "--tasks", "comlora_demo", "--limit", "2"], tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path}: its base model /gone/base does not exist")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_the_stock_command_in_a_fresh_environment(adapter, tmp_path, kind):
+    """Only our package is new there: what it needs is taken from the running environment."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("comlora_trl", "lm_eval_tasks"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        *(p.name for p in REPOSITORY.glob("comlora_lm_eval_hook.*")),
+    ):
+        shutil.copy(REPOSITORY / name, source)
+    for name in ("README.md", "LICENSE"):
+        (source / name).touch()
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    packages = run(
+        ["-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], tmp_path, python
+    ).stdout.strip()
+    Path(packages, "zz_running_environment.pth").write_text(sysconfig.get_paths()["purelib"])
+    install = ["-m", "pip", "install", "-q", "--no-deps", *(["-e"] if kind == "editable" else []), str(source)]
+    done = run(install, tmp_path, python)
+    if "Could not find a version that satisfies the requirement setuptools" in done.stderr:
+        pytest.skip("no package index to build with")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(adapter, tmp_path / "elsewhere" / "winner")
+    command = ["-m", "lm_eval", "--model", "hf", "--model_args", "peft=winner/", "--tasks", "comlora_demo"]
+    options = [
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "4",
+        "--gen_kwargs",
+        "max_gen_toks=4",
+        "--output_path",
+        "out",
+    ]
+    options += ["--metadata", '{"comlora_prompt": "comlora"}']
+    result = run([*command, *options], tmp_path / "elsewhere", python)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "comlora-trl: from peft=winner/: pretrained=" in result.stderr
+    [file] = (tmp_path / "elsewhere" / "out").rglob("results*.json")
+    assert "acc,none" in json.loads(file.read_text())["results"]["comlora_demo"]
