@@ -93,7 +93,8 @@ class _BranchLinear(torch.autograd.Function):
 def _add_deltas(ctx: Any, x: Tensor, out: Tensor, scaling: float, dropout: float, ab: tuple[Tensor, ...]) -> Tensor:
     """Adds the deltas to `out`, and keeps on ctx what the backward pass needs."""
     k, dtype = len(ab) // 2, out.dtype
-    a, b = _stacked(ab, dtype)
+    # one stack and one cast for all branches, whatever K
+    a, b = torch.stack(ab[:k]).to(dtype), torch.stack(ab[k:]).to(dtype)
     ctx.products = products(x, dtype, a.size(1))
     ctx.noise = ctx.products.draw_noise(x, dropout) if dropout else None
     xa = ctx.products.project_down(x, a, ctx.noise)
@@ -101,17 +102,6 @@ def _add_deltas(ctx: Any, x: Tensor, out: Tensor, scaling: float, dropout: float
     ctx.save_for_backward(x, xa, a, b)
     ctx.scaling, ctx.dtype = scaling, ab[0].dtype
     return out
-
-
-def _stacked(ab: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All A, [K, r, d], and all B, [K, l, r], stacked and cast: on a GPU in one launch, whatever K."""
-    k = len(ab) // 2
-    if not ab[0].is_cuda:
-        return torch.stack(ab[:k]).to(dtype), torch.stack(ab[k:]).to(dtype)
-    a = torch.empty(k, *ab[0].shape, dtype=dtype, device=ab[0].device)
-    b = torch.empty(k, *ab[k].shape, dtype=dtype, device=ab[0].device)
-    torch._foreach_copy_([*a.unbind(), *b.unbind()], list(ab))
-    return a, b
 
 
 def _gradients(ctx: Any, grad: Tensor, weight: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
