@@ -1,7 +1,6 @@
 """[`ComLoRASFTTrainer`]: TRL's SFT trainer, with K branches in competition instead of one LoRA adapter."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -27,14 +26,15 @@ from comlora_trl.preparation import (
     hold_out,
     load_base_model,
 )
-from comlora_trl.report import competition_summary, print_table, start_line
-from comlora_trl.statistics import LogWindow, StepSums, ValidationTally
-from comlora_trl.winner import check_target, check_writable, new_folder, save_branch
+from comlora_trl.report import print_table, start_line
+from comlora_trl.statistics import LogWindow, StepSums
+from comlora_trl.winner import check_target, check_writable
+from comlora_trl.winner_selection import WinnerSelection
 
 logger = get_logger(__name__)
 
 
-class ComLoRASFTTrainer(SFTTrainer):
+class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
     """
     Trainer for ComLoRA: K LoRA branches compete, and the winner leaves as an ordinary PEFT adapter.
 
@@ -136,8 +136,6 @@ class ComLoRASFTTrainer(SFTTrainer):
         self._micro_batches: MicroBatches | None = None
         self._sums = StepSums(model.settings.k, self.args.device)
         self._window = LogWindow(model.settings.k)
-        self._tally = ValidationTally(model.settings.k)
-        self._tallies: list[ValidationTally] = []
 
     @property
     def comlora_model(self) -> ComLoRAModel:
@@ -296,93 +294,6 @@ class ComLoRASFTTrainer(SFTTrainer):
         if self.model.training:
             logs.update(self._window.flush())
         super().log(logs, start_time)
-
-    # ---- Validation and the winner ----
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's evaluation, with every branch's validation NLL and score, and the winner so far."""
-        self._tally = ValidationTally(self._settings.k)
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        self._tallies.append(self._tally)
-        result = self._result(self._tally)
-        self.comlora_model.competition_state.last_evaluation = result
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = result["eval_loss"]
-        for branch in range(self._settings.k):
-            output.metrics[f"{prefix}_comlora/loss_{branch}"] = result["validation_nll"][branch]
-            if result["scores"] is not None:
-                output.metrics[f"{prefix}_comlora/score_{branch}"] = result["scores"][branch]
-        output.metrics[f"{prefix}_comlora/winner"] = result["winner"]
-        return output
-
-    def _add_to_tally(self, output: BranchOutput, rows_per_example: Tensor | None, examples: int) -> None:
-        example = None
-        if rows_per_example is not None:
-            known = torch.arange(examples, device=rows_per_example.device).repeat_interleave(rows_per_example)
-            example = known.new_full((output.tokens.numel(),), examples)
-            example[: known.numel()] = known
-        lines = self._tally.columns(output.nll, output.tokens, output.scores, example, examples)
-        self._tally.add(self.accelerator.gather_for_metrics(lines))
-
-    def _result(self, tally: ValidationTally) -> dict[str, Any]:
-        by_selector = self.args.comlora_winner_by == "selector" and self.args.comlora_selector
-        alive = self.comlora_model.alive(torch.device("cpu"))
-        return tally.result(alive, by_selector, self.state.global_step)
-
-    def determine_winner(self) -> int:
-        """Chooses the winner on the validation set (eq. 11–12), each example counted once; several sets add up.
-
-        Returns:
-            the branch's index, which also becomes the model's active adapter.
-
-        Raises:
-            RuntimeError: if every branch is disqualified.
-        """
-        state = self.comlora_model.competition_state
-        last = state.last_evaluation
-        fresh = last is not None and last["step"] == self.state.global_step
-        if not fresh or isinstance(self.eval_dataset, dict) or self.args.load_best_model_at_end:
-            self._tallies = []
-            self.evaluate()
-            total = self._tallies[0]
-            for tally in self._tallies[1:]:
-                total = total + tally
-            state.last_evaluation = self._result(total)
-        self.comlora_model.set_adapter(f"branch_{self._winner}")
-        return self._winner
-
-    @property
-    def _winner(self) -> int:
-        return self.comlora_model.competition_state.last_evaluation["winner"]
-
-    def _summary(self) -> dict[str, Any]:
-        return competition_summary(self.comlora_model.competition_state, self.state.log_history)
-
-    def export_winner(self, path: str | Path | None = None) -> Path:
-        """Exports the winner (determined first if need be) as an ordinary PEFT adapter, atomically.
-
-        Args:
-            path: the folder; `comlora_winner_dir` by default.
-
-        Raises:
-            FileExistsError: if the folder is not empty and `comlora_overwrite_winner` is False.
-        """
-        path = Path(path or self.args.winner_dir)
-        if self.comlora_model.competition_state.last_evaluation is None:
-            self.determine_winner()
-        sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3
-        )
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
-        if self.args.should_save:
-            self.create_model_card(model_name=path.name)
-            with new_folder(path, self.args.comlora_overwrite_winner) as folder:
-                save_branch(
-                    self.comlora_model, self._winner, folder, self._summary(), self.processing_class, state_dict
-                )
-                (folder / "README.md").write_bytes((Path(self.args.output_dir) / "README.md").read_bytes())
-        self.accelerator.wait_for_everyone()
-        return path
 
     # ---- Checkpoints: the Trainer's loading knows one adapter per folder; K branches and a selector load here ----
 
