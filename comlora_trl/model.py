@@ -135,6 +135,7 @@ class ComLoRAModel(PeftModelForCausalLM):
         adapted = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
         for layer in adapted.values():
             make_branch_layer(layer, self.competing)
+        self._adapted_layers = list(adapted.values())
         self.expansion = BranchExpansion(base, list(adapted))
         self.selector = None
         if selector is not None:
@@ -152,9 +153,16 @@ class ComLoRAModel(PeftModelForCausalLM):
         return [branch_name(branch) for branch in range(self.settings.k)]
 
     def branch_parameters(self, branch: int) -> list[torch.nn.Parameter]:
-        """The trainable parameters of one branch."""
-        part = f".{branch_name(branch)}"
-        return [p for name, p in self.named_parameters() if name.endswith(part) or f"{part}." in name]
+        """The parameters of one branch, read off the adapted layers: the trainer asks at every step, and the whole
+        model has thousands of modules."""
+        name, found = branch_name(branch), []
+        for layer in self._adapted_layers:
+            # a set: PEFT's DoRA layers name their magnitudes twice
+            for container in (getattr(layer, kind) for kind in sorted({*layer.adapter_layer_names})):
+                if name in container:
+                    part = container[name]
+                    found += [part] if isinstance(part, torch.nn.Parameter) else part.parameters()
+        return found
 
     def alive(self, device: torch.device) -> Tensor:
         """bool [K], False for a disqualified branch."""

@@ -140,6 +140,8 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
     @property
     def comlora_model(self) -> ComLoRAModel:
         """The model with its branches and selector, out of any DDP, FSDP or DeepSpeed wrapper."""
+        if isinstance(self.model, ComLoRAModel):  # unwrapping would walk through every module, at every step
+            return self.model
         return self.accelerator.unwrap_model(self.model)
 
     def _check_parallelism(self) -> None:
