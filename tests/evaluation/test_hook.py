@@ -132,7 +132,7 @@ def test_the_pth_line_is_switched_off_and_survives_a_missing_module(tmp_path):
     assert pth_line().count("\n") == 1 and pth_line().startswith("import ")
     assert run(["-c", code], tmp_path).stdout == "True\n"
     assert run(["-c", code], tmp_path, COMLORA_LM_EVAL_HOOK="0").stdout == "False\n"
-    gone = run(["-c", code], tmp_path, PYTHONPATH="")
+    gone = run(["-S", "-c", code], tmp_path, PYTHONPATH="")  # -S: without site-packages, where we may be installed
     assert (gone.stdout, gone.stderr) == ("False\n", "")
 
 
