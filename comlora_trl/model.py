@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from comlora_trl.branch_pass import branch_nll_batched, branch_nll_in_chunks
 from comlora_trl.competition import CompetitionSettings, row_weights, selection_probabilities
-from comlora_trl.expansion import BranchExpansion
+from comlora_trl.expansion import BranchExpansion, expand
 from comlora_trl.layers import CompetingBranches, make_branch_layer
 from comlora_trl.rows import Rows
 from comlora_trl.selector import Selector, SelectorSettings
@@ -224,8 +224,6 @@ class ComLoRAModel(PeftModelForCausalLM):
             inputs: the batch, not expanded, with `fused_lm_head=True` among them.
             rows: lines of tokens in the batch (B).
         """
-        from comlora_trl.expansion import expand
-
         self._compete_with(tuple(self.branch_names[first:last]), rows)
         copies = last - first
         if self.expansion.start is None:
@@ -264,8 +262,6 @@ class ComLoRAModel(PeftModelForCausalLM):
         folder = Path(folder)
         state = CompetitionState.load(folder)
         check_checkpoint(folder, self.settings.k, self.selector is not None)
-        from peft import set_peft_model_state_dict
-
         for name in self.branch_names:
             weights = load_file(folder / name / "adapter_model.safetensors")
             result = set_peft_model_state_dict(self, weights, adapter_name=name)

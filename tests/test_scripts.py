@@ -60,7 +60,7 @@ def test_bad_input_is_one_line(tmp_path):
 def test_real_data_trains_every_branch(tmp_path, shared_data, name):
     source = shared_data / name
     if name == "commonsense":
-        for task in ("boolq", "ARC-Easy", "openbookqa"):
+        for task in ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa"):
             (tmp_path / "data" / task).mkdir(parents=True)
             (tmp_path / "data" / task / "train.json").symlink_to(source / task / "train.json")
         source = tmp_path / "data"
