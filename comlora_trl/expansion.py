@@ -53,6 +53,7 @@ class BranchExpansion:
         self.copies = 1
         self.rows = 0
         self.start: int | None = None
+        self._expanded: dict[int, tuple[Any, Any]] = {}
         matches = [_LAYER_NAME.match(name) for name in adapted]
         stacks = {match.group(1) for match in matches if match}
         flex = getattr(model.config, "_attn_implementation", None) == "flex_attention"
@@ -65,8 +66,22 @@ class BranchExpansion:
         for layer in layers[self.start :]:
             layer.register_forward_pre_hook(self._expand_arguments, with_kwargs=True)
 
+    def begin(self, copies: int, rows: int) -> None:
+        """Begins a pass with `copies` branches over a batch of `rows` lines."""
+        self.copies, self.rows = copies, rows
+        self._expanded.clear()
+
     def _expand_arguments(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if self.copies == 1:
             return None
         # Layers past the first get hidden states that are expanded already; their masks and positions are not
-        return expand(args, self.copies, self.rows), expand(kwargs, self.copies, self.rows)
+        return expand(args, self.copies, self.rows), {name: self._expand_once(name, kwargs[name]) for name in kwargs}
+
+    def _expand_once(self, name: str, value: Any) -> Any:
+        """Every layer gets the same masks and positions: they are expanded for the first one and kept for the pass."""
+        if not isinstance(value, Tensor | tuple | list | Mapping) or name == "hidden_states":
+            return expand(value, self.copies, self.rows, name)
+        known = self._expanded.get(id(value))
+        if known is None or known[0] is not value:
+            known = self._expanded[id(value)] = (value, expand(value, self.copies, self.rows, name))
+        return known[1]

@@ -1,20 +1,21 @@
 """The K-branch forward of PEFT's LoRA layers.
 
-PEFT makes the layers and owns their parameters; `make_branch_layer` gives such a layer a second way to run. While
-branches compete, its input holds the rows of several branches one after the other (branch-major), and each group of
-rows must meet its own adapter. Plain linear LoRA does that with batched products (`comlora_trl.kernels`); any other
-kind (DoRA, embeddings, convolutions, biased LoRA) runs PEFT's own forward branch by branch. Outside the competition
-the layer is PEFT's, untouched.
+PEFT makes the layers and owns their parameters; `make_branch_layers` gives them a second way to run. While branches
+compete, a layer's input holds the rows of several branches one after the other (branch-major), and each group of rows
+must meet its own adapter. Plain linear LoRA does that with batched products, together with the layers that read the
+same input (`comlora_trl.layer_groups`); any other kind (DoRA, embeddings, convolutions, biased LoRA) runs PEFT's own
+forward branch by branch. Outside the competition the layer is PEFT's, untouched.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from comlora_trl import kernels
+from comlora_trl.layer_groups import LayerGroup, PassWeights, form_groups
 
 
 @dataclass
@@ -22,19 +23,40 @@ class CompetingBranches:
     """Which branches the rows of the current forward belong to; shared by all layers of a model.
 
     Attributes:
+        groups: the groups of layers with batched products.
         names: adapter names of the branches whose rows are in the batch, in order; empty outside the competition.
+        weights: the weights of these branches, stacked and cast once for the whole pass.
 
-    The value stays after a forward until the next one begins, since gradient checkpointing runs the layers again
+    The values stay after a forward until the next one begins, since gradient checkpointing runs the layers again
     during the backward pass.
     """
 
+    groups: list[LayerGroup] = field(default_factory=list)
     names: tuple[str, ...] = ()
+    weights: PassWeights = field(default_factory=PassWeights)
+
+    def begin(self, names: tuple[str, ...]) -> None:
+        """Begins a pass over the named branches, or over none."""
+        self.names = names
+        for group in self.groups:
+            group.forget()
+        if any(group.broken for group in self.groups):
+            self._break_up()
+        self.weights = PassWeights(self.groups if names else (), names)
+
+    def _break_up(self) -> None:
+        for group in [group for group in self.groups if group.broken]:
+            self.groups.remove(group)
+            for layer in group.layers:
+                layer.group = LayerGroup([layer], group.adapter)
+                self.groups.append(layer.group)
 
 
 class BranchLayer:
     """Mixin over a PEFT LoRA layer class: with competing branches, each group of rows meets its own adapter."""
 
     competing: CompetingBranches
+    group: LayerGroup | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.competing.names
@@ -46,29 +68,12 @@ class BranchLayer:
                 "number. A layer that receives a varying share of the tokens (a routed expert) can't be adapted here; "
                 "leave it out of target_modules."
             )
-        if self.has_batched_path(names):
-            return self.forward_batched(x, names, *args, **kwargs)
-        return self.forward_one_by_one(x, names, *args, **kwargs)
-
-    def has_batched_path(self, names: tuple[str, ...]) -> bool:
-        """Whether the layer is a plain linear LoRA, which the batched products compute."""
-        return (
-            isinstance(self.lora_A[names[0]] if names[0] in self.lora_A else None, nn.Linear)
-            and not any(name in self.lora_variant or self.lora_bias[name] for name in names)
-            and not self.merged
-        )
-
-    def forward_batched(self, x: Tensor, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Tensor:
-        """All branches at once: one base product and one batched LoRA product, x is [len(names)·rows, ..., d]."""
-        lora_a = [self.lora_A[name].weight for name in names]
-        lora_b = [self.lora_B[name].weight for name in names]
-        dropout = self.lora_dropout[names[0]]
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        scaling = self.scaling[names[0]]
-        base = self.base_layer
-        if _is_plain_linear(base) and not args and not kwargs:
-            return kernels.branch_linear_fused_base(x, base.weight, base.bias, lora_a, lora_b, scaling, p)
-        return kernels.branch_linear(x, base(x, *args, **kwargs), lora_a, lora_b, scaling, p)
+        if self.group is None or args or kwargs or self.merged_adapters:
+            return self.forward_one_by_one(x, names, *args, **kwargs)
+        weights = self.competing.weights.of(self.group)
+        if weights is None:
+            return self.forward_one_by_one(x, names)
+        return self.group.output(self, x, weights)
 
     def forward_one_by_one(self, x: Tensor, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Tensor:
         """Each branch through PEFT's own forward, with that branch as the active adapter."""
@@ -83,14 +88,46 @@ class BranchLayer:
         return torch.cat(outputs)
 
 
-def make_branch_layer(layer: LoraLayer, competing: CompetingBranches) -> None:
-    """Gives a PEFT LoRA layer the K-branch forward, in place.
+def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], CompetingBranches]:
+    """Gives every PEFT LoRA layer of a model the K-branch forward, in place.
 
-    The layer's class becomes a subclass of its own with [`BranchLayer`] in front, whatever PEFT chose for the base
-    layer (plain, 4-bit, 8-bit, GPTQ, …). A dispatch by base-layer class would have to repeat PEFT's choice.
+    A layer's class becomes a subclass of its own with [`BranchLayer`] in front, whatever PEFT chose for the base layer
+    (plain, 4-bit, 8-bit, GPTQ, …). A dispatch by base-layer class would have to repeat PEFT's choice.
+
+    Args:
+        model: the base model with all branches' adapters in it.
+        adapter: name of one of them; its settings are those of every branch.
+
+    Returns:
+        the adapted layers by name, and the state that they share.
     """
-    layer.competing = competing
-    layer.__class__ = _branch_class(type(layer))
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    competing = CompetingBranches()
+    for layer in adapted.values():
+        layer.competing, layer.group = competing, None
+        layer.__class__ = _branch_class(type(layer))
+    places = ((*name.rpartition(".")[::2], layer) for name, layer in adapted.items())
+    batched = [
+        (model.get_submodule(parent), child, layer)
+        for parent, child, layer in places
+        if _has_batched_path(layer, adapter)
+    ]
+    for layer, group in form_groups(batched, adapter).items():
+        layer.group = group
+        if group not in competing.groups:
+            competing.groups.append(group)
+    return adapted, competing
+
+
+def _has_batched_path(layer: LoraLayer, adapter: str) -> bool:
+    """Whether the layer is a plain linear LoRA, which the batched products compute."""
+    linear: Mapping[str, nn.Module] = layer.lora_A
+    return (
+        adapter in linear
+        and isinstance(linear[adapter], nn.Linear)
+        and adapter not in layer.lora_variant
+        and not layer.lora_bias[adapter]
+    )
 
 
 def _branch_class(layer_class: type[LoraLayer]) -> type[LoraLayer]:
@@ -100,15 +137,3 @@ def _branch_class(layer_class: type[LoraLayer]) -> type[LoraLayer]:
 
 
 _BRANCH_CLASSES: dict[type[LoraLayer], type[LoraLayer]] = {}
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """A frozen `nn.Linear` itself, without hooks, whose product may be fused with the branches' deltas."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight.data) is Tensor
-        and not layer.weight.requires_grad
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-    )

@@ -5,8 +5,8 @@ DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forw
 """
 
 import copy
-import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +14,17 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from comlora_trl.branch_pass import branch_nll_batched, branch_nll_in_chunks
 from comlora_trl.competition import CompetitionSettings, row_weights, selection_probabilities
+from comlora_trl.competition_state import SELECTOR_FILE, CompetitionState, branch_name, check_checkpoint
 from comlora_trl.expansion import BranchExpansion, expand
-from comlora_trl.layers import CompetingBranches, make_branch_layer
+from comlora_trl.layers import make_branch_layers
 from comlora_trl.rows import Rows
 from comlora_trl.selector import Selector, SelectorSettings
-
-SELECTOR_FILE = "selector.safetensors"
-STATE_FILE = "comlora.json"
-
-
-@dataclass
-class CompetitionState:
-    """What the competition has come to; saved with every checkpoint as `comlora.json`.
-
-    Attributes:
-        k: number of branches.
-        disqualified: optimizer step at which a branch was disqualified, by branch.
-        wins: optimizer steps won so far, by branch.
-        last_evaluation: the newest validation result (see [`comlora_trl.report`]), or None before the first.
-    """
-
-    k: int
-    disqualified: dict[int, int] = field(default_factory=dict)
-    wins: list[float] = field(default_factory=list)
-    last_evaluation: dict[str, Any] | None = None
-
-    def save(self, folder: Path) -> None:
-        (folder / STATE_FILE).write_text(json.dumps(vars(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "CompetitionState":
-        """Reads `comlora.json` from a checkpoint.
-
-        Raises:
-            ValueError: if the folder is no ComLoRA checkpoint.
-        """
-        file = Path(folder) / STATE_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"{folder} is not a ComLoRA checkpoint (it has no {STATE_FILE}): give a checkpoint-N folder."
-            )
-        values = json.loads(file.read_text())
-        values["disqualified"] = {int(branch): step for branch, step in values["disqualified"].items()}
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -130,12 +92,11 @@ class ComLoRAModel(PeftModelForCausalLM):
         for name in self.branch_names[1:]:
             self.add_adapter(name, copy.deepcopy(peft_config), **kwargs)
         self.set_adapter(branch_name(0))
-        self.competing = CompetingBranches()
         base = self.get_base_model()
-        adapted = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
-        for layer in adapted.values():
-            make_branch_layer(layer, self.competing)
+        adapted, self.competing = make_branch_layers(base, branch_name(0))
         self._adapted_layers = list(adapted.values())
+        self._known_parameters: dict[int, list[nn.Parameter]] = {}
+        self._mode: bool | None = None
         self.expansion = BranchExpansion(base, list(adapted))
         self.selector = None
         if selector is not None:
@@ -152,17 +113,41 @@ class ComLoRAModel(PeftModelForCausalLM):
         """`branch_0` … `branch_{K-1}`."""
         return [branch_name(branch) for branch in range(self.settings.k)]
 
-    def branch_parameters(self, branch: int) -> list[torch.nn.Parameter]:
-        """The parameters of one branch, read off the adapted layers: the trainer asks at every step, and the whole
-        model has thousands of modules."""
-        name, found = branch_name(branch), []
-        for layer in self._adapted_layers:
-            # a set: PEFT's DoRA layers name their magnitudes twice
-            for container in (getattr(layer, kind) for kind in sorted({*layer.adapter_layer_names})):
-                if name in container:
-                    part = container[name]
-                    found += [part] if isinstance(part, torch.nn.Parameter) else part.parameters()
-        return found
+    def branch_parameters(self, branch: int) -> list[nn.Parameter]:
+        """The parameters of one branch.
+
+        They are looked up once, for the trainer asks at every step and the model has thousands of modules; and again
+        when FSDP has put others in their place.
+        """
+        name, known = branch_name(branch), self._known_parameters.get(branch)
+        if not known or known[0] is not next(_layer_parameters(self._adapted_layers[0], name)):
+            known = [parameter for layer in self._adapted_layers for parameter in _layer_parameters(layer, name)]
+            self._known_parameters[branch] = known
+        return known
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The branches' and the selector's parameters, all that a run trains."""
+        branches = [parameter for branch in range(self.settings.k) for parameter in self.branch_parameters(branch)]
+        return branches + ([] if self.selector is None else list(self.selector.parameters()))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, of what has any; PyTorch's own walks through the frozen modules too, at every step."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for parameter in self.trainable_parameters():
+            parameter.grad = None
+
+    def train(self, mode: bool = True) -> "ComLoRAModel":
+        """Sets training or evaluation mode; nothing if this method has set it already.
+
+        The Trainer asks for training mode before every step, and PyTorch's own visits every module each time. A part
+        that was switched by itself in between keeps its mode until the whole model changes its own.
+        """
+        if self._mode is not mode or self.training is not mode:
+            super().train(mode)
+            self._mode = mode
+        return self
 
     def alive(self, device: torch.device) -> Tensor:
         """bool [K], False for a disqualified branch."""
@@ -227,14 +212,14 @@ class ComLoRAModel(PeftModelForCausalLM):
         self._compete_with(tuple(self.branch_names[first:last]), rows)
         copies = last - first
         if self.expansion.start is None:
-            self.expansion.copies = 1
+            self.expansion.begin(1, rows)
             return self.get_base_model()(**expand(inputs, copies, rows))
         # The labels meet the hidden states after the decoder layers, where the batch is expanded already
         return self.get_base_model()(**{**inputs, "labels": expand(inputs["labels"], copies, rows)})
 
     def _compete_with(self, names: tuple[str, ...], rows: int = 0) -> None:
-        self.competing.names = names
-        self.expansion.copies, self.expansion.rows = max(len(names), 1), rows
+        self.competing.begin(names)
+        self.expansion.begin(max(len(names), 1), rows)
 
     def save_adapters(self, folder: str | Path, names: list[str], **kwargs: Any) -> None:
         """Saves the named adapters alone, each in a folder of its own, in PEFT's ordinary layout."""
@@ -274,26 +259,9 @@ class ComLoRAModel(PeftModelForCausalLM):
         self.competition_state = state
 
 
-def branch_name(branch: int) -> str:
-    """The adapter name of a branch."""
-    return f"branch_{branch}"
-
-
-def check_checkpoint(folder: str | Path, k: int, selector: bool) -> None:
-    """Refuses a checkpoint of another K, or one that differs in having a selector, in one clear line.
-
-    Raises:
-        ValueError: saying what the checkpoint has, what the run wants and what to do.
-    """
-    state = CompetitionState.load(folder)
-    if state.k != k:
-        raise ValueError(
-            f"checkpoint {folder} has {state.k} branches, but comlora_k={k}: resume with --comlora_k {state.k}, or "
-            "start a new run in another output_dir."
-        )
-    saved = (Path(folder) / SELECTOR_FILE).is_file()
-    if saved != selector:
-        raise ValueError(
-            f"checkpoint {folder} was trained {'with' if saved else 'without'} a selector, but "
-            f"comlora_selector={selector}: resume with --comlora_selector {saved}."
-        )
+def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[nn.Parameter]:
+    # a set: PEFT's DoRA layers name their magnitudes twice
+    for container in (getattr(layer, kind) for kind in sorted({*layer.adapter_layer_names})):
+        if name in container:
+            part = container[name]
+            yield from [part] if isinstance(part, nn.Parameter) else part.parameters()

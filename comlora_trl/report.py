@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from comlora_trl.model import ComLoRAModel, CompetitionState
+from comlora_trl.competition_state import CompetitionState
+from comlora_trl.model import ComLoRAModel
 
 COMPETITION_FILE = "competition.json"
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from comlora_trl.model import ComLoRAModel, CompetitionState, branch_name
+from comlora_trl.competition_state import CompetitionState, branch_name
+from comlora_trl.model import ComLoRAModel
 from comlora_trl.report import competition_summary, write_summary
 
 # What a checkpoint folder holds for every branch alike, to be kept beside the exported adapter

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from benchmark_cases import Bench, Shape, forced_kernels, release
-from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from comlora_trl.kernels import branch_linear, branch_linear_fused_base, selected_kernels
+from comlora_trl import layer_groups
+from comlora_trl.kernels import branch_delta, branch_linears, selected_kernels, stack_branches
 
 
 class Results:
@@ -68,6 +68,14 @@ def check_gradients(bench: Bench, results: Results) -> None:
             output = function(leaves[0], leaves[1 : 1 + k], leaves[1 + k :], w)
         return [output.detach(), *torch.autograd.grad(output, leaves, g)]
 
+    def fused(x: Tensor, a: list[Tensor], b: list[Tensor], weight: Tensor) -> Tensor:
+        [stacked] = stack_branches([[[m] for m in a]], [[[m] for m in b]], 2.0, x.dtype)
+        return branch_linears(x, [weight], [None], stacked.a, stacked.b)[0]
+
+    def delta(x: Tensor, a: list[Tensor], b: list[Tensor], weight: Tensor) -> Tensor:
+        [stacked] = stack_branches([[[m] for m in a]], [[[m] for m in b]], 2.0, x.dtype)
+        return branch_delta(x, F.linear(x, weight), stacked.a, *stacked.b)
+
     expected = run(one_by_one, torch.float64)
 
     def errors(found: list[Tensor]) -> dict[str, float]:
@@ -77,8 +85,6 @@ def check_gradients(bench: Bench, results: Results) -> None:
     paths = {"peft": errors(run(one_by_one))}
     for path in ("torch", "triton") if device.type == "cuda" else ("torch",):
         with forced_kernels(path):
-            fused = lambda x, a, b, w: branch_linear_fused_base(x, w, None, a, b, 2.0)  # noqa: E731
-            delta = lambda x, a, b, w: branch_linear(x, F.linear(x, w), a, b, 2.0)  # noqa: E731
             paths[f"{path}, fused base"], paths[f"{path}, delta"] = errors(run(fused)), errors(run(delta))
     results.figures["gradient_errors"] = paths
     for name, found in paths.items():
@@ -149,7 +155,7 @@ def saved_bytes(bench: Bench, results: Results) -> None:
     model, rows = bench.competing(4), bench.shape.rows
     saved: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}
-    down = 0
+    thin = 0
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
@@ -157,19 +163,23 @@ def saved_bytes(bench: Bench, results: Results) -> None:
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+    original = layer_groups.kernels.branch_linears
 
-        def watched(x: Tensor, *args: Any, _run: Callable = layer.forward_batched, **kwargs: Any) -> Tensor:
-            nonlocal down
-            inputs[x.untyped_storage().data_ptr()] = x
-            down += x.numel() // x.size(-1) * 8 * 2
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                return _run(x, *args, **kwargs)
+    def watched(x: Tensor, frozen: list[Tensor], biases: list[Any], a: Tensor, b: list[Tensor], p: float) -> Any:
+        nonlocal thin
+        weights.update(t.untyped_storage().data_ptr() for t in (a, *b))
+        inputs[x.untyped_storage().data_ptr()] = x
+        thin += 2 * x.numel() // x.size(-1) * a.size(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return original(x, frozen, biases, a, b, p)
 
-        layer.forward_batched = watched
-    bench.branch_step(model, rows)()
+    layer_groups.kernels.branch_linears = watched
+    try:
+        bench.branch_step(model, rows)()
+    finally:
+        layer_groups.kernels.branch_linears = original
     found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    least = sum(2 * tensor.numel() for tensor in inputs.values()) + down
+    least = sum(2 * tensor.numel() for tensor in inputs.values()) + thin
     detail = f"{found / 2**30:.3f} / {least / 2**30:.3f} GiB"
     results.row("bytes saved by adapted layers / (inputs + xA)", found / least, 1.05, detail)
 

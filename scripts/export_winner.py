@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from comlora_trl.model import CompetitionState, branch_name
+from comlora_trl.competition_state import CompetitionState, branch_name
 from comlora_trl.winner import export_checkpoint
 
 

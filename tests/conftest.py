@@ -1,5 +1,6 @@
 """A tiny model, tokenizer and data set, made on the spot: the suite runs offline and in seconds."""
 
+import importlib.util
 import os
 import random
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+CAN_RUN_TRITON = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
@@ -176,3 +180,12 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     """The largest difference between two sets of parameters."""
     assert first.keys() == second.keys() and first
     return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels are forced."""
+    if request.param == "triton" and not CAN_RUN_TRITON:
+        pytest.skip("Triton's kernels need CUDA, or triton installed and TRITON_INTERPRET=1")
+    monkeypatch.setenv("COMLORA_KERNELS", request.param)
+    return request.param

@@ -1,123 +1,169 @@
-"""The LoRA deltas of K branches as autograd functions, with the frozen product inside or outside.
+"""Linear layers that read one input, each with K LoRA branches, as one autograd function.
 
 Rows come branch-major: the first M rows belong to branch 0, the next M to branch 1, and so on. Equal shares need no
-routing: the activations are viewed as (K, M, features). What is saved for the backward pass is x itself (one
-reference, no copy) and x Aᵀ, which is r wide.
+routing: the activations are viewed as (K, M, features). Layers that read the same input (q, k and v; gate and up)
+share one product with all their A, one saved input and one gradient for it, into which every product accumulates.
+What is saved for the backward pass is x itself (one reference, no copy) and x Aᵀ, which is r wide.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from comlora_trl.kernels.selection import products
 
 
-def branch_linear(
+def branch_linears(
     x: Tensor,
-    base_output: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Tensor,
+    b: Sequence[Tensor],
     dropout: float = 0.0,
-) -> Tensor:
-    """base_output + scaling · dropout(x) A_kᵀ B_kᵀ, each branch on its own rows.
+) -> tuple[Tensor, ...]:
+    """x W_iᵀ + bias_i + dropout_i(x) A_kiᵀ B_kiᵀ for n frozen layers i with K branches k, each on its own rows.
 
     Args:
-        x: the layer's input, [K·B, ..., d], branch-major.
-        base_output: the frozen layer's output on x, [K·B, ..., l]; the result may be written into it.
-        lora_a: K matrices [r, d], master weights.
-        lora_b: K matrices [l, r], master weights.
-        scaling: lora_alpha / r.
-        dropout: probability of dropping an input element on the way into the branches.
+        x: the layers' common input, [K·B, ..., d], branch-major.
+        weights: the frozen weights, n of [l_i, d].
+        biases: the frozen biases, n of [l_i] or None.
+        a: A of all branches and layers times lora_alpha / r, [K, n·r, d], in the type to compute in.
+        b: B of all branches, n of [K, l_i, r].
+        dropout: probability of dropping an input element on the way into the branches; each layer draws its own mask.
 
     Returns:
-        [K·B, ..., l], in base_output's dtype, in which all products are computed.
+        n outputs, [K·B, ..., l_i].
     """
-    return _BranchDelta.apply(x, base_output, scaling, dropout, *lora_a, *lora_b)
+    if x.dtype != a.dtype:
+        x = x.to(a.dtype)
+    kernels = products(x, a.dtype, a.size(1))
+    noise = kernels.draw_noise(x, dropout, len(b)) if dropout else None
+    unfilled: list[tuple[Tensor, Tensor]] = []
+    with _WithoutAutocast(x.device.type):
+        outputs = _SharedInputLinears.apply(kernels, noise, weights, unfilled, x, a, *b)
+        # Filled after the function has saved what it needs: a checkpointed layer's second run stops at its last saved
+        # tensor, so that the product of the last layer in it (down) is not computed again
+        with torch.no_grad():
+            for (output, xa), weight, bias, b_i in zip(unfilled, weights, biases, b, strict=True):
+                _frozen_product(x, weight, bias, output)
+                kernels.add_delta(output.view(a.size(0), -1, output.size(-1)), xa, b_i)
+    return outputs
 
 
-def branch_linear_fused_base(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: float,
-    dropout: float = 0.0,
-) -> Tensor:
-    """[`branch_linear`] with the frozen product inside: x Wᵀ + bias + deltas, and one accumulation into dx.
+def branch_delta(x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float = 0.0) -> Tensor:
+    """base_output + dropout(x) A_kᵀ B_kᵀ: [`branch_linears`] of one layer whose frozen product is made elsewhere.
 
     Args:
-        weight: the frozen layer's weight, [l, d].
-        bias: its bias, [l], or None.
+        base_output: the frozen layer's output on x, [K·B, ..., l]; the result may be written into it.
     """
-    return _BranchLinear.apply(x, weight, bias, scaling, dropout, *lora_a, *lora_b)
+    return _BranchDelta.apply(x, base_output, a, b, dropout)
+
+
+class _SharedInputLinears(torch.autograd.Function):
+    """Computes x Aᵀ, saves what the backward pass needs and allocates the outputs, which the caller fills."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        noise: Any,
+        weights: Sequence[Tensor],
+        unfilled: list[tuple[Tensor, Tensor]],
+        x: Tensor,
+        a: Tensor,
+        *b: Tensor,
+    ) -> tuple[Tensor, ...]:
+        xa = kernels.project_down(x, a, noise)
+        ctx.save_for_backward(x, xa, a, *b)
+        ctx.kernels, ctx.noise, ctx.weights = kernels, noise, weights
+        ctx.set_materialize_grads(False)
+        outputs = tuple(x.new_empty(*x.shape[:-1], weight.size(0)) for weight in weights)
+        # As plain views, which hold no graph
+        unfilled += zip((output.view(-1, output.size(-1)) for output in outputs), _parts(xa, b), strict=True)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, xa, a, *b = ctx.saved_tensors
+        with _WithoutAutocast(x.device.type):
+            rows = [None if grad is None else grad.reshape(-1, grad.size(-1)) for grad in grads]
+            ds, da, db = _rank_gradients(ctx.kernels, ctx.noise, rows, x, xa, a, b)
+            dx = None
+            if ctx.needs_input_grad[4]:
+                # The branches' share first: the large products then add to it in their epilogue, which hides the
+                # reading
+                dx = ctx.kernels.project_back(ds, a, x, ctx.noise).view(-1, x.size(-1))
+                for grad, weight in zip(rows, ctx.weights, strict=True):
+                    if grad is not None:
+                        dx.addmm_(grad, _as(weight, dx))
+                dx = dx.view(x.shape)
+        return None, None, None, None, dx, da, *db
 
 
 class _BranchDelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base_output: Tensor, scaling: float, dropout: float, *ab: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
         with _WithoutAutocast(x.device.type):
             out = base_output if _may_overwrite(base_output) else base_output.clone()
             if out is base_output:
                 ctx.mark_dirty(base_output)
-            return _add_deltas(ctx, x, out, scaling, dropout, ab)
+            ctx.kernels = products(x, a.dtype, a.size(1))
+            ctx.noise = ctx.kernels.draw_noise(x, dropout, 1) if dropout else None
+            xa = ctx.kernels.project_down(x, a, ctx.noise)
+            ctx.kernels.add_delta(out.view(a.size(0), -1, out.size(-1)), xa, b)
+            ctx.save_for_backward(x, xa, a, b)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with _WithoutAutocast(grad.device.type):
-            dx, gradients = _gradients(ctx, grad, None)
-        return dx, grad, None, None, *gradients
-
-
-class _BranchLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, dropout: float, *ab: Tensor
-    ) -> Tensor:
-        out = F.linear(x, weight, bias)  # under autocast in its dtype, as the layer alone would
-        ctx.weight = weight
+        x, xa, a, b = ctx.saved_tensors
         with _WithoutAutocast(x.device.type):
-            return _add_deltas(ctx, x, out, scaling, dropout, ab)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with _WithoutAutocast(grad.device.type):
-            dx, gradients = _gradients(ctx, grad, ctx.weight)
-        return dx, None, None, None, None, *gradients
+            rows = grad.to(a.dtype).reshape(-1, grad.size(-1))
+            ds, da, (db,) = _rank_gradients(ctx.kernels, ctx.noise, [rows], x, xa, a, [b])
+            dx = ctx.kernels.project_back(ds, a, x, ctx.noise).view(x.shape) if ctx.needs_input_grad[0] else None
+        return None if dx is None else dx.to(x.dtype), grad, da, db, None
 
 
-def _add_deltas(ctx: Any, x: Tensor, out: Tensor, scaling: float, dropout: float, ab: tuple[Tensor, ...]) -> Tensor:
-    """Adds the deltas to `out`, and keeps on ctx what the backward pass needs."""
-    k, dtype = len(ab) // 2, out.dtype
-    # one stack and one cast for all branches, whatever K
-    a, b = torch.stack(ab[:k]).to(dtype), torch.stack(ab[k:]).to(dtype)
-    ctx.products = products(x, dtype, a.size(1))
-    ctx.noise = ctx.products.draw_noise(x, dropout) if dropout else None
-    xa = ctx.products.project_down(x, a, ctx.noise)
-    ctx.products.add_delta(out.view(k, -1, out.size(-1)), xa, b, scaling)
-    ctx.save_for_backward(x, xa, a, b)
-    ctx.scaling, ctx.dtype = scaling, ab[0].dtype
-    return out
+def _rank_gradients(
+    kernels: ModuleType,
+    noise: Any,
+    grads: list[Tensor | None],
+    x: Tensor,
+    xa: Tensor,
+    a: Tensor,
+    b: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """(dS, dA, dB): the gradients of x Aᵀ, [K, M, n·r], of A, and of each layer's B."""
+    ds = torch.empty_like(xa)
+    db: list[Tensor | None] = []
+    for grad, b_i, xa_i, ds_i in zip(grads, b, _parts(xa, b), _parts(ds, b), strict=True):
+        if grad is None:  # an output that nobody used
+            ds_i.zero_()
+            db.append(None)
+        else:
+            db.append(kernels.rank_gradients(grad.view(a.size(0), -1, grad.size(-1)), b_i, xa_i, ds_i))
+    return ds, kernels.a_gradient(ds, x, noise), db
 
 
-def _gradients(ctx: Any, grad: Tensor, weight: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
-    """dx (of the frozen product too, if its weight is given), and the gradients of A and B as views of two stacks."""
-    x, xa, a, b = ctx.saved_tensors
-    grads = grad.to(xa.dtype).reshape(a.size(0), -1, grad.size(-1))
-    ds, db = ctx.products.rank_gradients(grads, b, xa, ctx.scaling)
-    da = ctx.products.a_gradient(ds, x, ctx.noise)
-    dx = None
-    if ctx.needs_input_grad[0]:
-        # The branches' share first: the large product then adds to it in its epilogue, which hides the reading
-        dx = ctx.products.project_back(ds, a, x, ctx.noise)
-        if weight is not None:
-            dx.view(-1, dx.size(-1)).addmm_(grads.view(-1, grads.size(-1)), weight.to(dx.dtype))
-        dx = dx.view(x.shape).to(x.dtype)
-    return dx, [*da.to(ctx.dtype).unbind(), *db.to(ctx.dtype).unbind()]
+def _parts(stacked: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The layers' parts of [K, M, n·r]."""
+    return (stacked,) if len(b) == 1 else stacked.chunk(len(b), dim=-1)
+
+
+def _frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    rows, transposed = x.reshape(-1, x.size(-1)), _as(weight, x).t()
+    if bias is None:
+        torch.mm(rows, transposed, out=out)
+    else:
+        torch.addmm(_as(bias, x), rows, transposed, out=out)
+
+
+def _as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in another's type; asking first is cheaper than a conversion that does nothing."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 class _WithoutAutocast:

@@ -41,9 +41,10 @@ def _select(device: str, forced: str, interpreted: bool) -> str:
 def products(x: Tensor, dtype: torch.dtype, rank: int) -> ModuleType:
     """The module whose thin products serve x, computing in `dtype`.
 
-    Triton's kernels have no float64 and no ranks above 64, which would not fit their tiles, and need a row at least.
+    Triton's kernels have no float64 and no ranks above 128 (of all layers together), which would not fit their tiles,
+    and need a row at least.
     """
-    plain = dtype == torch.float64 or x.dtype == torch.float64 or rank > 64 or x.numel() == 0
+    plain = dtype == torch.float64 or x.dtype == torch.float64 or rank > 128 or x.numel() == 0
     if plain or selected_kernels(x.device) == "torch":
         return torch_path
     from comlora_trl.kernels import triton_path

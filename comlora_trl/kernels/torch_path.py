@@ -1,9 +1,11 @@
 """The thin products of K LoRA branches as batched matrix products (torch.bmm).
 
-Here rows are a view (K, M, features) of the activations, M rows for each branch. A `Noise` says which elements of x
-dropout leaves out; it holds the random state from which they are drawn again, never a mask.
+Rows are a view (K, M, features) of the activations, M rows for each branch. Layers that read the same input lie side
+by side in the n·r ranks. A `Noise` says which elements of x dropout leaves out for each of them; it holds the random
+state from which they are drawn again, never a mask.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,69 +14,92 @@ from torch.nn import functional as F
 
 
 class Noise(NamedTuple):
-    """What dropout's mask is drawn from.
+    """What dropout's masks are drawn from.
 
     Attributes:
         p: probability of dropping an element.
-        state: the default random generator's state before the draw.
+        layers: layers that read x, each with a mask of its own.
+        state: the default random generator's state before the draws.
     """
 
     p: float
+    layers: int
     state: Tensor
 
 
-def draw_noise(x: Tensor, p: float) -> Noise:
-    """The noise of one forward; the mask itself is that of `F.dropout`, so that K = 1 equals PEFT's layer."""
+def draw_noise(x: Tensor, p: float, layers: int) -> Noise:
+    """The noise of one forward; the masks are those of `F.dropout`, layer after layer, so that K = 1 equals PEFT."""
     state = torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
-    return Noise(p, state)
+    return Noise(p, layers, state)
 
 
 def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
-    """dropout(x) A_kᵀ, [K, M, r].
+    """dropout_i(x) A_kiᵀ, [K, M, n·r].
 
     Args:
         x: [K·M..., d].
-        a: [K, r, d].
+        a: [K, n·r, d].
     """
-    rows = x if noise is None else F.dropout(x, noise.p)
-    return torch.bmm(rows.to(a.dtype).reshape(a.size(0), -1, a.size(-1)), a.mT)
+    if noise is None:
+        return torch.bmm(_by_branch(x, a), a.mT)
+    parts = [torch.bmm(_by_branch(F.dropout(x, noise.p), a), a_i.mT) for a_i in a.chunk(noise.layers, dim=1)]
+    return torch.cat(parts, dim=-1)
 
 
-def add_delta(out: Tensor, xa: Tensor, b: Tensor, scaling: float) -> None:
-    """Adds scaling · (x A_kᵀ) B_kᵀ to `out`, [K, M, l], in place."""
-    out.baddbmm_(xa, b.mT, alpha=scaling)
+def add_delta(out: Tensor, xa: Tensor, b: Tensor) -> None:
+    """Adds (x A_kᵀ) B_kᵀ to `out`, [K, M, l], in place.
+
+    Args:
+        xa: [K, M, r], rows may lie apart.
+        b: [K, l, r].
+    """
+    out.baddbmm_(xa, b.mT)
 
 
-def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(dS, dB): dS = scaling · g B_k, [K, M, r], the gradient of x A_kᵀ, and dB = scaling · gᵀ (x A_kᵀ), [K, l, r].
+def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, ds: Tensor) -> Tensor:
+    """Writes dS = g B_k, the gradient of x A_kᵀ, into `ds` [K, M, r], and gives dB = gᵀ (x A_kᵀ), [K, l, r].
 
     Args:
         grad: [K, M, l].
         b: [K, l, r].
-        xa: [K, M, r].
+        xa, ds: [K, M, r], rows may lie apart.
     """
-    nothing = grad.new_empty(1, 1, 1)  # beta = 0: not read
-    ds = torch.baddbmm(nothing, grad, b, beta=0, alpha=scaling)
-    return ds, torch.baddbmm(nothing, grad.mT, xa, beta=0, alpha=scaling)
+    torch.bmm(grad, b, out=ds)
+    return torch.bmm(grad.mT, xa)
 
 
 def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
-    """dA = dSᵀ dropout(x), [K, r, d]."""
-    rows = x if noise is None else x * _mask(x, noise)
-    return torch.bmm(ds.mT, rows.to(ds.dtype).reshape(ds.size(0), -1, x.size(-1)))
+    """dA = dS_iᵀ dropout_i(x), [K, n·r, d]."""
+    if noise is None:
+        return torch.bmm(ds.mT, _by_branch(x, ds))
+    parts = zip(ds.chunk(noise.layers, dim=-1), _masks(x, noise), strict=True)
+    return torch.cat([torch.bmm(ds_i.mT, _by_branch(x * mask, ds)) for ds_i, mask in parts], dim=1)
 
 
 def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
-    """The branches' share of dx, dropout's mask on dS A_k, [K, M, d]."""
-    through = torch.bmm(ds, a)
-    return through if noise is None else through.mul_(_mask(x, noise).view_as(through))
+    """The branches' share of dx, the sum of dropout's masks on dS_i A_i, [K, M, d]."""
+    if noise is None:
+        return torch.bmm(ds, a)
+    total = torch.zeros_like(_by_branch(x, ds))
+    for ds_i, a_i, mask in zip(
+        ds.chunk(noise.layers, dim=-1), a.chunk(noise.layers, dim=1), _masks(x, noise), strict=True
+    ):
+        total += torch.bmm(ds_i, a_i).mul_(mask.view_as(total))
+    return total
 
 
-def _mask(x: Tensor, noise: Noise) -> Tensor:
-    """The forward's mask (0 or 1/(1−p)), drawn again from the random state that the forward began with."""
+def _by_branch(x: Tensor, like: Tensor) -> Tensor:
+    """x as [K, M, d], in the other operand's type."""
+    x = x if x.dtype == like.dtype else x.to(like.dtype)
+    return x.reshape(like.size(0), -1, x.size(-1))
+
+
+def _masks(x: Tensor, noise: Noise) -> Iterator[Tensor]:
+    """The forward's masks (0 or 1/(1−p)), drawn again from the random state that the forward began with."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         if x.is_cuda:
             torch.cuda.set_rng_state(noise.state, x.device)
         else:
             torch.set_rng_state(noise.state)
-        return F.dropout(torch.ones_like(x), noise.p)
+        masks = [F.dropout(torch.ones_like(x), noise.p) for _ in range(noise.layers)]
+    yield from masks

@@ -1,9 +1,10 @@
 """The thin products of K LoRA branches as Triton kernels, with the signatures of `torch_path`.
 
 They are bandwidth-bound: r is 8 to 32, so each kernel reads its one large operand once and does as much with it as it
-can. dS and dB come from one pass over the gradient; dropout happens while x is read, from a seed. Sums over many rows
-are split among programs, whose float32 parts are added in a fixed order: the same input gives the same bits. Where
-cuBLAS measured faster (README.md beside this file), or a launch costs more than it saves, `torch_path` serves.
+can. dS and dB come from one pass over the gradient; dropout happens while x is read, from a seed, for all layers that
+read the same x. Sums over many rows are split among programs, whose float32 parts are added in a fixed order: the same
+input gives the same bits. Where cuBLAS measured faster (README.md beside this file), or a launch costs more than it
+saves, `torch_path` serves.
 """
 
 from typing import NamedTuple
@@ -20,14 +21,16 @@ _VARYING = ("rows", "seed", "threshold", "factor")
 
 
 class Noise(NamedTuple):
-    """What dropout's mask is drawn from.
+    """What dropout's masks are drawn from.
 
     Attributes:
         p: probability of dropping an element.
+        layers: layers that read x, each with a mask of its own.
         seed: of the hash that decides each element's fate.
     """
 
     p: float
+    layers: int
     seed: int
 
 
@@ -39,13 +42,13 @@ def _small(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.numel() < _SMALL  # in the interpreter every kernel runs
 
 
-def draw_noise(x: Tensor, p: float) -> Noise:
+def draw_noise(x: Tensor, p: float, layers: int) -> Noise:
     """The noise of one forward, from torch's CPU generator (which checkpointing restores): no device sync."""
-    return Noise(p, int(torch.randint(2**31 - 1, ())))
+    return Noise(p, layers, int(torch.randint(2**31 - 1, ())))
 
 
 def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
-    """dropout(x) A_kᵀ, [K, M, r]; see `torch_path`."""
+    """dropout_i(x) A_kiᵀ, [K, M, n·r]; see `torch_path`."""
     if noise is None and x.is_cuda:
         return torch_path.project_down(x, a, None)
     x = x.reshape(-1, x.size(-1))
@@ -59,48 +62,49 @@ def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
     return out
 
 
-def add_delta(out: Tensor, xa: Tensor, b: Tensor, scaling: float) -> None:
+def add_delta(out: Tensor, xa: Tensor, b: Tensor) -> None:
     """Adds the deltas to `out`, [K, M, l], in place; see `torch_path`."""
     if _small(out):
-        return torch_path.add_delta(out, xa, b, scaling)
+        return torch_path.add_delta(out, xa, b)
     (k, rows, width), rank = out.shape, b.size(-1)
     _add_delta[triton.cdiv(rows, 64), triton.cdiv(width, 128), k](
-        out, xa, b, rows, width, rank, scaling, BM=64, BL=128, R=_padded(rank), PRECISION=_precision(b)
+        out, xa, b, rows, width, rank, xa.stride(1), BM=64, BL=128, R=_padded(rank), PRECISION=_precision(b)
     )
 
 
-def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(dS, dB) in one pass over the gradient; see `torch_path`. dB is float32."""
+def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, ds: Tensor) -> Tensor:
+    """Writes dS into `ds` and gives dB, float32, in one pass over the gradient; see `torch_path`."""
     if _small(grad):
-        return torch_path.rank_gradients(grad, b, xa, scaling)
+        return torch_path.rank_gradients(grad, b, xa, ds)
     k, rows, width = grad.shape
     rank = b.size(-1)
-    block, columns = 128 if grad.size(1) >= 128 else 64, 64
+    block, columns = 128 if rows >= 128 else 64, 64
     blocks, tiles = triton.cdiv(rows, block), triton.cdiv(width, columns)
     splits = _splits(tiles, blocks * k)
-    ds = grad.new_empty(splits, k, rows, rank, dtype=torch.float32)
+    parts = grad.new_empty(splits, k, rows, rank, dtype=torch.float32)
     db = grad.new_empty(blocks, k, width, rank, dtype=torch.float32)
     _rank_gradients[blocks, k, splits](
         grad.contiguous(),
         b,
         xa,
-        ds,
+        parts,
         db,
         rows,
         width,
         rank,
-        scaling,
+        xa.stride(1),
         triton.cdiv(tiles, splits),
         BM=block,
         BL=columns,
         R=_padded(rank),
         PRECISION=_precision(b),
     )
-    return ds.sum(0).to(b.dtype) if splits > 1 else ds[0].to(b.dtype), db.sum(0) if blocks > 1 else db[0]
+    ds.copy_(parts.sum(0) if splits > 1 else parts[0])
+    return db.sum(0) if blocks > 1 else db[0]
 
 
 def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
-    """dA = dSᵀ dropout(x), [K, r, d], float32; see `torch_path`."""
+    """dA = dS_iᵀ dropout_i(x), [K, n·r, d], float32; see `torch_path`."""
     if noise is None and x.is_cuda:
         return torch_path.a_gradient(ds, x, None)
     x = x.reshape(-1, x.size(-1))
@@ -143,12 +147,13 @@ def _splits(work: int, programs: int) -> int:
 
 
 def _dropout(noise: Noise | None) -> tuple[int, int, float]:
-    """Seed, threshold on a 31-bit hash, and the factor of what is kept."""
-    return (0, 0, 1.0) if noise is None else (noise.seed, int(noise.p * 2**31), 1.0 / (1.0 - noise.p))
+    """Seed, threshold on a 16-bit hash, and the factor of what is kept."""
+    return (0, 0, 1.0) if noise is None else (noise.seed, round(noise.p * 2**16), 1.0 / (1.0 - noise.p))
 
 
 def _options(rank: int, like: Tensor, noise: Noise | None) -> dict[str, object]:
-    return {"R": _padded(rank), "DROPOUT": noise is not None, "PRECISION": _precision(like)}
+    layers = 0 if noise is None else noise.layers
+    return {"R": _padded(rank), "LAYERS": layers, "PRECISION": _precision(like)}
 
 
 def _padded(rank: int) -> int:
@@ -162,13 +167,25 @@ def _precision(like: Tensor) -> str:
 
 
 @triton.jit
-def _kept(row, col, width, seed, threshold):
-    """Whether dropout keeps the elements at (row, col): a hash of their place (Wellons' lowbias32) and the seed."""
+def _kept(row, first, width, seed, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of a tile dropout keeps: a hash of their place and the seed, 16 bits for each of two neighbours.
+
+    `first` is the tile's first column, an even number. The hash is Wellons' lowbias32.
+    """
     seed = seed.to(tl.uint32)
-    bits = (row[:, None] * width + col[None, :]).to(tl.uint32) ^ seed
+    pair = first // 2 + tl.arange(0, COLUMNS // 2)
+    bits = (row[:, None] * ((width + 1) // 2) + pair[None, :]).to(tl.uint32) ^ seed
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D + seed
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return (bits >> 1).to(tl.int32) >= threshold
+    bits = bits ^ (bits >> 16)
+    halves = tl.join(bits & 0xFFFF, bits >> 16)
+    return tl.reshape(halves, [ROWS, COLUMNS]).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _layer_seed(seed, layer):
+    """Each layer that reads x has a mask of its own."""
+    return seed + layer * 0x3C6EF372
 
 
 @triton.jit
@@ -182,7 +199,7 @@ def _dot(left, right, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=_VARYING)
 def _project_down(
     x, a, out, rows, width, rank, seed, threshold, factor,
-    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, LAYERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     branch = tl.program_id(1)
     inside = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -192,21 +209,25 @@ def _project_down(
     for start in range(0, width, BD):
         col = start + tl.arange(0, BD)
         tile = tl.load(x + row[:, None] * width + col[None, :], (inside < rows)[:, None] & (col < width)[None, :], 0.0)
-        if DROPOUT:
-            tile = tl.where(_kept(row, col, width, seed, threshold), tile, 0.0)
         weights = tl.load(
             a + (branch * rank + ranks)[None, :] * width + col[:, None],
             (col < width)[:, None] & (ranks < rank)[None, :],
             0.0,
         )
-        total += _dot(tile.to(weights.dtype), weights, PRECISION)
+        if LAYERS == 0:
+            total += _dot(tile.to(weights.dtype), weights, PRECISION)
+        for layer in tl.static_range(LAYERS):
+            kept = _kept(row, start, width, _layer_seed(seed, layer), threshold, BM, BD)
+            own = ranks // (rank // LAYERS) == layer
+            left = tl.where(kept, tile, 0.0).to(weights.dtype)
+            total += _dot(left, tl.where(own[None, :], weights, 0.0).to(weights.dtype), PRECISION)
     place = out + row[:, None] * rank + ranks[None, :]
     tl.store(place, (total * factor).to(out.dtype.element_ty), (inside < rows)[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=("rows", "scaling"))
+@triton.jit(do_not_specialize=("rows",))
 def _add_delta(
-    out, xa, b, rows, width, rank, scaling,
+    out, xa, b, rows, width, rank, stride,
     BM: tl.constexpr, BL: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     branch = tl.program_id(2)
@@ -217,19 +238,20 @@ def _add_delta(
     place = out + row[:, None] * width + col[None, :]
     within = (inside < rows)[:, None] & (col < width)[None, :]
     tile = tl.load(place, within, 0.0)
-    down = tl.load(xa + row[:, None] * rank + ranks[None, :], (inside < rows)[:, None] & (ranks < rank)[None, :], 0.0)
+    by_row = (inside < rows)[:, None] & (ranks < rank)[None, :]
+    down = tl.load(xa + row[:, None] * stride + ranks[None, :], by_row, 0.0)
     up = tl.load(
         b + (branch * width + col)[:, None] * rank + ranks[None, :],
         (col < width)[:, None] & (ranks < rank)[None, :],
         0.0,
     )
-    delta = _dot(down, tl.trans(up), PRECISION) * scaling
+    delta = _dot(down, tl.trans(up), PRECISION)
     tl.store(place, (tile.to(tl.float32) + delta).to(out.dtype.element_ty), within)
 
 
-@triton.jit(do_not_specialize=("rows", "steps", "scaling"))
+@triton.jit(do_not_specialize=("rows", "steps"))
 def _rank_gradients(
-    grad, b, xa, ds, db, rows, width, rank, scaling, steps,
+    grad, b, xa, ds, db, rows, width, rank, stride, steps,
     BM: tl.constexpr, BL: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, branch, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -238,7 +260,7 @@ def _rank_gradients(
     row = (branch * rows + inside).to(tl.int64)
     ranks = tl.arange(0, R)
     by_row = (inside < rows)[:, None] & (ranks < rank)[None, :]
-    down = tl.load(xa + row[:, None] * rank + ranks[None, :], by_row, 0.0)
+    down = tl.load(xa + row[:, None] * stride + ranks[None, :], by_row, 0.0)
     total = tl.zeros([BM, R], tl.float32)
     for step in range(steps):
         col = (split * steps + step) * BL + tl.arange(0, BL)
@@ -248,33 +270,38 @@ def _rank_gradients(
         by_col = (col < width)[:, None] & (ranks < rank)[None, :]
         weights = tl.load(b + (branch * width + col)[:, None] * rank + ranks[None, :], by_col, 0.0)
         total += _dot(tile, weights, PRECISION)
-        part = _dot(tl.trans(tile), down, PRECISION) * scaling
+        part = _dot(tl.trans(tile), down, PRECISION)
         start = ((block * branches + branch) * width + col).to(tl.int64)
         tl.store(db + start[:, None] * rank + ranks[None, :], part, by_col)
     start = (split * branches * rows + row).to(tl.int64)
-    tl.store(ds + start[:, None] * rank + ranks[None, :], total * scaling, by_row)
+    tl.store(ds + start[:, None] * rank + ranks[None, :], total, by_row)
 
 
 @triton.jit(do_not_specialize=(*_VARYING, "steps"))
 def _a_gradient(
     x, ds, parts, rows, width, rank, steps, seed, threshold, factor,
-    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, LAYERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     branch, split = tl.program_id(1), tl.program_id(2)
     branches = tl.num_programs(1)
-    col = tl.program_id(0) * BD + tl.arange(0, BD)
+    first = tl.program_id(0) * BD
+    col = first + tl.arange(0, BD)
     ranks = tl.arange(0, R)
     total = tl.zeros([BD, R], tl.float32)
     for step in range(steps):
         inside = (split * steps + step) * BM + tl.arange(0, BM)
         row = (branch * rows + inside).to(tl.int64)
         tile = tl.load(x + row[:, None] * width + col[None, :], (inside < rows)[:, None] & (col < width)[None, :], 0.0)
-        if DROPOUT:
-            tile = tl.where(_kept(row, col, width, seed, threshold), tile, 0.0)
         back = tl.load(
             ds + row[:, None] * rank + ranks[None, :], (inside < rows)[:, None] & (ranks < rank)[None, :], 0.0
         )
-        total += _dot(tl.trans(tile.to(back.dtype)), back, PRECISION)
+        if LAYERS == 0:
+            total += _dot(tl.trans(tile.to(back.dtype)), back, PRECISION)
+        for layer in tl.static_range(LAYERS):
+            kept = _kept(row, first, width, _layer_seed(seed, layer), threshold, BM, BD)
+            own = ranks // (rank // LAYERS) == layer
+            left = tl.trans(tl.where(kept, tile, 0.0).to(back.dtype))
+            total += _dot(left, tl.where(own[None, :], back, 0.0).to(back.dtype), PRECISION)
     line = ((split * branches + branch) * rank + ranks).to(tl.int64)
     place = parts + line[None, :] * width + col[:, None]
     tl.store(place, total * factor, (col < width)[:, None] & (ranks < rank)[None, :])
@@ -283,12 +310,13 @@ def _a_gradient(
 @triton.jit(do_not_specialize=_VARYING)
 def _project_back(
     ds, a, out, rows, width, rank, seed, threshold, factor,
-    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, LAYERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     branch = tl.program_id(2)
     inside = tl.program_id(0) * BM + tl.arange(0, BM)
     row = (branch * rows + inside).to(tl.int64)
-    col = tl.program_id(1) * BD + tl.arange(0, BD)
+    first = tl.program_id(1) * BD
+    col = first + tl.arange(0, BD)
     ranks = tl.arange(0, R)
     back = tl.load(ds + row[:, None] * rank + ranks[None, :], (inside < rows)[:, None] & (ranks < rank)[None, :], 0.0)
     weights = tl.load(
@@ -296,8 +324,11 @@ def _project_back(
         (ranks < rank)[:, None] & (col < width)[None, :],
         0.0,
     )
-    tile = _dot(back, weights, PRECISION) * factor
-    if DROPOUT:
-        tile = tl.where(_kept(row, col, width, seed, threshold), tile, 0.0)
+    total = tl.zeros([BM, BD], tl.float32)
+    for layer in tl.static_range(LAYERS):
+        kept = _kept(row, first, width, _layer_seed(seed, layer), threshold, BM, BD)
+        own = ranks // (rank // LAYERS) == layer
+        part = _dot(tl.where(own[None, :], back, 0.0).to(back.dtype), weights, PRECISION)
+        total += tl.where(kept, part, 0.0)
     place = out + row[:, None] * width + col[None, :]
-    tl.store(place, tile.to(out.dtype.element_ty), (inside < rows)[:, None] & (col < width)[None, :])
+    tl.store(place, (total * factor).to(out.dtype.element_ty), (inside < rows)[:, None] & (col < width)[None, :])

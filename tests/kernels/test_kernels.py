@@ -1,22 +1,29 @@
 """The K-branch LoRA products against a float64 loop over the branches; Triton's, on a CPU, in its interpreter."""
 
-import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import CAN_RUN_TRITON, HAS_TRITON, INTERPRETED
+from kernel_cases import (
+    DEVICE,
+    TOLERANCE,
+    assert_close,
+    delta_linear,
+    fused_linear,
+    literal,
+    make_case,
+    ours,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
-from comlora_trl.kernels import branch_linear, branch_linear_fused_base, selected_kernels
+from comlora_trl.kernels import selected_kernels
 from comlora_trl.kernels.branches import products
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-CAN_RUN_TRITON = HAS_TRITON and (DEVICE == "cuda" or INTERPRETED)
 # k, rows a branch, tokens, d, l, r: odd counts, ranks that are no multiple of 8, one row, no rows
 SHAPES = [
     (4, 2, 9, 64, 96, 8),
@@ -26,63 +33,6 @@ SHAPES = [
     (2, 13, 17, 72, 200, 20),
     (2, 0, 4, 16, 8, 2),
 ]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "triton" and not CAN_RUN_TRITON:
-        pytest.skip("Triton's kernels need CUDA, or triton installed and TRITON_INTERPRET=1")
-    monkeypatch.setenv("COMLORA_KERNELS", request.param)
-    return request.param
-
-
-def make_case(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict[str, object]:
-    k, rows, tokens, d, width, r = shape
-    draw = torch.Generator().manual_seed(seed)
-    normal = lambda *size: torch.randn(*size, generator=draw, dtype=torch.float64)  # noqa: E731
-    master = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "x": normal(k * rows, tokens, d).to(DEVICE, dtype),
-        "weight": (normal(width, d) / d**0.5).to(DEVICE, dtype),
-        "bias": normal(width).to(DEVICE, dtype),
-        "a": [(normal(r, d) / d**0.5).to(DEVICE, master).requires_grad_() for _ in range(k)],
-        "b": [normal(width, r).to(DEVICE, master).requires_grad_() for _ in range(k)],
-        "grad": normal(k * rows, tokens, width).to(DEVICE, dtype),
-    }
-
-
-def literal(case: dict, scaling: float, mask: Tensor | None = None) -> list[Tensor]:
-    """Output and gradients of x, A_k, B_k, branch by branch in float64."""
-    x, a, b = (
-        case["x"].detach().double().requires_grad_(),
-        [p.detach().double().requires_grad_() for p in case["a"]],
-        [p.detach().double().requires_grad_() for p in case["b"]],
-    )
-    k, outputs = len(a), []
-    masks = torch.ones_like(x) if mask is None else mask.double()
-    for rows, keep, a_k, b_k in zip(x.chunk(k), masks.chunk(k), a, b, strict=True):
-        base = rows @ case["weight"].double().T + case["bias"].double()
-        outputs.append(base + scaling * (rows * keep) @ a_k.T @ b_k.T)
-    output = torch.cat(outputs) if x.numel() else x.new_zeros(*x.shape[:-1], b[0].size(0)) + 0 * x.sum()
-    gradients = torch.autograd.grad(output, [x, *a, *b], case["grad"].double(), allow_unused=True)
-    return [output, *(torch.zeros_like(p) if g is None else g for p, g in zip([x, *a, *b], gradients, strict=True))]
-
-
-def ours(case: dict, scaling: float, dropout: float, fused: bool) -> list[Tensor]:
-    x = case["x"].detach().requires_grad_()
-    if fused:
-        output = branch_linear_fused_base(x, case["weight"], case["bias"], case["a"], case["b"], scaling, dropout)
-    else:
-        base = F.linear(x, case["weight"], case["bias"])
-        output = branch_linear(x, base, case["a"], case["b"], scaling, dropout)
-    return [output, *torch.autograd.grad(output, [x, *case["a"], *case["b"]], case["grad"])]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape
-        assert (one.double() - other).norm() <= tolerance * other.norm()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["delta", "fused"])
@@ -107,10 +57,10 @@ def test_dropout_draws_one_mask_for_forward_and_backward(path: str, dtype: torch
 
 def drawn_mask(x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
     """dropout's mask, through the down-projection with the identity for A."""
-    path = products(x, dtype, 8)
-    noise = path.draw_noise(x, p)
+    kernels = products(x, dtype, 8)
+    noise = kernels.draw_noise(x, p, 1)
     ones, identity = torch.ones_like(x), torch.eye(x.size(-1), dtype=dtype, device=x.device)[None]
-    return path.project_down(ones, identity, noise).view_as(x)
+    return kernels.project_down(ones, identity, noise).view_as(x)
 
 
 def test_dropout_masks_differ_and_keep_their_share(path: str) -> None:
@@ -139,8 +89,8 @@ def test_one_branch_drops_what_torch_drops(monkeypatch: pytest.MonkeyPatch) -> N
 def test_gradcheck() -> None:
     case = make_case((2, 2, 3, 5, 4, 2), torch.float64)
     x, ab = case["x"].requires_grad_(), [*case["a"], *case["b"]]
-    fused = lambda x, *ab: branch_linear_fused_base(x, case["weight"], None, ab[:2], ab[2:], 0.7)
-    delta = lambda x, *ab: branch_linear(x, F.linear(x, case["weight"]), ab[:2], ab[2:], 0.7)
+    fused = lambda x, *ab: fused_linear(x, case["weight"], None, ab[:2], ab[2:], 0.7)
+    delta = lambda x, *ab: delta_linear(x, F.linear(x, case["weight"]), ab[:2], ab[2:], 0.7)
     assert torch.autograd.gradcheck(fused, (x, *ab))
     assert torch.autograd.gradcheck(delta, (x, *ab))
 
@@ -158,11 +108,11 @@ def test_non_contiguous_input_and_gradient(path: str, fused: bool) -> None:
 def test_input_without_gradient_and_no_grad(path: str) -> None:
     case = make_case(SHAPES[0], torch.float32)
     expected = ours(case, 1.0, 0.0, fused=True)
-    output = branch_linear_fused_base(case["x"], case["weight"], case["bias"], case["a"], case["b"], 1.0)
+    output = fused_linear(case["x"], case["weight"], case["bias"], case["a"], case["b"], 1.0)
     gradients = torch.autograd.grad(output, [*case["a"], *case["b"]], case["grad"])
     assert_close([output, *gradients], [expected[0].double(), *(t.double() for t in expected[2:])], 1e-6)
     with torch.no_grad():
-        again = branch_linear_fused_base(case["x"], case["weight"], case["bias"], case["a"], case["b"], 1.0)
+        again = fused_linear(case["x"], case["weight"], case["bias"], case["a"], case["b"], 1.0)
     torch.testing.assert_close(again, output)
 
 
@@ -177,7 +127,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_master_gradients(path: str) ->
 
 def test_checkpointing_gives_the_same_gradients_with_dropout(path: str) -> None:
     case = make_case(SHAPES[0], torch.float32)
-    run = lambda x: branch_linear_fused_base(x, case["weight"], None, case["a"], case["b"], 1.0, 0.4)
+    run = lambda x: fused_linear(x, case["weight"], None, case["a"], case["b"], 1.0, 0.4)
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(5)
@@ -191,7 +141,7 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(path: str) -> None:
 def test_a_base_output_that_others_hold_is_left_alone() -> None:
     case = make_case((2, 1, 3, 8, 6, 2), torch.float32)
     leaf = torch.zeros(2, 3, 6, device=DEVICE, requires_grad=True)
-    branch_linear(case["x"], leaf, case["a"], case["b"], 1.0)
+    delta_linear(case["x"], leaf, case["a"], case["b"], 1.0)
     assert not leaf.any()
 
 
@@ -199,7 +149,7 @@ def test_saves_one_reference_to_the_input() -> None:
     case = make_case((2, 8, 16, 64, 64, 4), torch.float32)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        branch_linear_fused_base(case["x"], case["weight"], None, case["a"], case["b"], 1.0)
+        fused_linear(case["x"], case["weight"], None, case["a"], case["b"], 1.0)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     x, small = case["x"], 2 * 8 * 16 * 4 + 2 * 4 * (64 + 64)  # x Aᵀ, and the stacked A and B
     assert x.untyped_storage().data_ptr() in storages
@@ -223,8 +173,8 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda" or not HAS_TRITON, reason="triton's own run, or no triton")
 def test_triton_kernels_in_the_interpreter() -> None:
-    """This file again with Triton's interpreter, which must be chosen before Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    """The tests of this folder again with Triton's interpreter, to be chosen before Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).parent)]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
     )

@@ -1,0 +1,181 @@
+"""Adapted layers that read the same input and run as one: q, k and v of an attention block, gate and up of an MLP.
+
+A group computes the outputs of all its layers when the first of them is called, and hands each out when its own turn
+comes. Its layers are those of one parent module whose names say that they read the same input. Should one of them be
+called with another input all the same, it is computed alone, and from the next pass on all of them are.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from comlora_trl import kernels
+from comlora_trl.kernels import BranchWeights
+
+# Groups whose weights are stacked together: some five decoder layers' with the default targets
+_GROUPS_AT_A_TIME = 16
+# Names of layers that read the same input where they are children of one module, in the order they are called
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+
+
+class LayerGroup:
+    """Linear LoRA layers that read the same input, alike in rank, scaling and dropout; often just one.
+
+    Args:
+        layers: the layers, in the order they are called.
+        adapter: name of an adapter; its settings are those of every branch.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer], adapter: str) -> None:
+        self.layers = list(layers)
+        self.adapter = adapter
+        self.scaling, self.dropout = layers[0].scaling[adapter], layers[0].lora_dropout[adapter]
+        self.shapes = tuple(
+            (layer.lora_A[adapter].weight.shape, layer.lora_B[adapter].weight.shape) for layer in layers
+        )
+        self.broken = False
+        self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
+
+    def output(self, layer: LoraLayer, x: Tensor, weights: BranchWeights) -> Tensor:
+        """The output of one layer; those of the others wait for their own call with the same x.
+
+        Args:
+            x: [K·B, ..., d], branch-major.
+            weights: the group's, of K branches.
+        """
+        source, waiting = self._waiting or (None, {})
+        if source is x and layer in waiting:
+            result = waiting.pop(layer)
+            if not waiting:
+                self._waiting = None
+            return result
+        if waiting:  # with another input than its siblings', or without any call of theirs
+            self.broken = True
+            if layer in waiting:
+                return self._compute([layer], x, self._part(weights, layer))[0]
+        outputs = dict(zip(self.layers, self._compute(self.layers, x, weights), strict=True))
+        result = outputs.pop(layer)
+        self._waiting = (x, outputs) if outputs else None
+        return result
+
+    def forget(self) -> None:
+        """Drops outputs that nobody asked for."""
+        self._waiting = None
+
+    def has_weights(self, name: str) -> bool:
+        """Whether a branch's weights are at hand: not sharded, not wrapped, not on their way (FSDP, ZeRO-3)."""
+        for layer, shapes in zip(self.layers, self.shapes, strict=True):
+            for module, shape in zip((layer.lora_A[name], layer.lora_B[name]), shapes, strict=True):
+                if (
+                    type(module) is not nn.Linear
+                    or type(module.weight) is not nn.Parameter
+                    or module.weight.shape != shape
+                ):
+                    return False
+        return True
+
+    def _compute(self, layers: Sequence[LoraLayer], x: Tensor, weights: BranchWeights) -> Sequence[Tensor]:
+        p = self.dropout.p if layers[0].training and isinstance(self.dropout, nn.Dropout) else 0.0
+        bases = [layer.base_layer for layer in layers]
+        if all(map(_is_plain_linear, bases)):
+            frozen, biases = [base.weight for base in bases], [base.bias for base in bases]
+            return kernels.branch_linears(x, frozen, biases, weights.a, weights.b, p)
+        outputs = []
+        for layer, base in zip(layers, bases, strict=True):
+            a, (b,) = weights if len(layers) == 1 else self._part(weights, layer)
+            output = base(x)
+            outputs.append(kernels.branch_delta(x, output, a.to(output.dtype), b.to(output.dtype), p))
+        return outputs
+
+    def _part(self, weights: BranchWeights, layer: LoraLayer) -> BranchWeights:
+        index = self.layers.index(layer)
+        return BranchWeights(weights.a.chunk(len(self.layers), dim=1)[index], (weights.b[index],))
+
+
+def form_groups(layers: Iterable[tuple[nn.Module, str, LoraLayer]], adapter: str) -> dict[LoraLayer, LayerGroup]:
+    """Puts layers that read the same input into one group, each other one into a group of its own.
+
+    Args:
+        layers: (parent, name in it, layer) of linear LoRA layers.
+        adapter: name of an adapter that all have.
+
+    Returns:
+        the group of every layer.
+    """
+    families: dict[tuple[object, ...], list[tuple[int, LoraLayer]]] = {}
+    for parent, name, layer in layers:
+        family = next((names for names in _SIBLINGS if name in names), None)
+        key: tuple[object, ...] = (layer,)
+        if family is not None:
+            dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
+            key = (parent, family, layer.lora_A[adapter].weight.shape, layer.scaling[adapter], dropout)
+        families.setdefault(key, []).append((family.index(name) if family else 0, layer))
+    groups = {}
+    for members in families.values():
+        group = LayerGroup([layer for _, layer in sorted(members, key=lambda member: member[0])], adapter)
+        groups |= dict.fromkeys(group.layers, group)
+    return groups
+
+
+class PassWeights:
+    """The weights of the competing branches during one pass, stacked and cast once for a few layers at a time.
+
+    All layers at once would keep the GPU waiting at the pass's start and at its end; layer by layer costs a launch for
+    every matrix.
+
+    Args:
+        groups: all groups of the model, in the order they run.
+        names: the branches of the pass.
+    """
+
+    def __init__(self, groups: Sequence[LayerGroup] = (), names: Sequence[str] = ()) -> None:
+        self._names = names
+        self._weights: dict[LayerGroup, BranchWeights] = {}
+        self._block_of: dict[LayerGroup, Sequence[LayerGroup]] = {}
+        for start in range(0, len(groups), _GROUPS_AT_A_TIME):
+            block = groups[start : start + _GROUPS_AT_A_TIME]
+            self._block_of |= dict.fromkeys(block, block)
+
+    def of(self, group: LayerGroup) -> BranchWeights | None:
+        """A group's weights; None where they are not at hand (sharded, wrapped, on their way: FSDP, ZeRO-3)."""
+        if group not in self._weights:
+            # Of its block, for a group may have its weights at hand before others have theirs
+            missing = [one for one in self._block_of[group] if one not in self._weights]
+            self._weights |= stack_weights([one for one in missing if one.has_weights(self._names[0])], self._names)
+        return self._weights.get(group)
+
+
+def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> dict[LayerGroup, BranchWeights]:
+    """The weights of the named branches, for groups that are alike in a few launches.
+
+    They come in the type that the frozen product computes in: autocast's, or the frozen weight's own.
+    """
+    kinds: dict[tuple[object, ...], list[LayerGroup]] = {}
+    for group in groups:
+        base, master = group.layers[0].base_layer.weight, group.layers[0].lora_A[names[0]].weight
+        dtype = _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
+        kinds.setdefault((group.shapes, group.scaling, master.device, dtype), []).append(group)
+    result: dict[LayerGroup, BranchWeights] = {}
+    for (_, scaling, _, dtype), alike in kinds.items():
+        lora_a = [[[layer.lora_A[name].weight for layer in group.layers] for name in names] for group in alike]
+        lora_b = [[[layer.lora_B[name].weight for layer in group.layers] for name in names] for group in alike]
+        result |= dict(zip(alike, kernels.stack_branches(lora_a, lora_b, scaling, dtype), strict=True))
+    return result
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """A frozen `nn.Linear` itself, without hooks, whose product may be fused with the branches' deltas."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight.data) is Tensor
+        and not layer.weight.requires_grad
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+    )
