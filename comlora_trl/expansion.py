@@ -79,9 +79,9 @@ class BranchExpansion:
 
     def _expand_once(self, name: str, value: Any) -> Any:
         """Every layer gets the same masks and positions: they are expanded for the first one and kept for the pass."""
-        if not isinstance(value, Tensor | tuple | list | Mapping) or name == "hidden_states":
+        if torch.compiler.is_compiling() or name == "hidden_states":
             return expand(value, self.copies, self.rows, name)
-        known = self._expanded.get(id(value))
-        if known is None or known[0] is not value:
-            known = self._expanded[id(value)] = (value, expand(value, self.copies, self.rows, name))
-        return known[1]
+        if id(value) not in self._expanded:
+            # with the value itself, whose id would otherwise be another's before long
+            self._expanded[id(value)] = (value, expand(value, self.copies, self.rows, name))
+        return self._expanded[id(value)][1]

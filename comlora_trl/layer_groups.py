@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from comlora_trl import kernels
 from comlora_trl.kernels import BranchWeights
 
-# Groups whose weights are stacked together: some five decoder layers' with the default targets
-_GROUPS_AT_A_TIME = 16
 # Names of layers that read the same input where they are children of one module, in the order they are called
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 
@@ -35,15 +33,19 @@ class LayerGroup:
         self.shapes = tuple(
             (layer.lora_A[adapter].weight.shape, layer.lora_B[adapter].weight.shape) for layer in layers
         )
+        self.weights: BranchWeights | None = None
         self.broken = False
         self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
 
-    def output(self, layer: LoraLayer, x: Tensor, weights: BranchWeights) -> Tensor:
+    def begin(self) -> None:
+        """Forgets the last pass: its weights, and outputs that nobody asked for."""
+        self.weights = self._waiting = None
+
+    def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """The output of one layer; those of the others wait for their own call with the same x.
 
         Args:
-            x: [K·B, ..., d], branch-major.
-            weights: the group's, of K branches.
+            x: [K·B, ..., d], branch-major, for the K branches of `weights`.
         """
         source, waiting = self._waiting or (None, {})
         if source is x and layer in waiting:
@@ -54,15 +56,11 @@ class LayerGroup:
         if waiting:  # with another input than its siblings', or without any call of theirs
             self.broken = True
             if layer in waiting:
-                return self._compute([layer], x, self._part(weights, layer))[0]
-        outputs = dict(zip(self.layers, self._compute(self.layers, x, weights), strict=True))
+                return self._compute([layer], x, self._part(self.weights, layer))[0]
+        outputs = dict(zip(self.layers, self._compute(self.layers, x, self.weights), strict=True))
         result = outputs.pop(layer)
         self._waiting = (x, outputs) if outputs else None
         return result
-
-    def forget(self) -> None:
-        """Drops outputs that nobody asked for."""
-        self._waiting = None
 
     def has_weights(self, name: str) -> bool:
         """Whether a branch's weights are at hand: not sharded, not wrapped, not on their way (FSDP, ZeRO-3)."""
@@ -119,50 +117,23 @@ def form_groups(layers: Iterable[tuple[nn.Module, str, LoraLayer]], adapter: str
     return groups
 
 
-class PassWeights:
-    """The weights of the competing branches during one pass, stacked and cast once for a few layers at a time.
+def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> None:
+    """Gives groups the weights of the named branches for a pass; groups that are alike get theirs in a few launches.
 
-    All layers at once would keep the GPU waiting at the pass's start and at its end; layer by layer costs a launch for
-    every matrix.
-
-    Args:
-        groups: all groups of the model, in the order they run.
-        names: the branches of the pass.
-    """
-
-    def __init__(self, groups: Sequence[LayerGroup] = (), names: Sequence[str] = ()) -> None:
-        self._names = names
-        self._weights: dict[LayerGroup, BranchWeights] = {}
-        self._block_of: dict[LayerGroup, Sequence[LayerGroup]] = {}
-        for start in range(0, len(groups), _GROUPS_AT_A_TIME):
-            block = groups[start : start + _GROUPS_AT_A_TIME]
-            self._block_of |= dict.fromkeys(block, block)
-
-    def of(self, group: LayerGroup) -> BranchWeights | None:
-        """A group's weights; None where they are not at hand (sharded, wrapped, on their way: FSDP, ZeRO-3)."""
-        if group not in self._weights:
-            # Of its block, for a group may have its weights at hand before others have theirs
-            missing = [one for one in self._block_of[group] if one not in self._weights]
-            self._weights |= stack_weights([one for one in missing if one.has_weights(self._names[0])], self._names)
-        return self._weights.get(group)
-
-
-def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> dict[LayerGroup, BranchWeights]:
-    """The weights of the named branches, for groups that are alike in a few launches.
-
-    They come in the type that the frozen product computes in: autocast's, or the frozen weight's own.
+    They come in the type that the frozen product computes in: autocast's, or the frozen weight's own. A group whose
+    weights are not at hand stays without.
     """
     kinds: dict[tuple[object, ...], list[LayerGroup]] = {}
     for group in groups:
-        base, master = group.layers[0].base_layer.weight, group.layers[0].lora_A[names[0]].weight
-        dtype = _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
-        kinds.setdefault((group.shapes, group.scaling, master.device, dtype), []).append(group)
-    result: dict[LayerGroup, BranchWeights] = {}
+        if group.weights is None and group.has_weights(names[0]):
+            base, master = group.layers[0].base_layer.weight, group.layers[0].lora_A[names[0]].weight
+            dtype = _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
+            kinds.setdefault((group.shapes, group.scaling, master.device, dtype), []).append(group)
     for (_, scaling, _, dtype), alike in kinds.items():
         lora_a = [[[layer.lora_A[name].weight for layer in group.layers] for name in names] for group in alike]
         lora_b = [[[layer.lora_B[name].weight for layer in group.layers] for name in names] for group in alike]
-        result |= dict(zip(alike, kernels.stack_branches(lora_a, lora_b, scaling, dtype), strict=True))
-    return result
+        for group, weights in zip(alike, kernels.stack_branches(lora_a, lora_b, scaling, dtype), strict=True):
+            group.weights = weights
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -15,7 +15,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from comlora_trl.layer_groups import LayerGroup, PassWeights, form_groups
+from comlora_trl.layer_groups import LayerGroup, form_groups, stack_weights
+
+# Groups whose weights are stacked together: those of some five decoder layers with the default targets
+_GROUPS_AT_A_TIME = 16
 
 
 @dataclass
@@ -23,9 +26,8 @@ class CompetingBranches:
     """Which branches the rows of the current forward belong to; shared by all layers of a model.
 
     Attributes:
-        groups: the groups of layers with batched products.
+        groups: the groups of layers with batched products, in the order they run.
         names: adapter names of the branches whose rows are in the batch, in order; empty outside the competition.
-        weights: the weights of these branches, stacked and cast once for the whole pass.
 
     The values stay after a forward until the next one begins, since gradient checkpointing runs the layers again
     during the backward pass.
@@ -33,23 +35,29 @@ class CompetingBranches:
 
     groups: list[LayerGroup] = field(default_factory=list)
     names: tuple[str, ...] = ()
-    weights: PassWeights = field(default_factory=PassWeights)
 
     def begin(self, names: tuple[str, ...]) -> None:
         """Begins a pass over the named branches, or over none."""
         self.names = names
-        for group in self.groups:
-            group.forget()
         if any(group.broken for group in self.groups):
-            self._break_up()
-        self.weights = PassWeights(self.groups if names else (), names)
+            self.groups = [one for group in self.groups for one in (self._alone(group) if group.broken else [group])]
+        for group in self.groups:
+            group.begin()
 
-    def _break_up(self) -> None:
-        for group in [group for group in self.groups if group.broken]:
-            self.groups.remove(group)
-            for layer in group.layers:
-                layer.group = LayerGroup([layer], group.adapter)
-                self.groups.append(layer.group)
+    def stack_weights(self, group: LayerGroup) -> None:
+        """Stacks and casts the weights of a group, and of the next ones with it.
+
+        All layers at once would keep the GPU waiting at the pass's beginning and at its end; layer by layer costs
+        launches for every matrix.
+        """
+        first = self.groups.index(group)
+        stack_weights(self.groups[first : first + _GROUPS_AT_A_TIME], self.names)
+
+    @staticmethod
+    def _alone(group: LayerGroup) -> list[LayerGroup]:
+        for layer in group.layers:
+            layer.group = LayerGroup([layer], group.adapter)
+        return [layer.group for layer in group.layers]
 
 
 class BranchLayer:
@@ -70,10 +78,11 @@ class BranchLayer:
             )
         if self.group is None or args or kwargs or self.merged_adapters:
             return self.forward_one_by_one(x, names, *args, **kwargs)
-        weights = self.competing.weights.of(self.group)
-        if weights is None:
+        if self.group.weights is None:
+            self.competing.stack_weights(self.group)
+        if self.group.weights is None:  # sharded, wrapped or on their way (FSDP, ZeRO-3)
             return self.forward_one_by_one(x, names)
-        return self.group.output(self, x, weights)
+        return self.group.output(self, x)
 
     def forward_one_by_one(self, x: Tensor, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Tensor:
         """Each branch through PEFT's own forward, with that branch as the active adapter."""

@@ -8,7 +8,7 @@ What is saved for the backward pass is x itself (one reference, no copy) and x A
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +41,14 @@ def branch_linears(
         x = x.to(a.dtype)
     kernels = products(x, a.dtype, a.size(1))
     noise = kernels.draw_noise(x, dropout, len(b)) if dropout else None
-    unfilled: list[tuple[Tensor, Tensor]] = []
+    # The outputs are filled after the function has saved what it needs: a checkpointed layer's second run stops at its
+    # last saved tensor, so that the product of the last layer in it (down) is not computed again
+    later: list[_Product] | None = None if torch.compiler.is_compiling() else []
     with _WithoutAutocast(x.device.type):
-        outputs = _SharedInputLinears.apply(kernels, noise, weights, unfilled, x, a, *b)
-        # Filled after the function has saved what it needs: a checkpointed layer's second run stops at its last saved
-        # tensor, so that the product of the last layer in it (down) is not computed again
+        outputs = _SharedInputLinears.apply(kernels, noise, weights, biases, later, x, a, *b)
         with torch.no_grad():
-            for (output, xa), weight, bias, b_i in zip(unfilled, weights, biases, b, strict=True):
-                _frozen_product(x, weight, bias, output)
-                kernels.add_delta(output.view(a.size(0), -1, output.size(-1)), xa, b_i)
+            for product in later or ():
+                product.write(kernels)
     return outputs
 
 
@@ -71,7 +70,8 @@ class _SharedInputLinears(torch.autograd.Function):
         kernels: ModuleType,
         noise: Any,
         weights: Sequence[Tensor],
-        unfilled: list[tuple[Tensor, Tensor]],
+        biases: Sequence[Tensor | None],
+        later: "list[_Product] | None",
         x: Tensor,
         a: Tensor,
         *b: Tensor,
@@ -81,8 +81,12 @@ class _SharedInputLinears(torch.autograd.Function):
         ctx.kernels, ctx.noise, ctx.weights = kernels, noise, weights
         ctx.set_materialize_grads(False)
         outputs = tuple(x.new_empty(*x.shape[:-1], weight.size(0)) for weight in weights)
-        # As plain views, which hold no graph
-        unfilled += zip((output.view(-1, output.size(-1)) for output in outputs), _parts(xa, b), strict=True)
+        for output, *operands in zip(outputs, weights, biases, _parts(xa, b), b, strict=True):
+            product = _Product(output.view(-1, output.size(-1)), x, *operands)
+            if later is None:
+                product.write(kernels)
+            else:
+                later.append(product)
         return outputs
 
     @staticmethod
@@ -92,7 +96,7 @@ class _SharedInputLinears(torch.autograd.Function):
             rows = [None if grad is None else grad.reshape(-1, grad.size(-1)) for grad in grads]
             ds, da, db = _rank_gradients(ctx.kernels, ctx.noise, rows, x, xa, a, b)
             dx = None
-            if ctx.needs_input_grad[4]:
+            if ctx.needs_input_grad[5]:
                 # The branches' share first: the large products then add to it in their epilogue, which hides the
                 # reading
                 dx = ctx.kernels.project_back(ds, a, x, ctx.noise).view(-1, x.size(-1))
@@ -100,7 +104,7 @@ class _SharedInputLinears(torch.autograd.Function):
                     if grad is not None:
                         dx.addmm_(grad, _as(weight, dx))
                 dx = dx.view(x.shape)
-        return None, None, None, None, dx, da, *db
+        return None, None, None, None, None, dx, da, *db
 
 
 class _BranchDelta(torch.autograd.Function):
@@ -137,15 +141,14 @@ def _rank_gradients(
     b: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(dS, dA, dB): the gradients of x Aᵀ, [K, M, n·r], of A, and of each layer's B."""
-    ds = torch.empty_like(xa)
-    db: list[Tensor | None] = []
-    for grad, b_i, xa_i, ds_i in zip(grads, b, _parts(xa, b), _parts(ds, b), strict=True):
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    for grad, b_i, xa_i in zip(grads, b, _parts(xa, b), strict=True):
         if grad is None:  # an output that nobody used
-            ds_i.zero_()
-            db.append(None)
+            parts.append((torch.zeros_like(xa_i), None))
         else:
-            db.append(kernels.rank_gradients(grad.view(a.size(0), -1, grad.size(-1)), b_i, xa_i, ds_i))
-    return ds, kernels.a_gradient(ds, x, noise), db
+            parts.append(kernels.rank_gradients(grad.view(a.size(0), -1, grad.size(-1)), b_i, xa_i))
+    ds = parts[0][0] if len(parts) == 1 else torch.cat([ds_i for ds_i, _ in parts], dim=-1)
+    return ds, kernels.a_gradient(ds, x, noise), [db_i for _, db_i in parts]
 
 
 def _parts(stacked: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -153,12 +156,23 @@ def _parts(stacked: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
     return (stacked,) if len(b) == 1 else stacked.chunk(len(b), dim=-1)
 
 
-def _frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    rows, transposed = x.reshape(-1, x.size(-1)), _as(weight, x).t()
-    if bias is None:
-        torch.mm(rows, transposed, out=out)
-    else:
-        torch.addmm(_as(bias, x), rows, transposed, out=out)
+class _Product(NamedTuple):
+    """One layer's output and what it is made of; `out` is a view [rows, l] without a graph."""
+
+    out: Tensor
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    xa: Tensor
+    b: Tensor
+
+    def write(self, kernels: ModuleType) -> None:
+        rows, transposed = self.x.reshape(-1, self.x.size(-1)), _as(self.weight, self.x).t()
+        if self.bias is None:
+            torch.mm(rows, transposed, out=self.out)
+        else:
+            torch.addmm(_as(self.bias, self.x), rows, transposed, out=self.out)
+        kernels.add_delta(self.out.view(self.b.size(0), -1, self.out.size(-1)), self.xa, self.b)
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -56,16 +56,15 @@ def add_delta(out: Tensor, xa: Tensor, b: Tensor) -> None:
     out.baddbmm_(xa, b.mT)
 
 
-def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, ds: Tensor) -> Tensor:
-    """Writes dS = g B_k, the gradient of x A_kᵀ, into `ds` [K, M, r], and gives dB = gᵀ (x A_kᵀ), [K, l, r].
+def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
+    """(dS, dB): dS = g B_k, the gradient of x A_kᵀ, [K, M, r], and dB = gᵀ (x A_kᵀ), [K, l, r].
 
     Args:
         grad: [K, M, l].
         b: [K, l, r].
-        xa, ds: [K, M, r], rows may lie apart.
+        xa: [K, M, r], rows may lie apart.
     """
-    torch.bmm(grad, b, out=ds)
-    return torch.bmm(grad.mT, xa)
+    return torch.bmm(grad, b), torch.bmm(grad.mT, xa)
 
 
 def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:

@@ -72,22 +72,22 @@ def add_delta(out: Tensor, xa: Tensor, b: Tensor) -> None:
     )
 
 
-def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, ds: Tensor) -> Tensor:
-    """Writes dS into `ds` and gives dB, float32, in one pass over the gradient; see `torch_path`."""
+def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
+    """(dS, dB) in one pass over the gradient; see `torch_path`. dB is float32."""
     if _small(grad):
-        return torch_path.rank_gradients(grad, b, xa, ds)
+        return torch_path.rank_gradients(grad, b, xa)
     k, rows, width = grad.shape
     rank = b.size(-1)
     block, columns = 128 if rows >= 128 else 64, 64
     blocks, tiles = triton.cdiv(rows, block), triton.cdiv(width, columns)
     splits = _splits(tiles, blocks * k)
-    parts = grad.new_empty(splits, k, rows, rank, dtype=torch.float32)
+    ds = grad.new_empty(splits, k, rows, rank, dtype=torch.float32)
     db = grad.new_empty(blocks, k, width, rank, dtype=torch.float32)
     _rank_gradients[blocks, k, splits](
         grad.contiguous(),
         b,
         xa,
-        parts,
+        ds,
         db,
         rows,
         width,
@@ -99,8 +99,7 @@ def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor, ds: Tensor) -> Tensor:
         R=_padded(rank),
         PRECISION=_precision(b),
     )
-    ds.copy_(parts.sum(0) if splits > 1 else parts[0])
-    return db.sum(0) if blocks > 1 else db[0]
+    return ds.sum(0).to(b.dtype) if splits > 1 else ds[0].to(b.dtype), db.sum(0) if blocks > 1 else db[0]
 
 
 def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
