@@ -145,18 +145,19 @@ def test_mmlu_counts_every_question(data_dir):
 
 # Hendrycks et al.'s own categories.py: every subject by its subcategories
 CATEGORIES = {
-    "stem": "abstract_algebra college_mathematics elementary_mathematics high_school_mathematics high_school_statistics "
-    "astronomy college_physics conceptual_physics high_school_physics college_chemistry high_school_chemistry "
-    "college_biology high_school_biology college_computer_science computer_security high_school_computer_science "
-    "machine_learning electrical_engineering",
+    "stem": "abstract_algebra college_mathematics elementary_mathematics high_school_mathematics "
+    "high_school_statistics astronomy college_physics conceptual_physics high_school_physics college_chemistry "
+    "high_school_chemistry college_biology high_school_biology college_computer_science computer_security "
+    "high_school_computer_science machine_learning electrical_engineering",
     "humanities": "high_school_european_history high_school_us_history high_school_world_history prehistory "
     "formal_logic logical_fallacies moral_disputes moral_scenarios philosophy world_religions "
     "international_law jurisprudence professional_law",
     "social_sciences": "high_school_government_and_politics public_relations security_studies us_foreign_policy "
     "human_sexuality sociology econometrics high_school_macroeconomics high_school_microeconomics "
     "high_school_geography high_school_psychology professional_psychology",
-    "other": "anatomy clinical_knowledge college_medicine human_aging medical_genetics nutrition professional_medicine "
-    "virology business_ethics management marketing global_facts miscellaneous professional_accounting",
+    "other": "anatomy clinical_knowledge college_medicine human_aging medical_genetics nutrition "
+    "professional_medicine virology business_ethics management marketing global_facts miscellaneous "
+    "professional_accounting",
 }
 
 
