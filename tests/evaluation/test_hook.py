@@ -153,19 +153,22 @@ def test_stock_results_are_the_same_with_and_without_the_hook(adapter, tmp_path)
 
 
 @pytest.mark.slow
-def test_tasks_validate_by_name(tmp_path):
-    names = "comlora_commonsense,comlora_mmlu,comlora_convai2,comlora_demo"
-    result = run(["-m", "comlora_trl.evaluation.cli", "validate", "--tasks", names], tmp_path)
-    assert "All tasks found and valid" in result.stdout, result.stderr[-2000:]
-
-
-@pytest.mark.slow
 def test_a_stale_base_ends_in_one_line(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone/base"}))
     command = ["-m", "comlora_trl.evaluation.cli", "--model", "hf", "--model_args", f"peft={tmp_path}"]
     result = run([*command, "--tasks", "comlora_demo", "--limit", "2"], tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path}: its base model /gone/base does not exist")
+
+
+@pytest.mark.slow
+def test_missing_data_ends_in_one_line_before_the_model(adapter, tmp_path):
+    command = ["-m", "comlora_trl.evaluation.cli", "--model", "hf", "--model_args", f"peft={adapter}"]
+    result = run([*command, "--tasks", "comlora_boolq"], tmp_path, COMLORA_DATA_DIR=str(tmp_path))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    missing = tmp_path / "commonsense" / "boolq" / "test.json"
+    assert result.stderr.splitlines()[-1].startswith(f"error: {missing}: no such file")
+    assert "comlora-trl: from peft=" not in result.stderr, "the model is not even begun"
 
 
 # Stands in for vLLM itself, which needs its own build; lm_eval's class for it is the real one
