@@ -203,6 +203,7 @@ def test_extraction_agrees_with_the_reference():
         "\x00",
         "\u00e9",
         "falsetrue",
+        build_prompt("another instruction: true or answer2?"),
     ]
     for _ in range(10_000):
         response = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 8)))
@@ -275,6 +276,14 @@ def test_an_incomplete_mmlu_names_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="no question on .*expected all 57 subjects.*comlora_mmlu_anatomy"):
         manager.match_tasks(["comlora_mmlu"])
     assert manager.match_tasks(["comlora_mmlu_anatomy"]) == ["comlora_mmlu_anatomy"]
+
+
+def test_mmlu_subjects_run_by_name(shared_data):
+    lines = (shared_data / "mmlu" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    names = sorted({f"comlora_mmlu_{json.loads(line)['subject']}" for line in lines})
+    result, model = evaluate(lambda doc: f"the correct answer is {doc['answer']}", names, shared_data)
+    assert sorted(result["results"]) == names and len(model.seen) == len(lines) == 2595
+    assert all(scores["acc,none"] == 1.0 for scores in result["results"].values())
 
 
 def test_seven_tasks_run_without_hellaswag(shared_data):
