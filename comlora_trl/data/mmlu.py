@@ -68,7 +68,7 @@ def local_file(folder: Path, split: str) -> Path | None:
 
 def missing_file(folder: Path, split: str) -> DataError:
     """The error when a data folder lacks a split: names what the folder has instead."""
-    found = sorted(path.stem for path in folder.glob("*.json*"))
+    found = sorted({path.stem for path in folder.glob("*.json*")} - {"test"})
     advice = f", or name the split {' or '.join(found)}, which is there" if found and split != "test" else ""
     return DataError(
         f"{folder / split}.jsonl: no such file, but {folder.parent} was named as the data folder; put {HUB_ID}'s "
