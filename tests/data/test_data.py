@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from comlora_trl.data import (
@@ -97,6 +98,35 @@ def test_a_hub_out_of_reach_is_not_a_wrong_name():
     with pytest.raises(DataError, match="the train questions cannot be loaded.*set COMLORA_DATA_DIR") as caught:
         load_training_dataset("mmlu")
     assert "\n" not in str(caught.value) and "not a preset" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_hubs_rows_are_checked_too(tmp_path, monkeypatch, streaming):
+    rows = [QUESTION, dict(QUESTION, choices=["a", "b", "c"])]
+    asked = []
+
+    def hub(*names, **options):
+        asked.append((names, options["split"], options["revision"]))
+        dataset = datasets.Dataset.from_list(rows)
+        dataset = dataset.cast_column("answer", datasets.ClassLabel(names=list("ABCD")))
+        return dataset.to_iterable_dataset() if options["streaming"] else dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(
+        DataError, match=r"cais/mmlu: row 1 has the choices \['a', 'b', 'c'\], expected a list of four"
+    ):
+        list(load_training_dataset("mmlu", streaming=streaming))
+    rows.pop()
+    [row] = load_training_dataset("mmlu", streaming=streaming)
+    assert row["completion"] == "the correct answer is B" and row.keys() == {"prompt", "completion"}
+    # the configuration "auxiliary_train" nests the same questions in one column
+    assert asked[0] == (("cais/mmlu", "all"), "auxiliary_train", mmlu.HUB_REVISION)
+
+
+def test_a_folder_of_parquet_is_checked_too(tmp_path):
+    datasets.Dataset.from_list([{"instruction": 5, "output": "x"}]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="row 0 has the instruction 5, expected text"):
+        load_training_dataset(tmp_path)
 
 
 def test_a_file_has_one_split(tmp_path):
