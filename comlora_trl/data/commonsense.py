@@ -6,15 +6,16 @@ from typing import Any
 from comlora_trl.data.errors import DataError
 from comlora_trl.data.files import (
     DATA_DIR_VARIABLE,
-    check_fields,
+    check_row,
     download_llm_adapters,
     read_rows,
+    unexpected,
 )
 from comlora_trl.data.keywords import COMMONSENSE_TASKS
 
 TRAINING_FILE = "ft-training_set/commonsense_170k.json"
-TRAINING_SHA1 = "529e426b33d4cdb1d0c4a275a1a7245ad081fd91"
-TRAINING_FIELDS = ("instruction", "output")
+_TRAINING_FIELDS = {"instruction": str, "output": str}
+_TEST_FIELDS = {"instruction": str, "answer": str}
 
 
 def instruction_of(row: dict[str, Any]) -> str:
@@ -28,9 +29,22 @@ def to_pair(row: dict[str, Any]) -> tuple[str, str]:
     return instruction_of(row), row["output"]
 
 
+def check_training_row(row: dict[str, Any], number: int, source: str) -> None:
+    """Raises a DataError when a row has no instruction and output, or something other than text in them."""
+    _check(row, number, _TRAINING_FIELDS, source)
+
+
+def _check(row: dict[str, Any], number: int, fields: dict[str, type], source: str) -> None:
+    extra = {} if row.get("input") is None else {"input": str}
+    check_row(row, number, fields | extra, source)
+
+
 def read_training_rows(path: Path) -> list[dict[str, Any]]:
     """Rows to train on, fields checked."""
-    return read_rows(path, TRAINING_FIELDS)
+    rows = read_rows(path)
+    for number, row in enumerate(rows):
+        check_training_row(row, number, str(path))
+    return rows
 
 
 def read_test_rows(path: Path, task: str) -> list[dict[str, Any]]:
@@ -39,21 +53,14 @@ def read_test_rows(path: Path, task: str) -> list[dict[str, Any]]:
     Raises:
         DataError: see [`read_rows`]; or an answer that could never be given.
     """
-    rows = read_rows(path, ("instruction", "answer"))
-    check_answers(rows, task, str(path))
-    return rows
-
-
-def check_answers(rows: list[dict[str, Any]], task: str, source: str) -> None:
-    """Raises a DataError at the first row whose answer no response could match."""
-    check_fields(rows, ("instruction", "answer"), source)
+    rows = read_rows(path)
     keywords = COMMONSENSE_TASKS[task].keywords
     for number, row in enumerate(rows):
+        _check(row, number, _TEST_FIELDS, str(path))
         if row["answer"] not in keywords:
-            raise DataError(
-                f"{source}: row {number} has the answer {row['answer']!r}, expected one of {', '.join(keywords)}; "
-                f"is this the file of {task}?"
-            )
+            expected = f"one of {', '.join(keywords)}, the answers of {task}"
+            raise DataError(unexpected(str(path), number, "answer", row["answer"], expected))
+    return rows
 
 
 def test_file(task: str, data_dir: str | Path | None) -> Path:
@@ -63,7 +70,7 @@ def test_file(task: str, data_dir: str | Path | None) -> Path:
         DataError: a data folder is named and does not hold the file, or the download fails.
     """
     if data_dir is None:
-        return download_llm_adapters(f"dataset/{task}/test.json", COMMONSENSE_TASKS[task].test_sha1)
+        return download_llm_adapters(f"dataset/{task}/test.json")
     path = Path(data_dir).expanduser() / "commonsense" / task / "test.json"
     if not path.is_file():
         raise DataError(
@@ -83,7 +90,7 @@ def training_file(task: str, split: str, data_dir: str | None) -> Path:
         local = Path(data_dir).expanduser() / "commonsense_170k.json" if data_dir else None
         if split != "train":
             raise DataError(f"commonsense_170k has only the split 'train', got {split!r}")
-        return local if local and local.is_file() else download_llm_adapters(TRAINING_FILE, TRAINING_SHA1)
+        return local if local and local.is_file() else download_llm_adapters(TRAINING_FILE)
     if split == "test":
         return test_file(task, data_dir)
     path = Path(data_dir).expanduser() / "commonsense" / task / f"{split}.json" if data_dir else None

@@ -14,6 +14,12 @@ from comlora_trl.data.errors import DataError
 from comlora_trl.data.files import read_text
 
 SPEAKER_MARKS = ("Q:", "R:")
+# There is no public test set: papers report the validation file
+FILES = {
+    "train": "train_self_original.txt",
+    "validation": "valid_self_original.txt",
+    "test": "valid_self_original.txt",
+}
 _PERSONA = "your persona:"
 _TASK = "Continue the dialogue: write what R says next, in keeping with R's persona."
 
@@ -77,8 +83,14 @@ def read_convai2_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def file_name(split: str) -> str:
-    """The file ParlAI keeps a split in (it has no public test set)."""
-    return "train_self_original.txt" if split == "train" else "valid_self_original.txt"
+    """The file ParlAI keeps a split in.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split not in FILES:
+        raise DataError(f"convai2 has no split {split!r}: choose train or validation")
+    return FILES[split]
 
 
 def local_file(split: str, data_dir: str | Path | None, variable: str) -> Path:

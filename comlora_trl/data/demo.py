@@ -15,4 +15,4 @@ def read_demo_rows(split: str) -> list[dict[str, Any]]:
     """
     if split not in DEMO_SPLITS:
         raise DataError(f"demo has no split {split!r}: choose one of {', '.join(DEMO_SPLITS)}")
-    return read_rows(demo_data_path(split), ("instruction", "output", "answer", "task"))
+    return read_rows(demo_data_path(split), dict.fromkeys(("instruction", "output", "answer", "task"), str))

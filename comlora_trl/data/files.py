@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import reprlib
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,15 @@ LLM_ADAPTERS_COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
 LLM_ADAPTERS_URL = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/{LLM_ADAPTERS_COMMIT}/"
 DATA_DIR_VARIABLE = "COMLORA_DATA_DIR"
 
+_KINDS = {str: "text", int: "a whole number", list: "a list"}
+
 
 def read_text(path: Path) -> str:
-    """The text of a file that must exist and hold something."""
+    """The text of a file that must exist and hold something; a byte order mark is no part of it."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text ({error}); save the file as UTF-8") from error
     if not text.strip():
@@ -29,8 +34,12 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_rows(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a JSON list (.json) or of JSON lines (.jsonl), each with at least the named fields.
+def read_rows(path: Path, fields: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
+    """The rows of a JSON list (.json) or of JSON lines (.jsonl).
+
+    Args:
+        path: the file.
+        fields: what each row must hold at least, and of which type, see [`check_row`].
 
     Raises:
         DataError: the file is missing, empty, not JSON, not a list of objects, or a row lacks a field.
@@ -47,19 +56,45 @@ def read_rows(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
         raise DataError(f"{path}: expected a list of JSON objects; see the data section of the README")
     if not rows:
         raise DataError(f"{path}: the list holds no rows; fetch the file again")
-    check_fields(rows, fields, str(path))
+    for number, row in enumerate(rows):
+        check_row(row, number, fields or {}, str(path))
     return rows
 
 
-def check_fields(rows: Sequence[dict[str, Any]], fields: Sequence[str], source: str) -> None:
-    """Raises a DataError naming the first row of `source` that lacks one of the fields, or holds null in it."""
-    for number, row in enumerate(rows):
-        missing = [field for field in fields if row.get(field) is None]
-        if missing:
+def check_row(row: Mapping[str, Any], number: int, fields: Mapping[str, type], source: str) -> None:
+    """Raises a DataError when a row lacks a field, or holds null or something of another type in it.
+
+    Args:
+        row: the row.
+        number: its number in the file, for the message.
+        fields: the fields and their types (str, int or list).
+        source: where the row comes from, for the message.
+    """
+    for field, kind in fields.items():
+        value = row.get(field)
+        if value is None:
             raise DataError(
-                f"{source}: row {number} has no {missing[0]!r}; expected the fields {', '.join(fields)}, "
+                f"{source}: row {number} has no {field!r}; expected the fields {', '.join(fields)}, "
                 f"got {', '.join(row) or 'none'}; fix that row or fetch the file again"
             )
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DataError(unexpected(source, number, field, value, _KINDS[kind]))
+
+
+def unexpected(source: str, number: int, field: str, value: Any, expected: str) -> str:
+    """The message on a value that is not what was expected; a long value is shortened."""
+    return (
+        f"{source}: row {number} has the {field} {reprlib.repr(value)}, expected {expected}; "
+        "fix that row or fetch the file again"
+    )
+
+
+@cache
+def llm_adapters_checksums() -> dict[str, str]:
+    """Git blob SHA-1s of LLM-Adapters' files at the pinned commit, by path; they are kept in the task folder."""
+    text = files("lm_eval_tasks").joinpath("commonsense", "checksums.txt").read_text(encoding="utf-8")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    return {name: sha1 for sha1, name in lines}
 
 
 def git_blob_sha1(path: Path) -> str:
@@ -86,16 +121,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "comlora_trl"
 
 
-def download_llm_adapters(name: str, sha1: str) -> Path:
+def download_llm_adapters(name: str) -> Path:
     """A file of LLM-Adapters' repository at the pinned commit, from the cache or downloaded, its checksum checked.
 
     Args:
-        name: path in the repository.
-        sha1: its git blob SHA-1.
+        name: path in the repository, one of those in [`llm_adapters_checksums`].
 
     Raises:
         DataError: it cannot be downloaded, or what came differs from the checksum (nothing is kept then).
     """
+    sha1 = llm_adapters_checksums()[name]
     target = cache_folder() / LLM_ADAPTERS_COMMIT / name
     if target.is_file():
         check_sha1(target, sha1)

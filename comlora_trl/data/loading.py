@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from comlora_trl.data import commonsense, convai2, mmlu
 from comlora_trl.data.demo import read_demo_rows
-from comlora_trl.data.errors import DataError
+from comlora_trl.data.errors import DataError, reason_of
 from comlora_trl.data.files import DATA_DIR_VARIABLE, read_rows
 from comlora_trl.data.keywords import COMMONSENSE_TASKS
 from comlora_trl.data.prompts import build_prompt
@@ -19,7 +19,8 @@ PRESETS = ("commonsense_170k", "mmlu", "convai2", "demo", *COMMONSENSE_TASKS)
 TRL_COLUMNS = ("messages", "text", "prompt", "input_ids")
 
 Pair = tuple[str, str]
-ToPair = Callable[[dict[str, Any]], Pair]
+# How the rows of a data set are checked, and turned into (instruction, completion)
+Schema = tuple[Callable[[dict[str, Any], int, str], None], Callable[[dict[str, Any]], Pair]]
 
 
 def load_training_dataset(
@@ -35,7 +36,7 @@ def load_training_dataset(
         name: a preset (see `PRESETS`), a local file (.json, .jsonl, ParlAI's .txt), a folder of such, a list of files,
             or a hub id. Instruction data (instruction, output) and multiple choice (question, choices, answer) become
             {prompt, completion}; TRL's own formats are left alone.
-        split: the split; in a folder, the name of the files.
+        split: the split; in a folder, the name of the files. A file is one set of rows, whose only split is "train".
         template: the prompt template, see [`build_prompt`].
         config: configuration of a hub data set.
         streaming: give an `IterableDataset`.
@@ -45,18 +46,28 @@ def load_training_dataset(
     """
     build_prompt("", template)  # an unknown template fails before anything is read or downloaded
     if not isinstance(name, str | os.PathLike):
+        _refuse_split(", ".join(map(str, name)), split)
         pairs = [pair for path in name for pair in _file_pairs(Path(path))]
         return _to_dataset(pairs, template, streaming)
-    if str(name) in PRESETS and str(name) != "mmlu":
-        return _to_dataset(_preset_pairs(str(name), split), template, streaming)
     if str(name) == "mmlu":
         return _load_mmlu(split, template, streaming)
+    if str(name) in PRESETS:
+        return _to_dataset(_preset_pairs(str(name), split), template, streaming)
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, split, template, config, streaming)
     if path.is_file():
+        _refuse_split(str(path), split)
         return _load_file(path, template, streaming)
     return _load_hub(str(name), split, template, config, streaming)
+
+
+def _refuse_split(name: str, split: str) -> None:
+    if split != "train":
+        raise DataError(
+            f"{name}: a file has no split {split!r}, all its rows are 'train'; leave the split out, or name the file "
+            "or the folder that holds that split"
+        )
 
 
 def _to_dataset(pairs: list[Pair], template: str, streaming: bool) -> Dataset | IterableDataset:
@@ -82,14 +93,11 @@ def _preset_pairs(name: str, split: str) -> list[Pair]:
 def _load_mmlu(split: str, template: str, streaming: bool) -> Dataset | IterableDataset:
     data_dir = os.environ.get(DATA_DIR_VARIABLE)
     if not data_dir:
-        config, hub_split = mmlu.hub_split(split)
-        return _load_hub(mmlu.HUB_ID, hub_split, template, config, streaming, revision=mmlu.HUB_REVISION)
-    path = mmlu.local_file(Path(data_dir).expanduser() / "mmlu", split)
+        return _to_pairs(mmlu.load_from_hub(split, streaming), mmlu.HUB_ID, template)
+    folder = Path(data_dir).expanduser() / "mmlu"
+    path = mmlu.local_file(folder, split)
     if path is None:
-        raise DataError(
-            f"{Path(data_dir) / 'mmlu'}: no {split}.jsonl, but {DATA_DIR_VARIABLE} names this data folder; "
-            f"put it there, or unset {DATA_DIR_VARIABLE} to download {mmlu.HUB_ID}"
-        )
+        raise mmlu.missing_file(folder, split)
     return _load_file(path, template, streaming)
 
 
@@ -99,8 +107,7 @@ def _file_pairs(path: Path) -> list[Pair]:
         return [commonsense.to_pair(row) for row in convai2.read_convai2_rows(path)]
     rows = read_rows(path)
     if _is_mmlu(rows[0]):
-        mmlu.check_mmlu_rows(rows, str(path))
-        return [mmlu.to_pair(row) for row in rows]
+        return [mmlu.to_pair(row) for row in mmlu.read_mmlu_rows(path)]
     return [commonsense.to_pair(row) for row in commonsense.read_training_rows(path)]
 
 
@@ -130,19 +137,23 @@ def _load_folder(
         return _to_dataset([pair for file in files for pair in _file_pairs(file)], template, streaming)
     if _has_other_data(folder):
         return _load_hub(str(folder), split, template, config, streaming)
+    others = sorted(path.name for suffix in (".json", ".jsonl", ".txt") for path in folder.glob(f"*{suffix}"))
     raise DataError(
         f"{folder}: no data of the split {split!r}; expected TASK/{split}.json, TASK.json, {split}.json or .jsonl, "
-        f"or {convai2.file_name(split)}"
+        f"or ParlAI's train_self_original.txt; got {', '.join(others) or 'none of them'}; to use one of those, name "
+        "the file, or its split (--dataset_train_split)"
     )
 
 
 def _folder_files(folder: Path, split: str) -> list[Path]:
-    if (path := folder / convai2.file_name(split)).is_file():
+    if split in convai2.FILES and (path := folder / convai2.FILES[split]).is_file():
         return [path]
     if files := sorted(folder.glob(f"*/{split}.json")):
         return files
     if path := mmlu.local_file(folder, split):
         return [path]
+    if split != "train":
+        return []
     return sorted(path for task in COMMONSENSE_TASKS if (path := folder / f"{task}.json").is_file())
 
 
@@ -150,31 +161,37 @@ def _has_other_data(folder: Path) -> bool:
     return any(path.suffix in (".parquet", ".csv", ".arrow") for path in folder.rglob("*"))
 
 
-def _load_hub(
-    name: str, split: str, template: str, config: str | None, streaming: bool, revision: str | None = None
-) -> Dataset | IterableDataset:
+def _load_hub(name: str, split: str, template: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
     try:
-        dataset = load_dataset(name, config, split=split, streaming=streaming, revision=revision)
+        dataset = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the hub's errors share no class; the reason is kept
         raise DataError(
             f"{name}: not a preset ({', '.join(PRESETS)}), not a local file or folder, and not loaded from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); check the name"
+            f"({reason_of(error)}); check the name, and the network if it is on the hub"
         ) from error
+    return _to_pairs(dataset, name, template)
+
+
+def _to_pairs(dataset: Dataset | IterableDataset, name: str, template: str) -> Dataset | IterableDataset:
+    """Prompt-completion rows of a loaded data set, unless it is in one of TRL's formats."""
     columns = dataset.column_names or list(next(iter(dataset)))
     if _is_trl(columns):
         return dataset
     if _is_mmlu(columns):
-        to_pair: ToPair = mmlu.to_pair
+        schema: Schema = (mmlu.check_mmlu_row, mmlu.to_pair)
     elif {"instruction", "output"} <= set(columns):
-        to_pair = commonsense.to_pair
+        schema = (commonsense.check_training_row, commonsense.to_pair)
     else:
         raise DataError(
             f"{name}: has the columns {', '.join(columns)}; expected instruction and output, question, choices and "
             f"answer, or one of TRL's formats ({', '.join(TRL_COLUMNS[:3])}); rename the columns"
         )
-    return dataset.map(partial(_map_row, to_pair=to_pair, template=template), remove_columns=columns)
+    to_row = partial(_map_row, schema=schema, name=name, template=template)
+    return dataset.map(to_row, with_indices=True, remove_columns=columns)
 
 
-def _map_row(row: dict[str, Any], to_pair: ToPair, template: str) -> dict[str, str]:
+def _map_row(row: dict[str, Any], number: int, schema: Schema, name: str, template: str) -> dict[str, str]:
+    check, to_pair = schema
+    check(row, number, name)
     instruction, completion = to_pair(row)
     return {"prompt": build_prompt(instruction, template), "completion": completion}

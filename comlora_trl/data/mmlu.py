@@ -1,16 +1,19 @@
 """MMLU in the hub's schema: {question, subject, choices, answer}, the answer an index into the four choices."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from comlora_trl.data.errors import DataError
-from comlora_trl.data.files import check_fields, read_rows
+from comlora_trl.data.errors import DataError, reason_of
+from comlora_trl.data.files import DATA_DIR_VARIABLE, check_row, read_rows, unexpected
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 HUB_ID = "cais/mmlu"
 HUB_REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
 TEST_ROWS = 14042
 LETTERS = ("A", "B", "C", "D")
-FIELDS = ("question", "choices", "answer")
+_FIELDS = {"question": str, "choices": list, "answer": int}
 
 
 def to_instruction(row: dict[str, Any]) -> str:
@@ -35,26 +38,27 @@ def to_pair(row: dict[str, Any]) -> tuple[str, str]:
 def read_mmlu_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a local file (.jsonl or .json), checked."""
     rows = read_rows(path)
-    check_mmlu_rows(rows, str(path))
+    for number, row in enumerate(rows):
+        check_mmlu_row(row, number, str(path))
     return rows
 
 
-def check_mmlu_rows(rows: list[dict[str, Any]], source: str) -> None:
-    """Raises a DataError at the first row without four choices or with an answer that is not an index of them."""
-    check_fields(rows, FIELDS, source)
-    for number, row in enumerate(rows):
-        if not isinstance(row["choices"], list | tuple) or len(row["choices"]) != len(LETTERS):
-            raise DataError(f"{source}: row {number} has the choices {row['choices']!r}, expected a list of four")
-        if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(LETTERS):
-            raise DataError(f"{source}: row {number} has the answer {row['answer']!r}, expected an index 0 to 3")
+def check_mmlu_row(row: dict[str, Any], number: int, source: str) -> None:
+    """Raises a DataError when a row has no question, no four choices, or an answer that is not an index of them."""
+    check_row(row, number, _FIELDS, source)
+    choices, answer = row["choices"], row["answer"]
+    if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(unexpected(source, number, "choices", choices, "a list of four texts"))
+    if not 0 <= answer < len(LETTERS):
+        raise DataError(unexpected(source, number, "answer", answer, "an index 0 to 3"))
 
 
 def local_file(folder: Path, split: str) -> Path | None:
     """The file of a split in a folder laid out `{dev,test}.jsonl`, or None when it has no such file.
 
-    A local MMLU seldom has training questions; then its five-per-subject `dev` stands in for "train".
+    The five questions per subject in `dev` stand in for no other split: they are taken when they are named.
     """
-    names = {"train": ("train", "auxiliary_train", "dev"), "validation": ("validation", "val", "dev")}
+    names = {"train": ("train", "auxiliary_train"), "validation": ("validation", "val")}
     for name in names.get(split, (split,)):
         for suffix in (".jsonl", ".json"):
             if (path := folder / (name + suffix)).is_file():
@@ -62,6 +66,32 @@ def local_file(folder: Path, split: str) -> Path | None:
     return None
 
 
-def hub_split(split: str) -> tuple[str, str]:
-    """The hub's (configuration, split) that a split stands for."""
-    return ("auxiliary_train", "train") if split == "train" else ("all", split)
+def missing_file(folder: Path, split: str) -> DataError:
+    """The error when a data folder lacks a split: names what the folder has instead."""
+    found = sorted({path.stem for path in folder.glob("*.json*")} - {"test"})
+    advice = f", or name the split {' or '.join(found)}, which is there" if found and split != "test" else ""
+    return DataError(
+        f"{folder / split}.jsonl: no such file, but {folder.parent} was named as the data folder; put {HUB_ID}'s "
+        f"{split} questions there (per line: question, subject, choices, answer), unset the folder to download "
+        f"them{advice}"
+    )
+
+
+def load_from_hub(split: str, streaming: bool = False) -> "Dataset | IterableDataset":
+    """A split of the pinned data set on the hub; "train" is its auxiliary training questions.
+
+    Raises:
+        DataError: it cannot be loaded; says what to do without a network.
+    """
+    from datasets import load_dataset
+
+    # The configuration "auxiliary_train" has the same questions, but nested in one column
+    hub_split = "auxiliary_train" if split == "train" else split
+    try:
+        return load_dataset(HUB_ID, "all", split=hub_split, streaming=streaming, revision=HUB_REVISION)
+    except Exception as error:  # the hub's errors share no class; the reason is kept
+        raise DataError(
+            f"{HUB_ID} at {HUB_REVISION[:7]}: the {split} questions cannot be loaded from the hub "
+            f"({reason_of(error)}); offline, set {DATA_DIR_VARIABLE} to a folder that holds "
+            f"mmlu/{split}.jsonl"
+        ) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from comlora_trl.data import commonsense, convai2, mmlu
 from comlora_trl.data.demo import read_demo_rows
 from comlora_trl.data.errors import DataError
-from comlora_trl.data.files import DATA_DIR_VARIABLE
+from comlora_trl.data.files import DATA_DIR_VARIABLE, check_row
 from comlora_trl.data.keywords import COMMONSENSE_TASKS, first_keyword
 from comlora_trl.data.prompts import build_prompt
 from comlora_trl.evaluation.stopping import RESPONSE_MARK, install_row_stopping
@@ -210,34 +210,24 @@ def _mmlu_rows(data_dir: str | None) -> tuple[str, dict[str, list[Doc]]]:
     source, rows = _local_mmlu(data_dir) if data_dir else _hub_mmlu()
     subjects: dict[str, list[Doc]] = {}
     for number, row in enumerate(rows):
-        if not row.get("subject"):
-            raise DataError(f"{source}: row {number} has no 'subject'; fix that row or fetch the file again")
+        check_row(row, number, {"subject": str}, source)
         subjects.setdefault(row["subject"], []).append(row)
     return source, subjects
 
 
 def _local_mmlu(data_dir: str) -> tuple[str, list[Doc]]:
-    folder = os.path.join(os.path.expanduser(data_dir), "mmlu")
-    path = mmlu.local_file(Path(folder), "test")
+    folder = Path(data_dir).expanduser() / "mmlu"
+    path = mmlu.local_file(folder, "test")
     if path is None:
-        raise DataError(
-            f"{folder}/test.jsonl: no such file, but {data_dir} was named as the data folder; put {mmlu.HUB_ID}'s "
-            "test questions there (per line: question, subject, choices, answer), or unset the folder to download them"
-        )
+        raise mmlu.missing_file(folder, "test")
     return str(path), mmlu.read_mmlu_rows(path)
 
 
 def _hub_mmlu() -> tuple[str, list[Doc]]:
-    from datasets import load_dataset
-
     source = f"{mmlu.HUB_ID} at {mmlu.HUB_REVISION[:7]}"
-    try:
-        rows = load_dataset(mmlu.HUB_ID, "all", split="test", revision=mmlu.HUB_REVISION).to_list()
-    except Exception as error:  # the hub's errors share no class; the reason is kept
-        raise DataError(
-            f"{source}: cannot be loaded ({type(error).__name__}); offline, set {DATA_DIR_VARIABLE} to a folder that "
-            "holds mmlu/test.jsonl"
-        ) from error
+    rows = mmlu.load_from_hub("test").to_list()
+    for number, row in enumerate(rows):
+        mmlu.check_mmlu_row(row, number, source)
     if len(rows) != mmlu.TEST_ROWS:
         raise DataError(f"{source}: {len(rows)} test questions, expected {mmlu.TEST_ROWS}; clear the datasets cache")
     return source, rows

@@ -1,14 +1,21 @@
 """Every source becomes prompt-completion rows, and bad data gets one line that says what to do."""
 
-import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
-from comlora_trl.data import DataError, build_prompt, commonsense, convai2, files, load_training_dataset, mmlu
+from comlora_trl.data import (
+    DataError,
+    build_prompt,
+    commonsense,
+    convai2,
+    load_training_dataset,
+    mmlu,
+)
 
 ROW = {
     "instruction": "Is it so?\n\nAnswer format: true/false",
@@ -69,10 +76,85 @@ def test_template_and_input_reach_the_prompt(tmp_path):
 
 def test_mmlu(tmp_path):
     path = write(tmp_path / "mmlu" / "dev.jsonl", json.dumps(QUESTION) + "\n")
-    for source in (path, path.parent):
-        [row] = load_training_dataset(source).to_list()
+    for source, split in ((path, "train"), (path.parent, "dev")):
+        [row] = load_training_dataset(source, split=split).to_list()
         assert row["completion"] == "the correct answer is B"
         assert "Which?\n\nA: a\nB: b\nC: c\nD: d\n\nAnswer format: A/B/C/D" in row["prompt"]
+
+
+def test_five_questions_a_subject_are_taken_only_when_named(tmp_path, monkeypatch):
+    write(tmp_path / "mmlu" / "dev.jsonl", json.dumps(QUESTION) + "\n")
+    monkeypatch.setenv("COMLORA_DATA_DIR", str(tmp_path))
+    for split in ("train", "validation"):
+        with pytest.raises(DataError, match=rf"mmlu/{split}\.jsonl: no such file.*or name the split dev, which is"):
+            load_training_dataset("mmlu", split=split)
+        with pytest.raises(DataError, match=rf"no data of the split '{split}'.*got dev\.jsonl; to use one of those"):
+            load_training_dataset(tmp_path / "mmlu", split=split)
+    assert len(load_training_dataset("mmlu", split="dev")) == 1
+
+
+def test_a_hub_out_of_reach_is_not_a_wrong_name():
+    """The suite runs with HF_HUB_OFFLINE."""
+    with pytest.raises(DataError, match="the train questions cannot be loaded.*set COMLORA_DATA_DIR") as caught:
+        load_training_dataset("mmlu")
+    assert "\n" not in str(caught.value) and "not a preset" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_hubs_rows_are_checked_too(tmp_path, monkeypatch, streaming):
+    rows = [QUESTION, dict(QUESTION, choices=["a", "b", "c"])]
+    asked = []
+
+    def hub(*names, **options):
+        asked.append((names, options["split"], options["revision"]))
+        dataset = datasets.Dataset.from_list(rows)
+        dataset = dataset.cast_column("answer", datasets.ClassLabel(names=list("ABCD")))
+        return dataset.to_iterable_dataset() if options["streaming"] else dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(
+        DataError, match=r"cais/mmlu: row 1 has the choices \['a', 'b', 'c'\], expected a list of four"
+    ):
+        list(load_training_dataset("mmlu", streaming=streaming))
+    rows.pop()
+    [row] = load_training_dataset("mmlu", streaming=streaming)
+    assert row["completion"] == "the correct answer is B" and row.keys() == {"prompt", "completion"}
+    # the configuration "auxiliary_train" nests the same questions in one column
+    assert asked[0] == (("cais/mmlu", "all"), "auxiliary_train", mmlu.HUB_REVISION)
+
+
+def test_a_folder_of_parquet_is_checked_too(tmp_path):
+    datasets.Dataset.from_list([{"instruction": 5, "output": "x"}]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="row 0 has the instruction 5, expected text"):
+        load_training_dataset(tmp_path)
+
+
+def test_a_file_has_one_split(tmp_path):
+    path = write(tmp_path / "boolq.json", [ROW])
+    for source in (path, [path]):
+        assert len(load_training_dataset(source)) == 1
+        with pytest.raises(DataError, match="boolq.json: a file has no split 'validation'.*leave the split out"):
+            load_training_dataset(source, split="validation")
+    assert len(load_training_dataset(tmp_path)) == 1
+    with pytest.raises(DataError, match="no data of the split 'validation'.*got boolq.json"):
+        load_training_dataset(tmp_path, split="validation")
+    with pytest.raises(DataError, match="convai2 has no split 'dev'"):
+        load_training_dataset("convai2", split="dev")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    for name, content, rows in [
+        ("a.json", [ROW], 1),
+        ("b.jsonl", json.dumps(QUESTION), 1),
+        ("c.txt", DIALOGUE, 3),
+        ("d.jsonl", json.dumps(chat), 1),
+        ("e.json", [chat], 1),
+    ]:
+        path = write(tmp_path / name, content)
+        plain = load_training_dataset(path).to_list()
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert load_training_dataset(path).to_list() == plain and len(plain) == rows
 
 
 def test_convai2_starts_anew_at_number_one(tmp_path):
@@ -116,6 +198,18 @@ def test_trl_formats_are_left_alone(tmp_path):
             json.dumps(dict(QUESTION, choices=["a"])),
             r"row 0 has the choices \['a'\], expected a list of four",
         ),
+        ("a.json", [ROW, dict(ROW, instruction=5)], r"a\.json: row 1 has the instruction 5, expected text; fix"),
+        ("a.json", [dict(ROW, output=True)], r"row 0 has the output True, expected text"),
+        ("a.json", [dict(ROW, input=["x"])], r"row 0 has the input \['x'\], expected text"),
+        ("a.json", [dict(QUESTION, answer=None)], r"row 0 has no 'answer'; expected the fields question, choices"),
+        ("a.json", [dict(QUESTION, answer=True)], r"row 0 has the answer True, expected a whole number"),
+        ("a.json", [dict(QUESTION, question=["w"])], r"row 0 has the question \['w'\], expected text"),
+        ("a.json", [dict(QUESTION, choices="abcd")], r"row 0 has the choices 'abcd', expected a list"),
+        (
+            "a.json",
+            [dict(QUESTION, choices=[1, 2, 3, 4])],
+            r"row 0 has the choices \[1, 2, 3, 4\], expected a list of",
+        ),
         ("a.txt", "1 your persona: i swim.\n", r"holds no dialogue turn"),
         ("a.txt", "hello\n", r"line 1 does not begin with its number"),
         ("a.txt", "1 hi\tho\n", r"line 1 belongs to a dialogue without 'your persona:'"),
@@ -138,42 +232,10 @@ def test_missing_things_get_one_line(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=message):
             load_training_dataset(name)
     monkeypatch.setenv("COMLORA_DATA_DIR", str(tmp_path))
-    with pytest.raises(DataError, match="mmlu: no train.jsonl, but COMLORA_DATA_DIR"):
+    with pytest.raises(DataError, match="mmlu/train.jsonl: no such file, but .* was named as the data folder"):
         load_training_dataset("mmlu")
     with pytest.raises(DataError, match="hellaswag/test.json: no such file"):
         commonsense.test_file("hellaswag", str(tmp_path))
-
-
-def blob_sha1(content: bytes) -> str:
-    return hashlib.sha1(b"blob " + str(len(content)).encode() + b"\0" + content).hexdigest()
-
-
-def test_downloads_are_checked_and_cached(tmp_path, monkeypatch):
-    content = json.dumps([ROW]).encode()
-    upstream = tmp_path / "upstream"
-    upstream.mkdir()
-    (upstream / "f.json").write_bytes(content)
-    monkeypatch.setattr(files, "LLM_ADAPTERS_URL", upstream.as_uri() + "/")
-    path = files.download_llm_adapters("f.json", blob_sha1(content))
-    assert path.read_bytes() == content
-    (upstream / "f.json").unlink()
-    assert files.download_llm_adapters("f.json", blob_sha1(content)) == path
-    path.write_bytes(content + b" ")
-    with pytest.raises(DataError, match="git blob SHA-1 is .* expected .*delete the file"):
-        files.download_llm_adapters("f.json", blob_sha1(content))
-    (upstream / "g.json").write_bytes(b"other")
-    with pytest.raises(DataError, match="g.json: git blob SHA-1 is .*, expected"):
-        files.download_llm_adapters("g.json", blob_sha1(content))
-    with pytest.raises(DataError, match="h.json: cannot be downloaded.*COMLORA_DATA_DIR"):
-        files.download_llm_adapters("h.json", blob_sha1(content))
-    assert [entry.name for entry in path.parent.iterdir()] == ["f.json"], "nothing unchecked may stay"
-
-
-def test_git_agrees_on_the_checksum(tmp_path):
-    path = write(tmp_path / "f", "some text\n")
-    if not (git := subprocess.run(["git", "hash-object", path], capture_output=True, text=True)).stdout:
-        pytest.skip(f"no git: {git.stderr}")
-    assert files.git_blob_sha1(path) == git.stdout.strip()
 
 
 def test_prompts_and_evaluation_import_no_torch():
@@ -189,5 +251,5 @@ def test_real_data(shared_data):
     train = load_training_dataset(shared_data / "convai2")
     text = (shared_data / "convai2" / "train_self_original.txt").read_text(encoding="utf-8")
     assert len(train) == sum("\t" in line for line in text.split("\n"))
-    assert len(load_training_dataset(shared_data / "mmlu")) == 285
+    assert len(load_training_dataset(shared_data / "mmlu", split="dev")) == 285
     assert len(mmlu.read_mmlu_rows(shared_data / "mmlu" / "test.jsonl")) == 2595

