@@ -7,6 +7,7 @@ packed sequence). Equation numbers are those of *ComLoRA: A Competitive Learning
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -208,12 +209,12 @@ def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:
     return int(((values == best) & alive).nonzero()[0])
 
 
+@lru_cache
 def _ordered_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    index = torch.arange(k, device=device)
-    first, second = index.repeat_interleave(k), index.repeat(k)
-    # The diagonal is dropped by position, not by a comparison of values, which would synchronise the GPU
-    keep = [position for position in range(k * k) if position // k != position % k]
-    return first[keep], second[keep]
+    # kept: a copy to the GPU waits for all that was launched before it
+    pairs = [(first, second) for first in range(k) for second in range(k) if first != second]
+    first, second = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(dim=1)
+    return first.contiguous(), second.contiguous()
 
 
 def _masked_log_softmax(values: Tensor, mask: Tensor) -> Tensor:

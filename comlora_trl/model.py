@@ -52,6 +52,7 @@ class BranchOutput(ModelOutput):
         nll: S[k, b], summed negative log-likelihood of each row, [K, R], without gradient.
         tokens: m, supervised tokens of each row, [R].
         scores: sim, [R, K], or None without a selector.
+        probabilities: p of eq. 5, [R, K], or None without a selector.
     """
 
     log_probs: Tensor | None = None
@@ -62,6 +63,7 @@ class BranchOutput(ModelOutput):
     nll: Tensor | None = None
     tokens: Tensor | None = None
     scores: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 class ComLoRAModel(PeftModelForCausalLM):
@@ -97,6 +99,7 @@ class ComLoRAModel(PeftModelForCausalLM):
         self._adapted_layers = list(adapted.values())
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
         self._mode: bool | None = None
+        self._alive: dict[tuple[object, ...], Tensor] = {}
         self.expansion = BranchExpansion(base, list(adapted))
         self.selector = None
         if selector is not None:
@@ -151,8 +154,11 @@ class ComLoRAModel(PeftModelForCausalLM):
 
     def alive(self, device: torch.device) -> Tensor:
         """bool [K], False for a disqualified branch."""
-        out = self.competition_state.disqualified
-        return torch.tensor([branch not in out for branch in range(self.settings.k)], device=device)
+        key = (device, *sorted(self.competition_state.disqualified))
+        if key not in self._alive:  # kept: a copy to the GPU waits for all that was launched before it
+            out = self.competition_state.disqualified
+            self._alive = {key: torch.tensor([branch not in out for branch in range(self.settings.k)], device=device)}
+        return self._alive[key]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Chooses the adapter of ordinary forwards; every branch stays trainable."""
@@ -190,7 +196,7 @@ class ComLoRAModel(PeftModelForCausalLM):
         chunk = branch_pass.chunk or self.settings.k
         run = branch_nll_batched if chunk >= self.settings.k else branch_nll_in_chunks
         output = run(self, inputs, rows, weights, chunk)
-        return BranchOutput(**output, tokens=tokens, scores=scores)
+        return BranchOutput(**output, tokens=tokens, scores=scores, probabilities=probabilities)
 
     def score(self, input_ids: Tensor, rows: Rows, labels: Tensor) -> Tensor:
         """The selector's scores sim, [R, K], for the rows of a batch (eq. 1–3)."""

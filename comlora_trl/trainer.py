@@ -14,7 +14,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from comlora_trl import kernels
-from comlora_trl.competition import annealing, mean_nll, pairwise_loss, selection_probabilities
+from comlora_trl.competition import annealing, mean_nll, pairwise_loss
 from comlora_trl.competition_state import check_checkpoint
 from comlora_trl.config import ComLoRAConfig
 from comlora_trl.micro_batches import MicroBatches, PackedRowsCollator
@@ -228,7 +228,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         in_race = alive & output.nll.isfinite().all(dim=1)
         loss = pairwise_loss(scores, mean_nll(output.nll, tokens), noise, tokens > 0, num_rows, settings, in_race)
         loss = loss * settings.pairwise_weight
-        self._sums.add(output.nll, tokens, selection_probabilities(scores, settings.top_n, alive), loss)
+        self._sums.add(output.nll, tokens, output.probabilities, loss)
         return loss * self.accelerator.num_processes
 
     def _finish_step(self) -> None:

@@ -8,7 +8,7 @@ What is saved for the backward pass is x itself (one reference, no copy) and x A
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +39,16 @@ def branch_linears(
     """
     if x.dtype != a.dtype:
         x = x.to(a.dtype)
-    kernels = products(x, a.dtype, a.size(1))
+    kernels = products(x, a, dropout)
     noise = kernels.draw_noise(x, dropout, len(b)) if dropout else None
     # The outputs are filled after the function has saved what it needs: a checkpointed layer's second run stops at its
     # last saved tensor, so that the product of the last layer in it (down) is not computed again
-    later: list[_Product] | None = None if torch.compiler.is_compiling() else []
-    with _WithoutAutocast(x.device.type):
-        outputs = _SharedInputLinears.apply(kernels, noise, weights, biases, later, x, a, *b)
+    later: list[tuple[Tensor, ...]] | None = None if torch.compiler.is_compiling() else []
+    outputs = _SharedInputLinears.apply(kernels, noise, weights, biases, later, x, a, *b)
+    if later:
         with torch.no_grad():
-            for product in later or ():
-                product.write(kernels)
+            for product in later:
+                _write(kernels, *product)
     return outputs
 
 
@@ -71,84 +71,87 @@ class _SharedInputLinears(torch.autograd.Function):
         noise: Any,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        later: "list[_Product] | None",
+        later: list[tuple[Tensor, ...]] | None,
         x: Tensor,
         a: Tensor,
         *b: Tensor,
     ) -> tuple[Tensor, ...]:
-        xa = kernels.project_down(x, a, noise)
-        ctx.save_for_backward(x, xa, a, *b)
-        ctx.kernels, ctx.noise, ctx.weights = kernels, noise, weights
+        flat = x.reshape(-1, x.size(-1))
+        rows = flat.view(a.size(0), -1, x.size(-1))
+        xa = kernels.project_down(rows, a, noise)
+        ctx.save_for_backward(rows, xa, a, *b)
+        ctx.kernels, ctx.noise, ctx.weights, ctx.shape = kernels, noise, weights, x.shape
         ctx.set_materialize_grads(False)
         outputs = tuple(x.new_empty(*x.shape[:-1], weight.size(0)) for weight in weights)
         for output, *operands in zip(outputs, weights, biases, _parts(xa, b), b, strict=True):
-            product = _Product(output.view(-1, output.size(-1)), x, *operands)
+            product = (output.view(-1, output.size(-1)), flat, *operands)  # views without a graph
             if later is None:
-                product.write(kernels)
+                _write(kernels, *product)
             else:
                 later.append(product)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, xa, a, *b = ctx.saved_tensors
-        with _WithoutAutocast(x.device.type):
-            rows = [None if grad is None else grad.reshape(-1, grad.size(-1)) for grad in grads]
-            ds, da, db = _rank_gradients(ctx.kernels, ctx.noise, rows, x, xa, a, b)
-            dx = None
-            if ctx.needs_input_grad[5]:
-                # The branches' share first: the large products then add to it in their epilogue, which hides the
-                # reading
-                dx = ctx.kernels.project_back(ds, a, x, ctx.noise).view(-1, x.size(-1))
-                for grad, weight in zip(rows, ctx.weights, strict=True):
-                    if grad is not None:
-                        dx.addmm_(grad, _as(weight, dx))
-                dx = dx.view(x.shape)
+        rows, xa, a, *b = ctx.saved_tensors
+        kernels, noise = ctx.kernels, ctx.noise
+        flat = [None if grad is None else grad.reshape(-1, grad.size(-1)) for grad in grads]
+        ds, db = _rank_gradients(kernels, flat, xa, b)
+        da = kernels.a_gradient(ds, rows, noise)
+        dx = None
+        if ctx.needs_input_grad[5]:
+            # The branches' share first: the large products then add to it in their epilogue, which hides the reading
+            dx = kernels.project_back(ds, a, rows, noise).view(-1, rows.size(-1))
+            for grad, weight in zip(flat, ctx.weights, strict=True):
+                if grad is not None:
+                    dx.addmm_(grad, _as(weight, dx))
+            dx = dx.view(ctx.shape)
         return None, None, None, None, None, dx, da, *db
 
 
 class _BranchDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        with _WithoutAutocast(x.device.type):
-            out = base_output if _may_overwrite(base_output) else base_output.clone()
-            if out is base_output:
-                ctx.mark_dirty(base_output)
-            ctx.kernels = products(x, a.dtype, a.size(1))
-            ctx.noise = ctx.kernels.draw_noise(x, dropout, 1) if dropout else None
-            xa = ctx.kernels.project_down(x, a, ctx.noise)
-            ctx.kernels.add_delta(out.view(a.size(0), -1, out.size(-1)), xa, b)
-            ctx.save_for_backward(x, xa, a, b)
+        out = base_output if _may_overwrite(base_output) else base_output.clone()
+        if out is base_output:
+            ctx.mark_dirty(base_output)
+        ctx.kernels = products(x, a, dropout)
+        ctx.noise = ctx.kernels.draw_noise(x, dropout, 1) if dropout else None
+        rows = x.reshape(a.size(0), -1, x.size(-1))
+        xa = ctx.kernels.project_down(rows, a, ctx.noise)
+        ctx.kernels.add_delta(out.view(a.size(0), -1, out.size(-1)), xa, b)
+        ctx.save_for_backward(rows, xa, a, b)
+        ctx.shape = x.shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b = ctx.saved_tensors
-        with _WithoutAutocast(x.device.type):
-            rows = grad.to(a.dtype).reshape(-1, grad.size(-1))
-            ds, da, (db,) = _rank_gradients(ctx.kernels, ctx.noise, [rows], x, xa, a, [b])
-            dx = ctx.kernels.project_back(ds, a, x, ctx.noise).view(x.shape) if ctx.needs_input_grad[0] else None
-        return None if dx is None else dx.to(x.dtype), grad, da, db, None
+        rows, xa, a, b = ctx.saved_tensors
+        ds, (db,) = _rank_gradients(ctx.kernels, [_as(grad, a).reshape(-1, grad.size(-1))], xa, [b])
+        da, dx = ctx.kernels.a_gradient(ds, rows, ctx.noise), None
+        if ctx.needs_input_grad[0]:
+            dx = _as(ctx.kernels.project_back(ds, a, rows, ctx.noise), rows).view(ctx.shape)
+        return dx, grad, da, db, None
 
 
 def _rank_gradients(
-    kernels: ModuleType,
-    noise: Any,
-    grads: list[Tensor | None],
-    x: Tensor,
-    xa: Tensor,
-    a: Tensor,
-    b: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """(dS, dA, dB): the gradients of x Aᵀ, [K, M, n·r], of A, and of each layer's B."""
-    parts: list[tuple[Tensor, Tensor | None]] = []
+    kernels: ModuleType, grads: list[Tensor | None], xa: Tensor, b: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(dS, dB): the gradients of x Aᵀ, [K, M, n·r], and of each layer's B.
+
+    Args:
+        grads: the outputs' gradients, n of [K·M, l_i]; None where nobody used the output.
+    """
+    ds: list[Tensor] = []
+    db: list[Tensor | None] = []
     for grad, b_i, xa_i in zip(grads, b, _parts(xa, b), strict=True):
-        if grad is None:  # an output that nobody used
-            parts.append((torch.zeros_like(xa_i), None))
+        if grad is None:
+            found: tuple[Tensor, Tensor | None] = (torch.zeros_like(xa_i), None)
         else:
-            parts.append(kernels.rank_gradients(grad.view(a.size(0), -1, grad.size(-1)), b_i, xa_i))
-    ds = parts[0][0] if len(parts) == 1 else torch.cat([ds_i for ds_i, _ in parts], dim=-1)
-    return ds, kernels.a_gradient(ds, x, noise), [db_i for _, db_i in parts]
+            found = kernels.rank_gradients(grad.view(xa.size(0), -1, grad.size(-1)), b_i, xa_i)
+        ds.append(found[0])
+        db.append(found[1])
+    return ds[0] if len(ds) == 1 else torch.cat(ds, dim=-1), db
 
 
 def _parts(stacked: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -156,46 +159,21 @@ def _parts(stacked: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
     return (stacked,) if len(b) == 1 else stacked.chunk(len(b), dim=-1)
 
 
-class _Product(NamedTuple):
-    """One layer's output and what it is made of; `out` is a view [rows, l] without a graph."""
-
-    out: Tensor
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    xa: Tensor
-    b: Tensor
-
-    def write(self, kernels: ModuleType) -> None:
-        rows, transposed = self.x.reshape(-1, self.x.size(-1)), _as(self.weight, self.x).t()
-        if self.bias is None:
-            torch.mm(rows, transposed, out=self.out)
-        else:
-            torch.addmm(_as(self.bias, self.x), rows, transposed, out=self.out)
-        kernels.add_delta(self.out.view(self.b.size(0), -1, self.out.size(-1)), self.xa, self.b)
+def _write(
+    kernels: ModuleType, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, xa: Tensor, b: Tensor
+) -> None:
+    """Writes one layer's output, [K·M, l]."""
+    transposed = _as(weight, x).t()
+    if bias is None:
+        torch.mm(x, transposed, out=out)
+    else:
+        torch.addmm(_as(bias, x), x, transposed, out=out)
+    kernels.add_delta(out.view(b.size(0), -1, out.size(-1)), xa, b)
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor in another's type; asking first is cheaper than a conversion that does nothing."""
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
-
-
-class _WithoutAutocast:
-    """`torch.autocast(enabled=False)` at a tenth of its cost, which counts with hundreds of layers a step."""
-
-    __slots__ = ("device", "before")
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __enter__(self) -> None:
-        self.before = torch.is_autocast_enabled(self.device)
-        if self.before:
-            torch.set_autocast_enabled(self.device, False)
-
-    def __exit__(self, *error: object) -> None:
-        if self.before:
-            torch.set_autocast_enabled(self.device, True)
 
 
 def _may_overwrite(output: Tensor) -> bool:

@@ -14,7 +14,7 @@ VARIABLE = "COMLORA_KERNELS"
 
 
 def selected_kernels(device: torch.device | str) -> str:
-    """Which kernels run on `device`: "triton" on CUDA where Triton is installed, otherwise "torch".
+    """Which kernels draw dropout on `device`: "triton" on CUDA where Triton is installed, otherwise "torch".
 
     `COMLORA_KERNELS=torch` or `triton` forces one (Triton's interpreter, `TRITON_INTERPRET=1`, runs on the CPU).
 
@@ -38,14 +38,15 @@ def _select(device: str, forced: str, interpreted: bool) -> str:
     return forced or ("triton" if installed and device == "cuda" else "torch")
 
 
-def products(x: Tensor, dtype: torch.dtype, rank: int) -> ModuleType:
-    """The module whose thin products serve x, computing in `dtype`.
+def products(x: Tensor, a: Tensor, dropout: float) -> ModuleType:
+    """The module whose thin products serve x, computing in the type of A, [K, n·r, d].
 
-    Triton's kernels have no float64 and no ranks above 128 (of all layers together), which would not fit their tiles,
-    and need a row at least.
+    Triton's kernels pay where dropout has to be drawn. They have no float64 and no ranks above 128 (of all layers
+    together), which would not fit their tiles, and need a row at least.
     """
-    plain = dtype == torch.float64 or x.dtype == torch.float64 or rank > 128 or x.numel() == 0
-    if plain or selected_kernels(x.device) == "torch":
+    if not dropout or torch.float64 in (a.dtype, x.dtype) or a.size(1) > 128 or x.numel() == 0:
+        return torch_path
+    if selected_kernels(x.device) == "torch":
         return torch_path
     from comlora_trl.kernels import triton_path
 

@@ -1,10 +1,9 @@
-"""The thin products of K LoRA branches as Triton kernels, with the signatures of `torch_path`.
+"""The thin products of K LoRA branches under dropout as Triton kernels, with the signatures of `torch_path`.
 
-They are bandwidth-bound: r is 8 to 32, so each kernel reads its one large operand once and does as much with it as it
-can. dS and dB come from one pass over the gradient; dropout happens while x is read, from a seed, for all layers that
-read the same x. Sums over many rows are split among programs, whose float32 parts are added in a fixed order: the same
-input gives the same bits. Where cuBLAS measured faster (README.md beside this file), or a launch costs more than it
-saves, `torch_path` serves.
+They are bandwidth-bound: r is 8 to 32, so each kernel reads its one large operand once, for all layers that read the
+same x, and draws dropout's masks from a seed while it does. Sums over many rows are split among programs, whose
+float32 parts are added in a fixed order: the same input gives the same bits. Without dropout, and for the products
+that dropout does not touch, cuBLAS serves (README.md beside this file has the measurements).
 """
 
 from typing import NamedTuple
@@ -14,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comlora_trl.kernels import torch_path
+from comlora_trl.kernels.torch_path import add_delta, rank_gradients
+
+__all__ = ["Noise", "a_gradient", "add_delta", "draw_noise", "project_back", "project_down", "rank_gradients"]
 
 # Values that differ from step to step and must not each compile a kernel of their own
 _VARYING = ("rows", "seed", "threshold", "factor")
@@ -34,23 +35,13 @@ class Noise(NamedTuple):
     seed: int
 
 
-# Elements of the large operand below which a launch costs more than the bytes it saves
-_SMALL = 2**24
-
-
-def _small(tensor: Tensor) -> bool:
-    return tensor.is_cuda and tensor.numel() < _SMALL  # in the interpreter every kernel runs
-
-
 def draw_noise(x: Tensor, p: float, layers: int) -> Noise:
     """The noise of one forward, from torch's CPU generator (which checkpointing restores): no device sync."""
     return Noise(p, layers, int(torch.randint(2**31 - 1, ())))
 
 
-def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
+def project_down(x: Tensor, a: Tensor, noise: Noise) -> Tensor:
     """dropout_i(x) A_kiᵀ, [K, M, n·r]; see `torch_path`."""
-    if noise is None and x.is_cuda:
-        return torch_path.project_down(x, a, None)
     x = x.reshape(-1, x.size(-1))
     k, rank, width = a.shape
     rows = x.size(0) // k
@@ -62,50 +53,8 @@ def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
     return out
 
 
-def add_delta(out: Tensor, xa: Tensor, b: Tensor) -> None:
-    """Adds the deltas to `out`, [K, M, l], in place; see `torch_path`."""
-    if _small(out):
-        return torch_path.add_delta(out, xa, b)
-    (k, rows, width), rank = out.shape, b.size(-1)
-    _add_delta[triton.cdiv(rows, 64), triton.cdiv(width, 128), k](
-        out, xa, b, rows, width, rank, xa.stride(1), BM=64, BL=128, R=_padded(rank), PRECISION=_precision(b)
-    )
-
-
-def rank_gradients(grad: Tensor, b: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
-    """(dS, dB) in one pass over the gradient; see `torch_path`. dB is float32."""
-    if _small(grad):
-        return torch_path.rank_gradients(grad, b, xa)
-    k, rows, width = grad.shape
-    rank = b.size(-1)
-    block, columns = 128 if rows >= 128 else 64, 64
-    blocks, tiles = triton.cdiv(rows, block), triton.cdiv(width, columns)
-    splits = _splits(tiles, blocks * k)
-    ds = grad.new_empty(splits, k, rows, rank, dtype=torch.float32)
-    db = grad.new_empty(blocks, k, width, rank, dtype=torch.float32)
-    _rank_gradients[blocks, k, splits](
-        grad.contiguous(),
-        b,
-        xa,
-        ds,
-        db,
-        rows,
-        width,
-        rank,
-        xa.stride(1),
-        triton.cdiv(tiles, splits),
-        BM=block,
-        BL=columns,
-        R=_padded(rank),
-        PRECISION=_precision(b),
-    )
-    return ds.sum(0).to(b.dtype) if splits > 1 else ds[0].to(b.dtype), db.sum(0) if blocks > 1 else db[0]
-
-
-def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
+def a_gradient(ds: Tensor, x: Tensor, noise: Noise) -> Tensor:
     """dA = dS_iᵀ dropout_i(x), [K, n·r, d], float32; see `torch_path`."""
-    if noise is None and x.is_cuda:
-        return torch_path.a_gradient(ds, x, None)
     x = x.reshape(-1, x.size(-1))
     (k, rows, rank), width = ds.shape, x.size(-1)
     block, columns = 64, 128
@@ -128,10 +77,8 @@ def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
     return parts.sum(0) if splits > 1 else parts[0]
 
 
-def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
-    """The branches' share of dx, [K, M, d]; see `torch_path`. Without dropout cuBLAS writes it as fast."""
-    if noise is None:
-        return torch.bmm(ds, a)
+def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise) -> Tensor:
+    """The branches' share of dx, [K, M, d]; see `torch_path`."""
     (k, rows, rank), width = ds.shape, a.size(-1)
     out = ds.new_empty(k, rows, width)
     _project_back[triton.cdiv(rows, 64), triton.cdiv(width, 128), k](
@@ -145,14 +92,13 @@ def _splits(work: int, programs: int) -> int:
     return max(1, min(work, 528 // max(programs, 1)))
 
 
-def _dropout(noise: Noise | None) -> tuple[int, int, float]:
+def _dropout(noise: Noise) -> tuple[int, int, float]:
     """Seed, threshold on a 16-bit hash, and the factor of what is kept."""
-    return (0, 0, 1.0) if noise is None else (noise.seed, round(noise.p * 2**16), 1.0 / (1.0 - noise.p))
+    return noise.seed, round(noise.p * 2**16), 1.0 / (1.0 - noise.p)
 
 
-def _options(rank: int, like: Tensor, noise: Noise | None) -> dict[str, object]:
-    layers = 0 if noise is None else noise.layers
-    return {"R": _padded(rank), "LAYERS": layers, "PRECISION": _precision(like)}
+def _options(rank: int, like: Tensor, noise: Noise) -> dict[str, object]:
+    return {"R": _padded(rank), "LAYERS": noise.layers, "PRECISION": _precision(like)}
 
 
 def _padded(rank: int) -> int:
@@ -213,8 +159,6 @@ def _project_down(
             (col < width)[:, None] & (ranks < rank)[None, :],
             0.0,
         )
-        if LAYERS == 0:
-            total += _dot(tile.to(weights.dtype), weights, PRECISION)
         for layer in tl.static_range(LAYERS):
             kept = _kept(row, start, width, _layer_seed(seed, layer), threshold, BM, BD)
             own = ranks // (rank // LAYERS) == layer
@@ -222,58 +166,6 @@ def _project_down(
             total += _dot(left, tl.where(own[None, :], weights, 0.0).to(weights.dtype), PRECISION)
     place = out + row[:, None] * rank + ranks[None, :]
     tl.store(place, (total * factor).to(out.dtype.element_ty), (inside < rows)[:, None] & (ranks < rank)[None, :])
-
-
-@triton.jit(do_not_specialize=("rows",))
-def _add_delta(
-    out, xa, b, rows, width, rank, stride,
-    BM: tl.constexpr, BL: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    branch = tl.program_id(2)
-    inside = tl.program_id(0) * BM + tl.arange(0, BM)
-    row = (branch * rows + inside).to(tl.int64)
-    col = tl.program_id(1) * BL + tl.arange(0, BL)
-    ranks = tl.arange(0, R)
-    place = out + row[:, None] * width + col[None, :]
-    within = (inside < rows)[:, None] & (col < width)[None, :]
-    tile = tl.load(place, within, 0.0)
-    by_row = (inside < rows)[:, None] & (ranks < rank)[None, :]
-    down = tl.load(xa + row[:, None] * stride + ranks[None, :], by_row, 0.0)
-    up = tl.load(
-        b + (branch * width + col)[:, None] * rank + ranks[None, :],
-        (col < width)[:, None] & (ranks < rank)[None, :],
-        0.0,
-    )
-    delta = _dot(down, tl.trans(up), PRECISION)
-    tl.store(place, (tile.to(tl.float32) + delta).to(out.dtype.element_ty), within)
-
-
-@triton.jit(do_not_specialize=("rows", "steps"))
-def _rank_gradients(
-    grad, b, xa, ds, db, rows, width, rank, stride, steps,
-    BM: tl.constexpr, BL: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    block, branch, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    branches = tl.num_programs(1)
-    inside = block * BM + tl.arange(0, BM)
-    row = (branch * rows + inside).to(tl.int64)
-    ranks = tl.arange(0, R)
-    by_row = (inside < rows)[:, None] & (ranks < rank)[None, :]
-    down = tl.load(xa + row[:, None] * stride + ranks[None, :], by_row, 0.0)
-    total = tl.zeros([BM, R], tl.float32)
-    for step in range(steps):
-        col = (split * steps + step) * BL + tl.arange(0, BL)
-        tile = tl.load(
-            grad + row[:, None] * width + col[None, :], (inside < rows)[:, None] & (col < width)[None, :], 0.0
-        )
-        by_col = (col < width)[:, None] & (ranks < rank)[None, :]
-        weights = tl.load(b + (branch * width + col)[:, None] * rank + ranks[None, :], by_col, 0.0)
-        total += _dot(tile, weights, PRECISION)
-        part = _dot(tl.trans(tile), down, PRECISION)
-        start = ((block * branches + branch) * width + col).to(tl.int64)
-        tl.store(db + start[:, None] * rank + ranks[None, :], part, by_col)
-    start = (split * branches * rows + row).to(tl.int64)
-    tl.store(ds + start[:, None] * rank + ranks[None, :], total, by_row)
 
 
 @triton.jit(do_not_specialize=(*_VARYING, "steps"))
@@ -294,8 +186,6 @@ def _a_gradient(
         back = tl.load(
             ds + row[:, None] * rank + ranks[None, :], (inside < rows)[:, None] & (ranks < rank)[None, :], 0.0
         )
-        if LAYERS == 0:
-            total += _dot(tl.trans(tile.to(back.dtype)), back, PRECISION)
         for layer in tl.static_range(LAYERS):
             kept = _kept(row, first, width, _layer_seed(seed, layer), threshold, BM, BD)
             own = ranks // (rank // LAYERS) == layer

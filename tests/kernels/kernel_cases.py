@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comlora_trl.kernels import branch_delta, branch_linears, stack_branches
+from comlora_trl.kernels.selection import products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -73,3 +74,16 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def drawn_masks(x: Tensor, dtype: torch.dtype, p: float, layers: int = 1) -> list[Tensor]:
+    """The layers' masks of the next draw, [*x.shape] each, through the down-projection with identities for A."""
+    width, parts = x.size(-1), []
+    identity = torch.eye(width, dtype=dtype, device=x.device)
+    kernels = products(x, identity[None, :16], p)
+    noise = kernels.draw_noise(x, p, layers)
+    for columns in identity.split(16):  # the ranks of all layers must fit a tile
+        with torch.random.fork_rng():
+            down = kernels.project_down(torch.ones_like(x), columns.repeat(layers, 1)[None], noise)
+        parts.append(down.view(*x.shape[:-1], layers, columns.size(0)))
+    return list(torch.cat(parts, dim=-1).unbind(dim=-2))

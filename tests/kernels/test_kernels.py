@@ -13,6 +13,7 @@ from kernel_cases import (
     TOLERANCE,
     assert_close,
     delta_linear,
+    drawn_masks,
     fused_linear,
     literal,
     make_case,
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comlora_trl.kernels import selected_kernels
-from comlora_trl.kernels.branches import products
+from comlora_trl.kernels.selection import products
 
 # k, rows a branch, tokens, d, l, r: odd counts, ranks that are no multiple of 8, one row, no rows
 SHAPES = [
@@ -35,37 +36,31 @@ SHAPES = [
 ]
 
 
+# Without dropout there is one path
+PATHS = [("torch", 0.0), ("torch", 0.3), ("triton", 0.3)]
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["delta", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_branch_by_branch_in_float64(path: str, shape: tuple, dtype: torch.dtype, fused: bool) -> None:
+@pytest.mark.parametrize(("path", "dropout"), PATHS, indirect=["path"], ids=str)
+def test_matches_branch_by_branch_in_float64(
+    path: str, dropout: float, shape: tuple, dtype: torch.dtype, fused: bool
+) -> None:
     case = make_case(shape, dtype)
-    assert_close(ours(case, 1.7, 0.0, fused), literal(case, 1.7), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["delta", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dropout_draws_one_mask_for_forward_and_backward(path: str, dtype: torch.dtype, fused: bool) -> None:
-    case = make_case(SHAPES[0], dtype)
+    mask = None
+    if dropout:
+        torch.manual_seed(3)
+        [mask] = drawn_masks(case["x"], dtype, dropout)
+        assert not mask.numel() or (mask == 0).any()
     torch.manual_seed(3)
-    found = ours(case, 1.7, 0.3, fused)
-    torch.manual_seed(3)
-    mask = drawn_mask(case["x"], dtype, 0.3)
-    assert 0.6 < (mask != 0).double().mean() < 0.8
-    assert_close(found, literal(case, 1.7, mask), TOLERANCE[dtype])
-
-
-def drawn_mask(x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
-    """dropout's mask, through the down-projection with the identity for A."""
-    kernels = products(x, dtype, 8)
-    noise = kernels.draw_noise(x, p, 1)
-    ones, identity = torch.ones_like(x), torch.eye(x.size(-1), dtype=dtype, device=x.device)[None]
-    return kernels.project_down(ones, identity, noise).view_as(x)
+    assert_close(ours(case, 1.7, dropout, fused), literal(case, 1.7, mask), TOLERANCE[dtype])
 
 
 def test_dropout_masks_differ_and_keep_their_share(path: str) -> None:
-    x = torch.ones(256, 64, device=DEVICE)
-    first, second = drawn_mask(x, torch.float32, 0.05), drawn_mask(x, torch.float32, 0.05)
+    x, identity = torch.ones(256, 64, device=DEVICE), torch.eye(64, device=DEVICE)[None]
+    kernels = products(x, identity, 0.05)
+    first, second = (kernels.project_down(x, identity, kernels.draw_noise(x, 0.05, 1))[0] for _ in range(2))
     assert not torch.equal(first, second)
     for mask in (first, second):
         assert abs((mask == 0).double().mean() - 0.05) < 0.01
@@ -96,16 +91,19 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["delta", "fused"])
-def test_non_contiguous_input_and_gradient(path: str, fused: bool) -> None:
+@pytest.mark.parametrize(("path", "dropout"), PATHS, indirect=["path"], ids=str)
+def test_non_contiguous_input_and_gradient(path: str, dropout: float, fused: bool) -> None:
     case = make_case((2, 3, 8, 32, 48, 8), torch.float32)
-    expected = ours(case, 1.0, 0.0, fused)
+    torch.manual_seed(3)
+    expected = ours(case, 1.0, dropout, fused)
     for name in ("x", "grad"):
         case[name] = case[name].transpose(0, 1).contiguous().transpose(0, 1)
         assert not case[name].is_contiguous()
-    assert_close(ours(case, 1.0, 0.0, fused), [t.double() for t in expected], 1e-6)
+    torch.manual_seed(3)
+    assert_close(ours(case, 1.0, dropout, fused), [t.double() for t in expected], 1e-6)
 
 
-def test_input_without_gradient_and_no_grad(path: str) -> None:
+def test_input_without_gradient_and_no_grad() -> None:
     case = make_case(SHAPES[0], torch.float32)
     expected = ours(case, 1.0, 0.0, fused=True)
     output = fused_linear(case["x"], case["weight"], case["bias"], case["a"], case["b"], 1.0)
@@ -116,7 +114,7 @@ def test_input_without_gradient_and_no_grad(path: str) -> None:
     torch.testing.assert_close(again, output)
 
 
-def test_autocast_computes_in_its_dtype_and_keeps_master_gradients(path: str) -> None:
+def test_autocast_computes_in_its_dtype_and_keeps_master_gradients() -> None:
     case = make_case(SHAPES[0], torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
         found = ours({**case, "grad": case["grad"].bfloat16()}, 1.0, 0.0, fused=True)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, assert_close, literal, make_case
+from kernel_cases import TOLERANCE, assert_close, drawn_masks, literal, make_case
 from torch import Tensor
 
 from comlora_trl.kernels import branch_linears, stack_branches
-from comlora_trl.kernels.branches import products
 
 # k, output widths of the layers, r
 LAYERS = [(3, (96, 40, 40), 8), (2, (33, 70), 3), (3, (20, 12, 16), 32), (1, (24,), 5)]
@@ -48,7 +47,7 @@ def literal_layers(
 @pytest.mark.parametrize("unused", [None, 0, 1], ids=["all_used", "first_unused", "second_unused"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("k", "widths", "r"), LAYERS, ids=str)
-def test_layers_that_share_their_input(path: str, k: int, widths: tuple, r: int, dtype: torch.dtype, unused) -> None:
+def test_layers_that_share_their_input(k: int, widths: tuple, r: int, dtype: torch.dtype, unused) -> None:
     cases, used = shared_case(k, widths, r, dtype), [index != unused for index in range(len(widths))]
     if not any(used):
         pytest.skip("no layer would be used")
@@ -70,17 +69,3 @@ def test_each_layer_drops_with_a_mask_of_its_own(path: str, k: int, widths: tupl
         assert all(0.5 < ((mask != 0) == (other != 0)).double().mean() < 0.66 for other in masks[:index])
     for ours_, theirs in zip(found, literal_layers(cases, masks, used), strict=True):
         assert_close(ours_, theirs, TOLERANCE[dtype])
-
-
-def drawn_masks(x: Tensor, dtype: torch.dtype, p: float, layers: int) -> list[Tensor]:
-    """The layers' masks of one draw, through the down-projection with identities for A."""
-    width = x.size(-1)
-    kernels, identity = products(x, dtype, 8), torch.eye(width, dtype=dtype, device=x.device)
-    noise, parts = kernels.draw_noise(x, p, layers), []
-    # a few columns at a time: the ranks of all layers must fit a tile
-    for first in range(0, width, 16):
-        state = torch.get_rng_state()
-        ones, rows = torch.ones_like(x), identity[first : first + 16].repeat(layers, 1)[None]
-        parts.append(kernels.project_down(ones, rows, noise).view(*x.shape[:-1], layers, 16))
-        torch.set_rng_state(state)
-    return list(torch.cat(parts, dim=-1).unbind(dim=-2))
