@@ -8,90 +8,23 @@ more.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_accuracy import check_gradients
 from benchmark_cases import Bench, Shape, forced_kernels, release
+from benchmark_report import Results
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 from comlora_trl import layer_groups
-from comlora_trl.kernels import branch_delta, branch_linears, selected_kernels, stack_branches
-
-
-class Results:
-    """Rows of the table, and every figure behind them."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.figures: dict[str, Any] = {}
-
-    def row(self, name: str, value: float, goal: float, detail: str = "") -> None:
-        self.rows.append({"row": name, "value": value, "goal": goal, "met": value <= goal, "detail": detail})
-
-    def missing(self, name: str, reason: str) -> None:
-        self.rows.append({"row": name, "value": None, "goal": None, "met": None, "detail": reason})
-
-
-def check_gradients(bench: Bench, results: Results) -> None:
-    """Output and gradients of every path against float64, and PEFT's products on the same input."""
-    width, out_width, k, rows = bench.shape.config.hidden_size, bench.shape.config.intermediate_size // 2, 4, 4
-    device = bench.shape.device
-    torch.manual_seed(1)
-    x = torch.randn(k * rows, bench.shape.tokens, width, device=device).bfloat16()
-    weight = (torch.randn(out_width, width, device=device) / width**0.5).bfloat16()
-    a = [torch.randn(8, width, device=device) / width**0.5 for _ in range(k)]
-    b = [torch.randn(out_width, 8, device=device) for _ in range(k)]
-    grad = torch.randn(*x.shape[:-1], out_width, device=device).bfloat16()
-
-    def one_by_one(x: Tensor, a: list[Tensor], b: list[Tensor], weight: Tensor) -> Tensor:
-        pairs = zip(x.chunk(k), a, b, strict=True)
-        return torch.cat([F.linear(r, weight) + F.linear(F.linear(r, a_k), b_k) * 2.0 for r, a_k, b_k in pairs])
-
-    def run(function: Callable[..., Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *a, *b)]
-        w, g = weight.to(dtype or weight.dtype), grad.to(dtype or grad.dtype)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is None):
-            output = function(leaves[0], leaves[1 : 1 + k], leaves[1 + k :], w)
-        return [output.detach(), *torch.autograd.grad(output, leaves, g)]
-
-    def fused(x: Tensor, a: list[Tensor], b: list[Tensor], weight: Tensor) -> Tensor:
-        [stacked] = stack_branches([[[m] for m in a]], [[[m] for m in b]], 2.0, x.dtype)
-        return branch_linears(x, [weight], [None], stacked.a, stacked.b)[0]
-
-    def delta(x: Tensor, a: list[Tensor], b: list[Tensor], weight: Tensor) -> Tensor:
-        [stacked] = stack_branches([[[m] for m in a]], [[[m] for m in b]], 2.0, x.dtype)
-        return branch_delta(x, F.linear(x, weight), stacked.a, *stacked.b)
-
-    expected = run(one_by_one, torch.float64)
-
-    def errors(found: list[Tensor]) -> dict[str, float]:
-        each = [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
-        return {"output": each[0], "dx": each[1], "dA": max(each[2 : 2 + k]), "dB": max(each[2 + k :])}
-
-    paths = {"peft": errors(run(one_by_one))}
-    for path in ("torch", "triton") if device.type == "cuda" else ("torch",):
-        with forced_kernels(path):
-            paths[f"{path}, fused base"], paths[f"{path}, delta"] = errors(run(fused)), errors(run(delta))
-    results.figures["gradient_errors"] = paths
-    for name, found in paths.items():
-        worst = max(found[key] / paths["peft"][key] for key in found)
-        if name != "peft":
-            detail = ", ".join(f"{key} {value:.1e}" for key, value in found.items())
-            results.row(f"error against float64 / PEFT's: {name}", worst, 1.02, detail)
+from comlora_trl.kernels import selected_kernels
 
 
 def floors(bench: Bench, results: Results) -> None:
@@ -103,27 +36,41 @@ def floors(bench: Bench, results: Results) -> None:
             model.gradient_checkpointing_disable()
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-        arms = {"floor": bench.floor_step(frozen, 4 * rows), "peft": bench.lora_step(single, rows)}
-        step = bench.branch_step(four, rows)
-        for path in _paths(bench):
-            arms[path] = _forced(step, path)
+        arms = {
+            "floor": bench.floor_step(frozen, 4 * rows),
+            "K=4": bench.branch_step(four, rows),
+            "single PEFT LoRA": bench.lora_step(single, rows),
+        }
         name = f"{rows} rows" + (", checkpointing" if checkpointing else "")
         found = results.figures[f"K=4, {name}"] = bench.alternate(arms)
-        chosen = found[selected_kernels(bench.shape.device)]
         detail = "; ".join(f"{arm} {one['ms']:.0f} ms, {one['peak_gib']:.1f} GiB" for arm, one in found.items())
-        results.row(f"K=4 / floor, {name}", chosen["ms"] / found["floor"]["ms"], goal, detail)
+        results.row(f"K=4 / floor, {name}", found["K=4"]["ms"] / found["floor"]["ms"], goal, detail)
+
+
+def compiled(bench: Bench, results: Results) -> None:
+    """The small batch with every decoder layer compiled, the frozen model's too: fewer launches by the host."""
+    if bench.shape.device.type != "cuda":
+        results.missing("K=4 / floor, compiled layers", "needs a GPU")
+        return
+    rows, frozen, four = bench.shape.rows // 4, bench.frozen(), bench.competing(4)
+    for model in (frozen, four.get_base_model()):
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    arms = {"floor": bench.floor_step(frozen, 4 * rows), "K=4": bench.branch_step(four, rows)}
+    found = results.figures["compiled layers"] = bench.alternate(arms)
+    detail = "; ".join(f"{arm} {one['ms']:.0f} ms" for arm, one in found.items())
+    name = f"K=4 / floor, {rows} rows, both with compiled decoder layers"
+    results.row(name, found["K=4"]["ms"] / found["floor"]["ms"], None, detail)
 
 
 def dropout(bench: Bench, results: Results) -> None:
     """LoRA dropout."""
-    arms = {}
-    for p in (0.0, 0.05):
-        step = bench.branch_step(bench.competing(4, lora_dropout=p), bench.shape.rows)
-        arms |= {f"{p} {path}": _forced(step, path) for path in _paths(bench)}
+    none, some = (bench.branch_step(bench.competing(4, lora_dropout=p), bench.shape.rows) for p in (0.0, 0.05))
+    arms = {"none": none} | {path: _forced(some, path) for path in _paths(bench)}
     found = results.figures["dropout"] = bench.alternate(arms)
-    path = selected_kernels(bench.shape.device)
     detail = "; ".join(f"{arm} {one['ms']:.0f} ms" for arm, one in found.items())
-    results.row("dropout 0.05 / none, K=4", found[f"0.05 {path}"]["ms"] / found[f"0.0 {path}"]["ms"], 1.03, detail)
+    ratio = found[selected_kernels(bench.shape.device)]["ms"] / found["none"]["ms"]
+    results.row("dropout 0.05 / none, K=4", ratio, 1.03, detail)
 
 
 def many_branches(bench: Bench, results: Results) -> None:
@@ -219,7 +166,7 @@ def trainer_steps(bench: Bench, results: Results) -> None:
             ms = {arm: one["ms"] for arm, one in found.items()}
             detail = "; ".join(f"{arm} {value:.0f} ms" for arm, value in ms.items())
             results.row(f"K=4 trainer step / (4 x TRL's), {rows} rows", ms["K=4"] / (4 * ms["TRL"]), goal, detail)
-            results.row(f"K=1 without selector / TRL step, {rows} rows", ms["K=1, no selector"] / ms["TRL"], 0.92)
+            results.row(f"K=1 without selector / TRL's step, {rows} rows", ms["K=1, no selector"] / ms["TRL"], 0.92)
             share = 1 - ms["K=4, no selector"] / ms["K=4"]
             results.row(f"selector's share of the step, {rows} rows", share, 0.02)
             del trainers
@@ -247,6 +194,7 @@ def upper_half(bench: Bench, results: Results) -> None:
 SECTIONS = (
     check_gradients,
     floors,
+    compiled,
     trainer_steps,
     dropout,
     many_branches,
@@ -267,9 +215,7 @@ def main() -> int:
     shape = Shape.of(arguments.layers, arguments.rounds)
     if shape.device.type != "cuda":
         console.print("No GPU here: a small shape on the CPU, whose figures say nothing about speed.")
-    results = Results()
-    results.figures["environment"] = _environment(shape)
-    bench = Bench(shape)
+    results, bench = Results(shape), Bench(shape)
     for section in SECTIONS:
         if arguments.only and section.__name__ not in arguments.only:
             continue
@@ -281,8 +227,8 @@ def main() -> int:
             results.missing(section.__name__, f"failed: {type(error).__name__}: {error}"[:200])
         release()
         console.print(f"{section.__name__}: {time.perf_counter() - begun:.0f} s", highlight=False)
-        _write(results, arguments.output)
-    console.print(_table(results, shape))
+        results.write(arguments.output)
+    console.print(results.table())
     console.print(f"{time.perf_counter() - start:.0f} s in all; every figure in {arguments.output}", highlight=False)
     return 1 if any("failed" in row["detail"] for row in results.rows) else 0
 
@@ -301,42 +247,6 @@ def _forced(step: Callable[[], None], path: str) -> Callable[[], None]:
 
 def _profiled() -> list[Any]:
     return [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-
-
-def _environment(shape: Shape) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "accelerate")}
-    cuda = shape.device.type == "cuda"
-    return {
-        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
-        "layers": shape.config.num_hidden_layers,
-        "rows": shape.rows,
-        "tokens": shape.tokens,
-        "kernels": selected_kernels(shape.device),
-        "cuda": torch.version.cuda,
-        "triton": version("triton") if cuda else None,
-        **packages,
-    }
-
-
-def _table(results: Results, shape: Shape) -> Table:
-    environment = results.figures["environment"]
-    table = Table(title=", ".join(f"{key} {value}" for key, value in environment.items()))
-    for column in ("", "measured", "goal", "verdict", "detail"):
-        table.add_column(column, overflow="fold")
-    for row in results.rows:
-        if row["value"] is None:
-            table.add_row(row["row"], "", "", "not measured", row["detail"])
-        else:
-            verdict = ("met" if row["met"] else "not met") if shape.device.type == "cuda" else "no GPU"
-            table.add_row(row["row"], f"{row['value']:.3f}", f"{row['goal']:.2f}", verdict, row["detail"])
-    return table
-
-
-def _write(results: Results, output: str) -> None:
-    content = {"rows": results.rows, "figures": results.figures}
-    Path(output).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor
 from comlora_trl.kernels import torch_path
 
 VARIABLE = "COMLORA_KERNELS"
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def selected_kernels(device: torch.device | str) -> str:
@@ -29,13 +30,12 @@ def selected_kernels(device: torch.device | str) -> str:
 def _select(device: str, forced: str, interpreted: bool) -> str:
     if forced not in ("", "torch", "triton"):
         raise ValueError(f"{VARIABLE}={forced} is not possible: it must be torch or triton (leave it out to choose).")
-    installed = importlib.util.find_spec("triton") is not None
-    if forced == "triton" and not (installed and (device == "cuda" or interpreted)):
-        reason = "Triton is not installed" if not installed else f"the tensors are on {device}"
+    if forced == "triton" and not (_TRITON_INSTALLED and (device == "cuda" or interpreted)):
+        reason = "Triton is not installed" if not _TRITON_INSTALLED else f"the tensors are on {device}"
         raise ValueError(
             f"{VARIABLE}=triton is not possible, {reason}: install triton and train on CUDA, or leave {VARIABLE} out."
         )
-    return forced or ("triton" if installed and device == "cuda" else "torch")
+    return forced or ("triton" if _TRITON_INSTALLED and device == "cuda" else "torch")
 
 
 def products(x: Tensor, a: Tensor, dropout: float) -> ModuleType:
