@@ -169,8 +169,9 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
             folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
             if folder is not None:
                 check_checkpoint(folder, self._settings.k, self.args.comlora_selector)
-        path = kernels.selected_kernels(self.args.device)
-        self.accelerator.print(start_line(self.comlora_model, path, self.args.comlora_branch_chunk))
+        model = self.comlora_model
+        path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
+        self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.determine_winner()
         folder = self.export_winner(self.args.winner_dir)

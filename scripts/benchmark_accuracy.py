@@ -58,13 +58,14 @@ class _Case:
         return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
     def mask(self, path: ModuleType, p: float) -> Tensor:
-        """What a path's dropout multiplies x with: the gradient of a sum of its elements."""
+        """What a path's dropout multiplies x with, float32; the gradient of a sum over x shows what it keeps."""
         if not p:
-            return torch.ones_like(self.x)
+            return torch.ones_like(self.x, dtype=torch.float32)
         torch.manual_seed(SEED)
         noise = path.draw_noise(self.x, p, 1)
         ones = self.x.new_ones(K, self.x.numel() // self.x.size(-1) // K, 1)
-        return path.project_back(ones, self.x.new_ones(K, 1, self.x.size(-1)), self.x, noise).view_as(self.x)
+        kept = path.project_back(ones, self.x.new_ones(K, 1, self.x.size(-1)), self.x, noise) != 0
+        return kept.view_as(self.x) / (1 - p)
 
     def one_by_one(self, mask: Tensor) -> Product:
         """PEFT's products, a branch at a time."""

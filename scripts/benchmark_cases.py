@@ -158,11 +158,16 @@ class Bench:
         return run
 
     def alternate(self, arms: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-        """Median milliseconds, spread and peak GiB of each arm; the arms take turns."""
+        """Median milliseconds, spread and peak GiB of each arm; the arms take turns.
+
+        Each turn runs its arm twice and times the second run. A GPU at its power limit runs the slower the harder it
+        has just worked, so an arm's time would tell as much of the arm before it.
+        """
         times: dict[str, list[float]] = {name: [] for name in arms}
         peaks = dict.fromkeys(arms, 0.0)
         for turn in range(self.shape.rounds + 2):
             for name, arm in arms.items():
+                arm()
                 elapsed, peak = self._timed(arm)
                 peaks[name] = max(peaks[name], peak)
                 if turn >= 2:

@@ -12,8 +12,6 @@ import torch
 from benchmark_cases import Shape
 from rich.table import Table
 
-from comlora_trl.kernels import selected_kernels
-
 
 class Results:
     """Rows of the table, and every figure behind them."""
@@ -68,7 +66,6 @@ def _environment(shape: Shape) -> dict[str, Any]:
         "layers": shape.config.num_hidden_layers,
         "rows": shape.rows,
         "tokens": shape.tokens,
-        "kernels": selected_kernels(shape.device),
         "cuda": torch.version.cuda,
         "triton": version("triton") if cuda else None,
         **packages,

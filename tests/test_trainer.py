@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
 from datasets import IterableDataset
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.model import ComLoRAModel
 
 
 def test_one_branch_without_selector_is_trl_lora(tmp_path):
@@ -41,6 +43,21 @@ def test_one_branch_with_dropout_is_trl_lora(tmp_path):
     ours.train()
     adapter = {n.replace("default", "branch_0"): p for n, p in trl.model.named_parameters() if p.requires_grad}
     assert difference(adapter, parameters(ours)) < 1e-6
+
+
+def test_lookups_made_once_train_as_the_trainers_own_do(train, monkeypatch):
+    options = {"comlora_k": 2, "max_grad_norm": 0.05}
+    quick = train(**options)
+    assert "_clip_grad_norm" in vars(Trainer), "transformers has moved the seam: gradients are clipped elsewhere"
+    monkeypatch.delattr(ComLoRASFTTrainer, "_clip_grad_norm")
+    monkeypatch.delattr(ComLoRASFTTrainer, "floating_point_ops")
+    for name in ("train", "zero_grad"):
+        monkeypatch.delattr(ComLoRAModel, name)
+    slow = train(**options)
+    assert difference(parameters(quick), parameters(slow)) < 1e-12
+    norms = [[entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry] for run in (quick, slow)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9) and min(norms[0]) > 0.05  # it clips
+    assert quick.state.total_flos == pytest.approx(2 * slow.state.total_flos, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch, accumulation", [(2, 4), (1, 8)])

@@ -6,6 +6,7 @@ state from which they are drawn again, never a mask.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -71,20 +72,19 @@ def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
     """dA = dS_iᵀ dropout_i(x), [K, n·r, d]."""
     if noise is None:
         return torch.bmm(ds.mT, _by_branch(x, ds))
-    parts = zip(ds.chunk(noise.layers, dim=-1), _masks(x, noise), strict=True)
-    return torch.cat([torch.bmm(ds_i.mT, _by_branch(x * mask, ds)) for ds_i, mask in parts], dim=1)
+    with _drawn_again(noise, x):
+        parts = [torch.bmm(ds_i.mT, _by_branch(F.dropout(x, noise.p), ds)) for ds_i in ds.chunk(noise.layers, dim=-1)]
+    return torch.cat(parts, dim=1)
 
 
 def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
-    """The branches' share of dx, the sum of dropout's masks on dS_i A_i, [K, M, d]."""
+    """The branches' share of dx, the sum of dropout_i(dS_i A_i) under the forward's masks, [K, M, d]."""
     if noise is None:
         return torch.bmm(ds, a)
-    total = torch.zeros_like(_by_branch(x, ds))
-    for ds_i, a_i, mask in zip(
-        ds.chunk(noise.layers, dim=-1), a.chunk(noise.layers, dim=1), _masks(x, noise), strict=True
-    ):
-        total += torch.bmm(ds_i, a_i).mul_(mask.view_as(total))
-    return total
+    parts = zip(ds.chunk(noise.layers, dim=-1), a.chunk(noise.layers, dim=1), strict=True)
+    with _drawn_again(noise, x):
+        # in x's type: the elements' type has a say in which numbers are drawn
+        return sum(F.dropout(torch.bmm(ds_i, a_i).to(x.dtype), noise.p) for ds_i, a_i in parts)
 
 
 def _by_branch(x: Tensor, like: Tensor) -> Tensor:
@@ -93,12 +93,12 @@ def _by_branch(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(like.size(0), -1, x.size(-1))
 
 
-def _masks(x: Tensor, noise: Noise) -> Iterator[Tensor]:
-    """The forward's masks (0 or 1/(1−p)), drawn again from the random state that the forward began with."""
+@contextmanager
+def _drawn_again(noise: Noise, x: Tensor) -> Iterator[None]:
+    """Inside, dropout draws what the forward on x drew, layer after layer."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         if x.is_cuda:
             torch.cuda.set_rng_state(noise.state, x.device)
         else:
             torch.set_rng_state(noise.state)
-        masks = [F.dropout(torch.ones_like(x), noise.p) for _ in range(noise.layers)]
-    yield from masks
+        yield

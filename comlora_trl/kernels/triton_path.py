@@ -1,9 +1,9 @@
-"""The thin products of K LoRA branches under dropout as Triton kernels, with the signatures of `torch_path`.
+"""The thin products of K LoRA branches that read x as Triton kernels, with the signatures of `torch_path`.
 
 They are bandwidth-bound: r is 8 to 32, so each kernel reads its one large operand once, for all layers that read the
 same x, and draws dropout's masks from a seed while it does. Sums over many rows are split among programs, whose
-float32 parts are added in a fixed order: the same input gives the same bits. Without dropout, and for the products
-that dropout does not touch, cuBLAS serves (README.md beside this file has the measurements).
+float32 parts are added in a fixed order: the same input gives the same bits. The products that dropout does not touch
+are `torch_path`'s (README.md beside this file has the measurements).
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def draw_noise(x: Tensor, p: float, layers: int) -> Noise:
     return Noise(p, layers, int(torch.randint(2**31 - 1, ())))
 
 
-def project_down(x: Tensor, a: Tensor, noise: Noise) -> Tensor:
+def project_down(x: Tensor, a: Tensor, noise: Noise | None) -> Tensor:
     """dropout_i(x) A_kiᵀ, [K, M, n·r]; see `torch_path`."""
     x = x.reshape(-1, x.size(-1))
     k, rank, width = a.shape
@@ -53,7 +53,7 @@ def project_down(x: Tensor, a: Tensor, noise: Noise) -> Tensor:
     return out
 
 
-def a_gradient(ds: Tensor, x: Tensor, noise: Noise) -> Tensor:
+def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
     """dA = dS_iᵀ dropout_i(x), [K, n·r, d], float32; see `torch_path`."""
     x = x.reshape(-1, x.size(-1))
     (k, rows, rank), width = ds.shape, x.size(-1)
@@ -77,7 +77,7 @@ def a_gradient(ds: Tensor, x: Tensor, noise: Noise) -> Tensor:
     return parts.sum(0) if splits > 1 else parts[0]
 
 
-def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise) -> Tensor:
+def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
     """The branches' share of dx, [K, M, d]; see `torch_path`."""
     (k, rows, rank), width = ds.shape, a.size(-1)
     out = ds.new_empty(k, rows, width)
@@ -92,13 +92,15 @@ def _splits(work: int, programs: int) -> int:
     return max(1, min(work, 528 // max(programs, 1)))
 
 
-def _dropout(noise: Noise) -> tuple[int, int, float]:
-    """Seed, threshold on a 16-bit hash, and the factor of what is kept."""
+def _dropout(noise: Noise | None) -> tuple[int, int, float]:
+    """Seed, threshold on a 16-bit hash (0 keeps all), and the factor of what is kept."""
+    if noise is None:
+        return 0, 0, 1.0
     return noise.seed, round(noise.p * 2**16), 1.0 / (1.0 - noise.p)
 
 
-def _options(rank: int, like: Tensor, noise: Noise) -> dict[str, object]:
-    return {"R": _padded(rank), "LAYERS": noise.layers, "PRECISION": _precision(like)}
+def _options(rank: int, like: Tensor, noise: Noise | None) -> dict[str, object]:
+    return {"R": _padded(rank), "LAYERS": 1 if noise is None else noise.layers, "PRECISION": _precision(like)}
 
 
 def _padded(rank: int) -> int:

@@ -36,8 +36,7 @@ SHAPES = [
 ]
 
 
-# Without dropout there is one path
-PATHS = [("torch", 0.0), ("torch", 0.3), ("triton", 0.3)]
+PATHS = [("torch", 0.0), ("torch", 0.3), ("triton", 0.0), ("triton", 0.3)]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["delta", "fused"])
@@ -156,17 +155,21 @@ def test_saves_one_reference_to_the_input() -> None:
 
 def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMLORA_KERNELS", raising=False)
-    assert selected_kernels("cpu") == "torch"
-    assert selected_kernels("cuda") == ("triton" if HAS_TRITON else "torch")
+    assert selected_kernels("cpu", 0.1) == "torch"
+    assert selected_kernels("cuda", 0.0) == "torch"
+    assert selected_kernels("cuda", 0.1) == ("triton" if HAS_TRITON else "torch")
     monkeypatch.setenv("COMLORA_KERNELS", "torch")
-    assert selected_kernels("cuda") == "torch"
+    assert selected_kernels("cuda", 0.1) == "torch"
+    if HAS_TRITON:
+        monkeypatch.setenv("COMLORA_KERNELS", "triton")
+        assert selected_kernels("cuda", 0.0) == "triton"
     monkeypatch.setenv("COMLORA_KERNELS", "fast")
     with pytest.raises(ValueError, match="COMLORA_KERNELS=fast is not possible: it must be torch or triton"):
-        selected_kernels("cpu")
+        selected_kernels("cpu", 0.1)
     if not CAN_RUN_TRITON:
         monkeypatch.setenv("COMLORA_KERNELS", "triton")
         with pytest.raises(ValueError, match="COMLORA_KERNELS=triton is not possible"):
-            selected_kernels("cpu")
+            selected_kernels("cpu", 0.1)
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda" or not HAS_TRITON, reason="triton's own run, or no triton")

@@ -47,7 +47,9 @@ def literal_layers(
 @pytest.mark.parametrize("unused", [None, 0, 1], ids=["all_used", "first_unused", "second_unused"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("k", "widths", "r"), LAYERS, ids=str)
-def test_layers_that_share_their_input(k: int, widths: tuple, r: int, dtype: torch.dtype, unused) -> None:
+def test_layers_that_share_their_input(
+    path: str, k: int, widths: tuple, r: int, dtype: torch.dtype, unused: int | None
+) -> None:
     cases, used = shared_case(k, widths, r, dtype), [index != unused for index in range(len(widths))]
     if not any(used):
         pytest.skip("no layer would be used")
