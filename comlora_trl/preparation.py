@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
@@ -136,6 +137,23 @@ def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimiz
     for option, (given, reason) in refused.items():
         if given:
             raise ValueError(f"{option} does not work with competing branches: {reason}. Leave it out.")
+
+
+def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig, has_aux_loss: bool) -> None:
+    """Refuses ways to spread the work that the competition does not go with."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
+        raise ValueError(
+            "context, sequence and tensor parallelism split the rows that the selector scores: use data "
+            "parallelism (DDP, FSDP or DeepSpeed) instead."
+        )
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    chunked = (args.comlora_branch_chunk or args.comlora_k) < args.comlora_k
+    if chunked and (has_aux_loss or sharded):
+        raise ValueError(
+            f"comlora_branch_chunk={args.comlora_branch_chunk} works with a single process or DDP and a loss "
+            "without a router's auxiliary part: leave it out, or set router_aux_loss_coef=0."
+        )
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, formatting_func: Any) -> None:

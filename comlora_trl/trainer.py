@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor
@@ -17,12 +16,14 @@ from comlora_trl import kernels
 from comlora_trl.competition import annealing, mean_nll, pairwise_loss
 from comlora_trl.competition_state import check_checkpoint
 from comlora_trl.config import ComLoRAConfig
+from comlora_trl.divergence import disqualify, non_finite_gradients
 from comlora_trl.micro_batches import MicroBatches, PackedRowsCollator
 from comlora_trl.model import BranchOutput, BranchPass, ComLoRAModel
 from comlora_trl.preparation import (
     build_comlora_model,
     check_columns,
     check_not_empty,
+    check_parallelism,
     check_trainer_arguments,
     hold_out,
     load_base_model,
@@ -31,8 +32,6 @@ from comlora_trl.report import print_table, start_line
 from comlora_trl.statistics import LogWindow, StepSums
 from comlora_trl.winner import check_target, check_writable
 from comlora_trl.winner_selection import WinnerSelection
-
-logger = get_logger(__name__)
 
 
 class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
@@ -132,7 +131,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         )
         if self.padding_free:
             self.data_collator = PackedRowsCollator(self.data_collator)
-        self._check_parallelism()
+        check_parallelism(self.accelerator, args, self.aux_loss_enabled)
         self._settings = model.settings
         self._micro_batches: MicroBatches | None = None
         self._sums = StepSums(model.settings.k, self.args.device)
@@ -145,20 +144,6 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         if isinstance(self.model, ComLoRAModel):  # unwrapping would walk through every module, at every step
             return self.model
         return self.accelerator.unwrap_model(self.model)
-
-    def _check_parallelism(self) -> None:
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
-            raise ValueError(
-                "context, sequence and tensor parallelism split the rows that the selector scores: use data "
-                "parallelism (DDP, FSDP or DeepSpeed) instead."
-            )
-        chunked = (self.args.comlora_branch_chunk or self.args.comlora_k) < self.args.comlora_k
-        if chunked and (self.aux_loss_enabled or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"comlora_branch_chunk={self.args.comlora_branch_chunk} works with a single process or DDP and a loss "
-                "without a router's auxiliary part: leave it out, or set router_aux_loss_coef=0."
-            )
 
     # ---- Training ----
 
@@ -235,14 +220,15 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
     def _finish_step(self) -> None:
         """Ends an optimizer step: disqualifies diverged branches, counts the win, keeps the step's figures."""
         k, model = self._settings.k, self.comlora_model
-        diverged = self._non_finite_gradients()
-        self._sums.vector[2 * k : 3 * k] += diverged.to(self._sums.vector)
+        # With fp16's loss scaler an overflow is no divergence; DeepSpeed keeps the gradients to itself
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            self._sums.vector[2 * k : 3 * k] += non_finite_gradients(model).to(self._sums.vector)
         sums = self.accelerator.reduce(self._sums.vector, reduction="sum").tolist()
         self._sums = StepSums(k, self.args.device)
         state = model.competition_state
         for branch in range(k):
             if sums[2 * k + branch] and branch not in state.disqualified:
-                self._disqualify(branch)
+                disqualify(model, branch, self.state.global_step + 1)
         for branch in state.disqualified:
             for parameter in model.branch_parameters(branch):
                 parameter.grad = None
@@ -255,29 +241,6 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         best = self._window.add_step(sums, self._eta(), alive, self._settings)
         if best is not None:
             state.wins[best] += 1
-
-    def _non_finite_gradients(self) -> Tensor:
-        """bool [K]: branches with a non-finite gradient. With fp16's loss scaler an overflow is no divergence."""
-        k = self._settings.k
-        if self.accelerator.scaler is not None or self.is_deepspeed_enabled:
-            return torch.zeros(k, dtype=torch.bool, device=self.args.device)
-        flags = []
-        for branch in range(k):
-            gradients = [p.grad for p in self.comlora_model.branch_parameters(branch) if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.args.device)
-            flags.append(~norm.isfinite())
-        return torch.stack(flags)
-
-    def _disqualify(self, branch: int) -> None:
-        step = self.state.global_step + 1
-        self.comlora_model.competition_state.disqualified[branch] = step
-        logger.warning(
-            f"branch_{branch} has diverged at step {step} and is disqualified: the others go on without it."
-        )
-        # From here on the branch computes what the base model does, so that nothing non-finite is left in the run
-        with torch.no_grad():
-            for parameter in self.comlora_model.branch_parameters(branch):
-                parameter.zero_()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clips what is trained. The Trainer's own walks through all modules of the model twice, at every step.

@@ -1,11 +1,16 @@
 """Wrong input ends in one clear line before any training time is spent."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
+from accelerate import DistributedType
 from conftest import make_arguments, make_dataset, make_lora, make_model
 from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.preparation import check_parallelism
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,25 @@ def test_no_validation_examples(train):
 def test_options_whose_loss_cannot_be_weighted(train, options, message):
     with pytest.raises(ValueError, match=message):
         train(start=False, **options)
+
+
+@pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled", "tp_enabled"])
+def test_parallelism_that_splits_rows(tmp_path, kind):
+    enabled = {"cp_enabled": False, "sp_enabled": False, "tp_enabled": False, kind: True}
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**enabled))
+    with pytest.raises(ValueError, match="use data parallelism"):
+        check_parallelism(accelerator, ComLoRAConfig(**make_arguments(tmp_path)), False)
+
+
+@pytest.mark.parametrize(
+    "distributed, has_aux_loss", [("NO", True), ("FSDP", False), ("DEEPSPEED", False), ("NO", False)]
+)
+def test_chunks_need_whole_weights_and_the_loss_of_one_run(tmp_path, distributed, has_aux_loss):
+    accelerator = SimpleNamespace(parallelism_config=None, distributed_type=DistributedType[distributed])
+    for chunk, refused in ((1, (distributed, has_aux_loss) != ("NO", False)), (None, False), (2, False)):
+        config = ComLoRAConfig(**make_arguments(tmp_path, comlora_k=2, comlora_branch_chunk=chunk))
+        with pytest.raises(ValueError, match="comlora_branch_chunk=1 works with") if refused else nullcontext():
+            check_parallelism(accelerator, config, has_aux_loss)
 
 
 def test_checkpoint_of_another_k(train):
