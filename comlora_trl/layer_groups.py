@@ -5,7 +5,7 @@ comes. Its layers are those of one parent module whose names say that they read 
 called with another input all the same, it is computed alone, and from the next pass on all of them are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -36,6 +36,7 @@ class LayerGroup:
         self.weights: BranchWeights | None = None
         self.broken = False
         self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
+        self._linears: dict[str, list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]] = {}
 
     def begin(self) -> None:
         """Forgets the last pass: its weights, and outputs that nobody asked for."""
@@ -62,17 +63,22 @@ class LayerGroup:
         self._waiting = (x, outputs) if outputs else None
         return result
 
-    def has_weights(self, name: str) -> bool:
-        """Whether a branch's weights are at hand: not sharded, not wrapped, not on their way (FSDP, ZeRO-3)."""
-        for layer, shapes in zip(self.layers, self.shapes, strict=True):
-            for module, shape in zip((layer.lora_A[name], layer.lora_B[name]), shapes, strict=True):
-                if (
-                    type(module) is not nn.Linear
-                    or type(module.weight) is not nn.Parameter
-                    or module.weight.shape != shape
-                ):
-                    return False
-        return True
+    def masters(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """The layers' A and B of a branch, or None if they are not at hand: sharded, or on their way (FSDP, ZeRO-3).
+
+        The modules are looked up once and their weights read past `__getattr__`: a pass asks for thousands of them.
+        """
+        if name not in self._linears:
+            pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in self.layers]
+            if not all(type(linear) is nn.Linear for pair in pairs for linear in pair):
+                return None  # wrapped
+            self._linears[name] = [(a._parameters, b._parameters) for a, b in pairs]
+        found = [(a.get("weight"), b.get("weight")) for a, b in self._linears[name]]
+        for weights, shapes in zip(found, self.shapes, strict=True):
+            for weight, shape in zip(weights, shapes, strict=True):
+                if type(weight) is not nn.Parameter or weight.shape != shape:
+                    return None
+        return found
 
     def _compute(self, layers: Sequence[LoraLayer], x: Tensor, weights: BranchWeights) -> Sequence[Tensor]:
         p = self.dropout.p if layers[0].training and isinstance(self.dropout, nn.Dropout) else 0.0
@@ -123,16 +129,19 @@ def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> None:
     They come in the type that the frozen product computes in: autocast's, or the frozen weight's own. A group whose
     weights are not at hand stays without.
     """
-    kinds: dict[tuple[object, ...], list[LayerGroup]] = {}
+    kinds: dict[tuple[object, ...], list[tuple[LayerGroup, list[list[tuple[Tensor, Tensor]]]]]] = {}
     for group in groups:
-        if group.weights is None and group.has_weights(names[0]):
-            base, master = group.layers[0].base_layer.weight, group.layers[0].lora_A[names[0]].weight
+        masters = [group.masters(name) for name in names] if group.weights is None else [None]
+        if None not in masters:
+            base, master = group.layers[0].base_layer.weight, masters[0][0][0]
             dtype = _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
-            kinds.setdefault((group.shapes, group.scaling, master.device, dtype), []).append(group)
+            kinds.setdefault((group.shapes, group.scaling, master.device, dtype), []).append((group, masters))
     for (_, scaling, _, dtype), alike in kinds.items():
-        lora_a = [[[layer.lora_A[name].weight for layer in group.layers] for name in names] for group in alike]
-        lora_b = [[[layer.lora_B[name].weight for layer in group.layers] for name in names] for group in alike]
-        for group, weights in zip(alike, kernels.stack_branches(lora_a, lora_b, scaling, dtype), strict=True):
+        lora_a, lora_b = (
+            [[[pair[side] for pair in branch] for branch in masters] for _, masters in alike] for side in (0, 1)
+        )
+        stacked = kernels.stack_branches(lora_a, lora_b, scaling, dtype)
+        for (group, _), weights in zip(alike, stacked, strict=True):
             group.weights = weights
 
 

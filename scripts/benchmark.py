@@ -207,7 +207,7 @@ SECTIONS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="decoder layers (32 on a GPU)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each arm")
+    parser.add_argument("--rounds", type=int, default=9, help="timed runs of each arm")
     parser.add_argument("--output", default="benchmark.json", help="JSON file to write")
     parser.add_argument("--only", nargs="*", help="names of sections", choices=[s.__name__ for s in SECTIONS])
     arguments = parser.parse_args()

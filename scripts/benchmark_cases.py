@@ -158,17 +158,18 @@ class Bench:
         return run
 
     def alternate(self, arms: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-        """Median milliseconds, spread and peak GiB of each arm; the arms take turns.
+        """Median milliseconds, spread and peak GiB of each arm; the arms take turns, each turn another one first.
 
-        Each turn runs its arm twice and times the second run. A GPU at its power limit runs the slower the harder it
-        has just worked, so an arm's time would tell as much of the arm before it.
+        Each runs twice in its turn and the second run is timed. A GPU at its power limit runs the slower the harder
+        it has just worked, so an arm's time would tell as much of the arm before it.
         """
         times: dict[str, list[float]] = {name: [] for name in arms}
         peaks = dict.fromkeys(arms, 0.0)
         for turn in range(self.shape.rounds + 2):
-            for name, arm in arms.items():
-                arm()
-                elapsed, peak = self._timed(arm)
+            first = turn % len(arms)
+            for name in [*arms][first:] + [*arms][:first]:
+                arms[name]()
+                elapsed, peak = self._timed(arms[name])
                 peaks[name] = max(peaks[name], peak)
                 if turn >= 2:
                     times[name].append(elapsed)

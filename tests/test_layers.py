@@ -88,7 +88,7 @@ def test_a_layer_called_twice_in_a_pass_is_right(model):
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_weights_that_are_not_at_hand_run_branch_by_branch_to_the_same_numbers(model, chunk, monkeypatch, float64):
     expected = gradients(model, chunk)
-    monkeypatch.setattr(LayerGroup, "has_weights", lambda group, name: False)
+    monkeypatch.setattr(LayerGroup, "masters", lambda group, name: None)
     calls = []
     batched = LayerGroup.output
     monkeypatch.setattr(LayerGroup, "output", lambda *given: calls.append(given) or batched(*given))
@@ -96,20 +96,28 @@ def test_weights_that_are_not_at_hand_run_branch_by_branch_to_the_same_numbers(m
     assert not calls
 
 
-class _Wrapped(nn.Linear):
-    """Stands for what FSDP or DeepSpeed puts in a layer's place."""
+class _Wrapper(nn.Linear):
+    """Stands for the module that FSDP puts in another's place."""
 
 
-@pytest.mark.parametrize("how", ["wrapped", "sharded"])
-def test_what_a_wrapper_does_to_a_weight_is_seen(model, how):
+@pytest.mark.parametrize("before_a_pass", [True, False])
+@pytest.mark.parametrize("how", ["wrapped", "sharded", "gathered elsewhere"])
+def test_what_a_wrapper_does_to_a_weight_is_seen(model, how, before_a_pass):
     group = model.competing.groups[0]
-    assert group.has_weights("branch_1")
+    if not before_a_pass:
+        assert group.masters("branch_1")
     module = group.layers[1].lora_B["branch_1"]
     if how == "wrapped":
-        module.__class__ = _Wrapped
-    else:
+        wrapper = _Wrapper(4, 16, bias=False)
+        group.layers[1].lora_B["branch_1"] = wrapper
+        del module.weight  # flattened into the wrapper's own
+    elif how == "sharded":
         module.weight = nn.Parameter(module.weight.detach().flatten()[:7])
-    assert not group.has_weights("branch_1") and group.has_weights("branch_0")
+    else:
+        value = module.weight.detach()
+        del module.weight
+        module.weight = value  # a plain tensor for the time of a forward
+    assert group.masters("branch_1") is None and group.masters("branch_0")
 
 
 # ---- Not done twice ----
