@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from comlora_trl import kernels
 from comlora_trl.kernels import BranchWeights
@@ -48,6 +49,8 @@ class LayerGroup:
         Args:
             x: [K·B, ..., d], branch-major, for the K branches of `weights`.
         """
+        if is_compiling():  # which knows no outputs that wait, under checkpointing at any rate
+            return self._compute([layer], x, self._part(self.weights, layer))[0]
         source, waiting = self._waiting or (None, {})
         if source is x and layer in waiting:
             result = waiting.pop(layer)

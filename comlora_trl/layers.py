@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from comlora_trl.layer_groups import LayerGroup, form_groups, stack_weights
 
@@ -26,6 +28,8 @@ class CompetingBranches:
     """Which branches the rows of the current forward belong to; shared by all layers of a model.
 
     Attributes:
+        model: the base model.
+        first: name in it of the first adapted layer.
         groups: the groups of layers with batched products, in the order they run.
         names: adapter names of the branches whose rows are in the batch, in order; empty outside the competition.
 
@@ -33,6 +37,8 @@ class CompetingBranches:
     during the backward pass.
     """
 
+    model: nn.Module
+    first: str
     groups: list[LayerGroup] = field(default_factory=list)
     names: tuple[str, ...] = ()
 
@@ -43,6 +49,9 @@ class CompetingBranches:
             self.groups = [one for group in self.groups for one in (self._alone(group) if group.broken else [group])]
         for group in self.groups:
             group.begin()
+        if names and self._compiled():
+            # A compiled layer that finds its weights and one that has to stack them would be two graphs
+            stack_weights(self.groups, names)
 
     def stack_weights(self, group: LayerGroup) -> None:
         """Stacks and casts the weights of a group, and of the next ones with it.
@@ -52,6 +61,15 @@ class CompetingBranches:
         """
         first = self.groups.index(group)
         stack_weights(self.groups[first : first + _GROUPS_AT_A_TIME], self.names)
+
+    def _compiled(self) -> bool:
+        """Whether `torch.compile` runs the model, or a module of it around the first adapted layer."""
+        module, compiled = self.model, is_compiling()
+        for part in self.first.split("."):
+            # Module.compile() leaves no other trace
+            compiled = compiled or is_compiled_module(module) or module._compiled_call_impl is not None
+            module = getattr(module, part)
+        return compiled
 
     @staticmethod
     def _alone(group: LayerGroup) -> list[LayerGroup]:
@@ -111,7 +129,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         the adapted layers by name, and the state that they share.
     """
     adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    competing = CompetingBranches()
+    competing = CompetingBranches(model, next(iter(adapted)))
     for layer in adapted.values():
         layer.competing, layer.group = competing, None
         layer.__class__ = _branch_class(type(layer))

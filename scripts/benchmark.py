@@ -59,6 +59,8 @@ def compiled(bench: Bench, results: Results) -> None:
     arms = {"floor": bench.floor_step(frozen, 4 * rows), "K=4": bench.branch_step(four, rows)}
     found = results.figures["compiled layers"] = bench.alternate(arms)
     detail = "; ".join(f"{arm} {one['ms']:.0f} ms" for arm, one in found.items())
+    seen = torch._dynamo.utils.counters
+    detail += f"; {seen['stats']['unique_graphs']} graphs, {seen['graph_break'].total()} graph breaks in all"
     name = f"K=4 / floor, {rows} rows, both with compiled decoder layers"
     results.row(name, found["K=4"]["ms"] / found["floor"]["ms"], None, detail)
 

@@ -182,9 +182,13 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "traced"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels are forced."""
+    """Which kernels are forced, or "traced" for the operations that `torch.compile` is shown."""
+    if request.param == "traced":
+        monkeypatch.setenv("COMLORA_KERNELS", "torch")
+        monkeypatch.setattr("comlora_trl.kernels.branches.is_compiling", lambda: True)
+        return request.param
     if request.param == "triton" and not CAN_RUN_TRITON:
         pytest.skip("Triton's kernels need CUDA, or triton installed and TRITON_INTERPRET=1")
     monkeypatch.setenv("COMLORA_KERNELS", request.param)

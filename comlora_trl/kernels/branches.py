@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import functional
 
 from comlora_trl.kernels.selection import products
 
@@ -39,16 +41,22 @@ def branch_linears(
     """
     if x.dtype != a.dtype:
         x = x.to(a.dtype)
+    if is_compiling():
+        bases = [
+            functional.linear(x, _as(weight, x), None if bias is None else _as(bias, x))
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+        parts = zip(bases, a.chunk(len(b), dim=1), b, strict=True)
+        return tuple(_traceable_delta(x, *part, dropout) for part in parts)
     kernels = products(x, a, dropout)
     noise = kernels.draw_noise(x, dropout, len(b)) if dropout else None
     # The outputs are filled after the function has saved what it needs: a checkpointed layer's second run stops at its
     # last saved tensor, so that the product of the last layer in it (down) is not computed again
-    later: list[tuple[Tensor, ...]] | None = None if torch.compiler.is_compiling() else []
+    later: list[tuple[Tensor, ...]] = []
     outputs = _SharedInputLinears.apply(kernels, noise, weights, biases, later, x, a, *b)
-    if later:
-        with torch.no_grad():
-            for product in later:
-                _write(kernels, *product)
+    with torch.no_grad():
+        for product in later:
+            _write(kernels, *product)
     return outputs
 
 
@@ -58,7 +66,17 @@ def branch_delta(x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: 
     Args:
         base_output: the frozen layer's output on x, [K·B, ..., l]; the result may be written into it.
     """
+    if is_compiling():
+        return _traceable_delta(x, base_output, a, b, dropout)
     return _BranchDelta.apply(x, base_output, a, b, dropout)
+
+
+def _traceable_delta(x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+    """[`branch_delta`] for `torch.compile`, in plain operations: the compiler fuses them, decides what to keep for the
+    backward pass, and draws dropout's masks from seeds of its own."""
+    rows = x.reshape(a.size(0), -1, x.size(-1))
+    rows = _as(functional.dropout(rows, dropout) if dropout else rows, a)
+    return base_output + torch.bmm(torch.bmm(rows, a.mT), b.mT).view_as(base_output)
 
 
 class _SharedInputLinears(torch.autograd.Function):
@@ -71,7 +89,7 @@ class _SharedInputLinears(torch.autograd.Function):
         noise: Any,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        later: list[tuple[Tensor, ...]] | None,
+        later: list[tuple[Tensor, ...]],
         x: Tensor,
         a: Tensor,
         *b: Tensor,
@@ -84,11 +102,7 @@ class _SharedInputLinears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs = tuple(x.new_empty(*x.shape[:-1], weight.size(0)) for weight in weights)
         for output, *operands in zip(outputs, weights, biases, _parts(xa, b), b, strict=True):
-            product = (output.view(-1, output.size(-1)), flat, *operands)  # views without a graph
-            if later is None:
-                _write(kernels, *product)
-            else:
-                later.append(product)
+            later.append((output.view(-1, output.size(-1)), flat, *operands))  # views without a graph
         return outputs
 
     @staticmethod

@@ -36,7 +36,7 @@ SHAPES = [
 ]
 
 
-PATHS = [("torch", 0.0), ("torch", 0.3), ("triton", 0.0), ("triton", 0.3)]
+PATHS = [("torch", 0.0), ("torch", 0.3), ("triton", 0.0), ("triton", 0.3), ("traced", 0.0), ("traced", 0.3)]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["delta", "fused"])
