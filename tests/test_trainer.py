@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.utils import is_compiled_module
 from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
 from datasets import IterableDataset
 from transformers import Trainer
@@ -58,6 +60,18 @@ def test_lookups_made_once_train_as_the_trainers_own_do(train, monkeypatch):
     norms = [[entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry] for run in (quick, slow)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-9) and min(norms[0]) > 0.05  # it clips
     assert quick.state.total_flos == pytest.approx(2 * slow.state.total_flos, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same(train):
+    options = {"comlora_k": 2, "max_steps": 2}
+    eager = train(**options)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled = train(**options, torch_compile=True, torch_compile_backend="aot_eager")
+    torch._dynamo.reset()
+    assert is_compiled_module(compiled.model_wrapped)
+    assert difference(parameters(eager), parameters(compiled)) < 1e-9
 
 
 @pytest.mark.parametrize("batch, accumulation", [(2, 4), (1, 8)])
