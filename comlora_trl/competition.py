@@ -7,7 +7,6 @@ packed sequence). Equation numbers are those of *ComLoRA: A Competitive Learning
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -128,16 +127,13 @@ def pairwise_losses(
     Returns:
         [R], zero when no pair is left.
     """
-    k = scores.size(-1)
-    first, second = _ordered_pairs(k, scores.device)
-    if first.numel() == 0:
-        return scores.sum(dim=-1) * 0.0
     noisy = mean_nll.detach().T.to(scores.dtype) + settings.noise * noise.to(scores.dtype)  # eq. 6
     # A non-finite loss belongs to a branch that is out; it must not reach the arithmetic, where 0 * nan is nan
     noisy = torch.where(alive, noisy, torch.zeros_like(noisy))
-    difference = scores[:, first] - scores[:, second]
-    performance = -settings.sign * (noisy[:, first] - noisy[:, second])  # eq. 7
-    living = (alive[first] & alive[second]).expand_as(difference)
+    difference = _pairs(scores)
+    performance = -settings.sign * _pairs(noisy)  # eq. 7
+    living = alive[:, None] & alive & ~torch.eye(scores.size(-1), dtype=torch.bool, device=scores.device)
+    living = living.flatten().expand_as(difference)
     gap = _masked_log_softmax(difference, living) - _masked_log_softmax(performance, living).detach()  # eq. 8
     return torch.where(living, gap, torch.zeros_like(gap)).abs().sum(dim=-1)  # eq. 9
 
@@ -209,12 +205,9 @@ def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:
     return int(((values == best) & alive).nonzero()[0])
 
 
-@lru_cache
-def _ordered_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    # kept: a copy to the GPU waits for all that was launched before it
-    pairs = [(first, second) for first in range(k) for second in range(k) if first != second]
-    first, second = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(dim=1)
-    return first.contiguous(), second.contiguous()
+def _pairs(values: Tensor) -> Tensor:
+    """values_i − values_j, [R, K] to [R, K·K]; a branch with itself among them."""
+    return (values[:, :, None] - values[:, None, :]).flatten(1)
 
 
 def _masked_log_softmax(values: Tensor, mask: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from benchmark_accuracy import check_gradients
 from benchmark_cases import Bench, Shape, forced_kernels, release
 from benchmark_report import Results
+from benchmark_trainers import alternate_trainers, make_trainer
 from rich.console import Console
 from torch import Tensor
 
@@ -159,12 +160,12 @@ def trainer_steps(bench: Bench, results: Results) -> None:
         folder = Path(name)
         for rows, goal in ((large, 0.75), (large // 4, 0.30)):
             trainers = {
-                "TRL": bench.trainer("trl", rows, folder),
-                "K=4": bench.trainer("comlora", rows, folder, comlora_k=4),
-                "K=4, no selector": bench.trainer("comlora", rows, folder, comlora_k=4, comlora_selector=False),
-                "K=1, no selector": bench.trainer("comlora", rows, folder, comlora_k=1, comlora_selector=False),
+                "TRL": make_trainer(bench, "trl", rows, folder),
+                "K=4": make_trainer(bench, "comlora", rows, folder, comlora_k=4),
+                "K=4, no selector": make_trainer(bench, "comlora", rows, folder, comlora_k=4, comlora_selector=False),
+                "K=1, no selector": make_trainer(bench, "comlora", rows, folder, comlora_k=1, comlora_selector=False),
             }
-            found = results.figures[f"trainer steps, {rows} rows"] = bench.alternate_trainers(trainers)
+            found = results.figures[f"trainer steps, {rows} rows"] = alternate_trainers(bench.shape.device, trainers)
             ms = {arm: one["ms"] for arm, one in found.items()}
             detail = "; ".join(f"{arm} {value:.0f} ms" for arm, value in ms.items())
             results.row(f"K=4 trainer step / (4 x TRL's), {rows} rows", ms["K=4"] / (4 * ms["TRL"]), goal, detail)

@@ -8,19 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.model import BranchPass, ComLoRAModel
 
@@ -197,78 +192,6 @@ class Bench:
         torch.cuda.synchronize()
         return start.elapsed_time(end), torch.cuda.max_memory_allocated() / 2**30
 
-    # ---- Whole trainer steps ----
-
-    def trainer(self, kind: str, rows: int, folder: Path, **settings: Any) -> SFTTrainer:
-        """A trainer over the frozen base: kind "trl" or "comlora"; without checkpointing, logging every step."""
-        arguments: dict[str, Any] = {
-            "output_dir": str(folder / kind / str(len(list(folder.rglob("*"))))),
-            "per_device_train_batch_size": rows,
-            "max_steps": self.shape.rounds + 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-4,
-            "bf16": True,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-            "use_cpu": self.shape.device.type == "cpu",
-        }
-        config, trainer = (SFTConfig, SFTTrainer) if kind == "trl" else (ComLoRAConfig, ComLoRASFTTrainer)
-        data = self._dataset(rows * (self.shape.rounds + 2))
-        made = trainer(
-            self.base(),
-            config(**arguments, **settings),
-            train_dataset=data,
-            eval_dataset=data.select(range(2)),
-            processing_class=_tokenizer(),
-            peft_config=self.lora_config(),
-        )
-        made.remove_callback(PrinterCallback)
-        return made
-
-    def alternate_trainers(self, trainers: dict[str, SFTTrainer], turns: int = 2) -> dict[str, dict[str, float]]:
-        """Median milliseconds from one step's end to the next; the trainers take turns of a few steps."""
-        times: dict[str, list[float]] = {name: [] for name in trainers}
-        for _ in range(turns):
-            for name, trainer in trainers.items():
-                timer = _StepTimer(self.shape.device)
-                trainer.add_callback(timer)
-                SFTTrainer.train(trainer)  # without the choice and export of the winner
-                trainer.remove_callback(timer)
-                times[name] += timer.intervals()[1:]
-        return {
-            name: {"ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-            for name, values in times.items()
-        }
-
-    def _dataset(self, rows: int) -> Dataset:
-        batch = self.batch(rows)
-        return Dataset.from_dict({name: batch[name].tolist() for name in ("input_ids", "labels")})
-
-
-class _StepTimer(TrainerCallback):
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[Any] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def intervals(self) -> list[float]:
-        """Milliseconds between consecutive ends of steps."""
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        if self.device.type != "cuda":
-            return [1e3 * (later - earlier) for earlier, later in pairs]
-        torch.cuda.synchronize()
-        return [earlier.elapsed_time(later) for earlier, later in pairs]
-
 
 def with_delta(model: nn.Module) -> nn.Module:
     """Gives every B random values, so that no product runs on zeros."""
@@ -298,9 +221,3 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,97 @@
+"""Whole steps of TRL's trainer and of ours, for `benchmark.py`."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_cases import Bench
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+
+
+def make_trainer(bench: Bench, kind: str, rows: int, folder: Path, **settings: Any) -> SFTTrainer:
+    """A trainer over the frozen base: kind "trl" or "comlora"; without checkpointing, logging every step."""
+    steps = bench.shape.rounds // 2 + 3  # a turn's, the first two of them for warm-up
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder / kind / str(len(list(folder.rglob("*"))))),
+        "per_device_train_batch_size": rows,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "learning_rate": 1e-4,
+        "bf16": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "use_cpu": bench.shape.device.type == "cpu",
+    }
+    config, trainer = (SFTConfig, SFTTrainer) if kind == "trl" else (ComLoRAConfig, ComLoRASFTTrainer)
+    data = _dataset(bench, rows * steps)
+    made = trainer(
+        bench.base(),
+        config(**arguments, **settings),
+        train_dataset=data,
+        eval_dataset=data.select(range(2)),
+        processing_class=_tokenizer(),
+        peft_config=bench.lora_config(),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def alternate_trainers(
+    device: torch.device, trainers: dict[str, SFTTrainer], turns: int = 4
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds from one step's end to the next; the trainers take turns, another one first each time."""
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for turn in range(turns):
+        for name in [*trainers][turn:] + [*trainers][:turn]:
+            trainer, timer = trainers[name], _StepTimer(device)
+            trainer.add_callback(timer)
+            SFTTrainer.train(trainer)  # without the choice and export of the winner
+            trainer.remove_callback(timer)
+            times[name] += timer.intervals()[1:]
+    return {
+        name: {"ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+        for name, values in times.items()
+    }
+
+
+def _dataset(bench: Bench, rows: int) -> Dataset:
+    batch = bench.batch(rows)
+    return Dataset.from_dict({name: batch[name].tolist() for name in ("input_ids", "labels")})
+
+
+class _StepTimer(TrainerCallback):
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        """Milliseconds between consecutive ends of steps."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if self.device.type != "cuda":
+            return [1e3 * (later - earlier) for earlier, later in pairs]
+        torch.cuda.synchronize()
+        return [earlier.elapsed_time(later) for earlier, later in pairs]
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
