@@ -49,7 +49,7 @@ class LayerGroup:
         Args:
             x: [K·B, ..., d], branch-major, for the K branches of `weights`.
         """
-        if is_compiling():  # which knows no outputs that wait, under checkpointing at any rate
+        if is_compiling():  # outputs that wait are state, which the compiler refuses under checkpointing
             return self._compute([layer], x, self._part(self.weights, layer))[0]
         source, waiting = self._waiting or (None, {})
         if source is x and layer in waiting:
