@@ -86,7 +86,7 @@ class LayerGroup:
     def _compute(self, layers: Sequence[LoraLayer], x: Tensor, weights: BranchWeights) -> Sequence[Tensor]:
         p = self.dropout.p if layers[0].training and isinstance(self.dropout, nn.Dropout) else 0.0
         bases = [layer.base_layer for layer in layers]
-        if all(map(_is_plain_linear, bases)):
+        if not is_compiling() and all(map(_is_plain_linear, bases)):  # a compiler fuses what it is shown by itself
             frozen, biases = [base.weight for base in bases], [base.bias for base in bases]
             return kernels.branch_linears(x, frozen, biases, weights.a, weights.b, p)
         outputs = []

@@ -5,7 +5,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -161,22 +161,13 @@ class Bench:
         times: dict[str, list[float]] = {name: [] for name in arms}
         peaks = dict.fromkeys(arms, 0.0)
         for turn in range(self.shape.rounds + 2):
-            first = turn % len(arms)
-            for name in [*arms][first:] + [*arms][:first]:
+            for name in rotated(arms, turn):
                 arms[name]()
                 elapsed, peak = self._timed(arms[name])
                 peaks[name] = max(peaks[name], peak)
                 if turn >= 2:
                     times[name].append(elapsed)
-        return {
-            name: {
-                "ms": statistics.median(values),
-                "min_ms": min(values),
-                "max_ms": max(values),
-                "peak_gib": peaks[name],
-            }
-            for name, values in times.items()
-        }
+        return {name: summary(values) | {"peak_gib": peaks[name]} for name, values in times.items()}
 
     def _timed(self, arm: Callable[[], Any]) -> tuple[float, float]:
         if self.shape.device.type != "cuda":
@@ -191,6 +182,18 @@ class Bench:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end), torch.cuda.max_memory_allocated() / 2**30
+
+
+def rotated(arms: Iterable[str], turn: int) -> list[str]:
+    """The arms' names, in each turn another one first."""
+    names = [*arms]
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """An arm's median milliseconds and their spread."""
+    return {"ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
 
 
 def with_delta(model: nn.Module) -> nn.Module:

@@ -1,12 +1,11 @@
 """Whole steps of TRL's trainer and of ours, for `benchmark.py`."""
 
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_cases import Bench
+from benchmark_cases import Bench, rotated, summary
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -52,16 +51,13 @@ def alternate_trainers(
     """Median milliseconds from one step's end to the next; the trainers take turns, another one first each time."""
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(turns):
-        for name in [*trainers][turn:] + [*trainers][:turn]:
+        for name in rotated(trainers, turn):
             trainer, timer = trainers[name], _StepTimer(device)
             trainer.add_callback(timer)
             SFTTrainer.train(trainer)  # without the choice and export of the winner
             trainer.remove_callback(timer)
             times[name] += timer.intervals()[1:]
-    return {
-        name: {"ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-        for name, values in times.items()
-    }
+    return {name: summary(values) for name, values in times.items()}
 
 
 def _dataset(bench: Bench, rows: int) -> Dataset:

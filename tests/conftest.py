@@ -182,9 +182,9 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-@pytest.fixture(params=["torch", "triton", "traced"])
+@pytest.fixture(params=["torch", "triton"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels are forced, or "traced" for the operations that `torch.compile` is shown."""
+    """Which kernels are forced; "traced" for the operations that `torch.compile` is shown in `branch_delta`."""
     if request.param == "traced":
         monkeypatch.setenv("COMLORA_KERNELS", "torch")
         monkeypatch.setattr("comlora_trl.kernels.branches.is_compiling", lambda: True)

@@ -41,13 +41,6 @@ def branch_linears(
     """
     if x.dtype != a.dtype:
         x = x.to(a.dtype)
-    if is_compiling():
-        bases = [
-            functional.linear(x, _as(weight, x), None if bias is None else _as(bias, x))
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
-        parts = zip(bases, a.chunk(len(b), dim=1), b, strict=True)
-        return tuple(_traceable_delta(x, *part, dropout) for part in parts)
     kernels = products(x, a, dropout)
     noise = kernels.draw_noise(x, dropout, len(b)) if dropout else None
     # The outputs are filled after the function has saved what it needs: a checkpointed layer's second run stops at its
