@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from comlora_trl.config import ComLoRAConfig
-    from comlora_trl.trainer import ComLoRASFTTrainer
+    from comlora_trl.training.config import ComLoRAConfig
+    from comlora_trl.training.trainer import ComLoRASFTTrainer
 
 __version__ = "0.1.0"
 __all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
 
 # The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
-_LAZY = {"ComLoRAConfig": "comlora_trl.config", "ComLoRASFTTrainer": "comlora_trl.trainer"}
+_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from comlora_trl import layer_groups
-from comlora_trl.kernels import selected_kernels
+from comlora_trl.branches.kernels import selected_kernels
 
 
 def floors(bench: Bench, results: Results) -> None:

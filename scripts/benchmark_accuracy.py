@@ -9,7 +9,7 @@ from benchmark_report import Results
 from torch import Tensor
 from torch.nn import functional as F
 
-from comlora_trl.kernels import branch_delta, branch_linears, stack_branches, torch_path
+from comlora_trl.branches.kernels import branch_delta, branch_linears, stack_branches, torch_path
 
 K, RANK, SCALING, SEED = 4, 8, 2.0, 2
 
@@ -101,7 +101,7 @@ class _Case:
 def _dropout_paths(bench: Bench) -> list[ModuleType]:
     if bench.shape.device.type != "cuda":
         return [torch_path]
-    from comlora_trl.kernels import triton_path
+    from comlora_trl.branches.kernels import triton_path
 
     return [torch_path, triton_path]
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from comlora_trl.competition import CompetitionSettings
-from comlora_trl.model import BranchPass, ComLoRAModel
+from comlora_trl.training.model import BranchPass, ComLoRAModel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # as SFTTrainer asks for

@@ -11,8 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from comlora_trl.competition_state import CompetitionState, branch_name
-from comlora_trl.winner import export_checkpoint
+from comlora_trl.branches.model import branch_name
+from comlora_trl.training.checkpoints import load_state
+from comlora_trl.training.export import export_checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +36,7 @@ def exports(checkpoint: str, branch: str, output: Path) -> list[tuple[int | None
     if branch == "winner":
         return [(None, output)]
     if branch == "all":
-        return [(k, output / branch_name(k)) for k in range(CompetitionState.load(checkpoint).k)]
+        return [(k, output / branch_name(k)) for k in range(load_state(checkpoint).k)]
     if not branch.isdigit():
         raise ValueError(f"--branch {branch} is not possible: give winner, all, or a number 0..K-1.")
     return [(int(branch), output)]

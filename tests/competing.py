@@ -7,8 +7,8 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from comlora_trl.competition import CompetitionSettings, mean_nll, pairwise_loss
-from comlora_trl.model import BranchOutput, BranchPass, ComLoRAModel
-from comlora_trl.selector import SelectorSettings
+from comlora_trl.competition.selector import SelectorSettings
+from comlora_trl.training.model import BranchPass, ComLoRAModel, CompetitionOutput
 
 TOLERANCE = 1e-9
 DEFAULT_SELECTOR = SelectorSettings()
@@ -37,7 +37,7 @@ def trainable(model: ComLoRAModel) -> dict[str, Tensor]:
 
 def step(
     model: ComLoRAModel, inputs: dict, noise: Tensor, at: float = 0.6, chunk: int | None = None
-) -> tuple[Tensor, dict[str, Tensor], BranchOutput]:
+) -> tuple[Tensor, dict[str, Tensor], CompetitionOutput]:
     """Loss and gradients of one optimizer step, put together as the trainer does."""
     model.zero_grad()
     inputs = {name: value for name, value in inputs.items()}

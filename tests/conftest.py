@@ -187,7 +187,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Which kernels are forced; "traced" for the operations that `torch.compile` is shown in `branch_delta`."""
     if request.param == "traced":
         monkeypatch.setenv("COMLORA_KERNELS", "torch")
-        monkeypatch.setattr("comlora_trl.kernels.branches.is_compiling", lambda: True)
+        monkeypatch.setattr("comlora_trl.branches.kernels.branches.is_compiling", lambda: True)
         return request.param
     if request.param == "triton" and not CAN_RUN_TRITON:
         pytest.skip("Triton's kernels need CUDA, or triton installed and TRITON_INTERPRET=1")

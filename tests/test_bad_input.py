@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.preparation import check_parallelism
+from comlora_trl.training.preparation import check_parallelism
 
 
 @pytest.mark.parametrize(

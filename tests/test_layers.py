@@ -10,9 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from comlora_trl.branches.layer_groups import LayerGroup
+from comlora_trl.branches.passes import Pass
 from comlora_trl.competition import CompetitionSettings
-from comlora_trl.layer_groups import LayerGroup
-from comlora_trl.model import ComLoRAModel
+from comlora_trl.training.model import ComLoRAModel
 
 K = 2
 
@@ -35,6 +36,11 @@ def gradients(model: ComLoRAModel, chunk: int | None = None) -> dict[str, Tensor
     return step(model, collate(make_rows()), make_noise(make_rows(), K), chunk=chunk)[1]
 
 
+def run_over(model: ComLoRAModel, names: tuple[str, ...]) -> None:
+    """Begins a pass whose batch is wide already."""
+    model.competing.begin(Pass(model.competing, names, 1, 0))
+
+
 # ---- Layers that read the same input ----
 
 
@@ -54,7 +60,7 @@ def test_a_sibling_with_another_input_is_right_and_alone_from_the_next_pass_on(m
     before = groups(model)
     for _ in range(2):
         x, y = torch.randn(2, K * 3, 5, 32, dtype=torch.float64)
-        model.competing.begin(names)
+        run_over(model, names)
         for child in ("q_proj", "k_proj", "v_proj"):
             layer, given = getattr(block, child), y if child == odd else x
             torch.testing.assert_close(layer(given), layer.forward_one_by_one(given, names), rtol=0, atol=1e-12)
@@ -64,11 +70,11 @@ def test_a_sibling_with_another_input_is_right_and_alone_from_the_next_pass_on(m
 def test_outputs_that_nobody_asked_for_are_forgotten(model):
     names, block = tuple(model.branch_names), attention(model)
     x = torch.randn(K * 3, 5, 32, dtype=torch.float64)
-    model.competing.begin(names)
+    run_over(model, names)
     stale = block.q_proj(x), block.k_proj(x)
     with torch.no_grad():
         x.mul_(2)  # the same tensor, other values, v not asked for yet
-    model.competing.begin(names)
+    run_over(model, names)
     torch.testing.assert_close(block.v_proj(x), block.v_proj.forward_one_by_one(x, names), rtol=0, atol=1e-12)
     assert not torch.allclose(stale[1], block.k_proj.forward_one_by_one(x, names))
 
@@ -76,7 +82,7 @@ def test_outputs_that_nobody_asked_for_are_forgotten(model):
 def test_a_layer_called_twice_in_a_pass_is_right(model):
     names, block = tuple(model.branch_names), attention(model)
     x = torch.randn(K * 3, 5, 32, dtype=torch.float64)
-    model.competing.begin(names)
+    run_over(model, names)
     first, second = block.q_proj(x), block.q_proj(x)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(block.k_proj(x), block.k_proj.forward_one_by_one(x, names), rtol=0, atol=1e-12)

@@ -8,10 +8,10 @@ from conftest import collate, make_rows
 from reference import Row
 from torch import Tensor
 
+from comlora_trl.branches.expansion import expand
+from comlora_trl.branches.rows import Rows, supervised_rows
 from comlora_trl.competition import step_noise
-from comlora_trl.expansion import expand
-from comlora_trl.micro_batches import MicroBatches, PackedRowsCollator
-from comlora_trl.rows import Rows, supervised_rows
+from comlora_trl.training.micro_batches import MicroBatches, PackedRowsCollator
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 
@@ -85,7 +85,7 @@ def test_expanded_packed_batch_is_the_batch_of_the_repeated_rows():
     rows = make_rows()
     once, thrice = collate(rows, packed=True), collate(rows * 3, packed=True)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        assert torch.equal(expand(once[name], 3, 1, name), thrice[name])
+        assert torch.equal(expand(once[name], 3, 1, None, (name,)), thrice[name])
     assert torch.equal(expand(once["input_ids"], 3, 1).flatten(), thrice["input_ids"][0])
 
 

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from comlora_trl.selector import Selector, SelectorSettings
+from comlora_trl.competition.selector import Selector, SelectorSettings
 
 WIDTH, K = 16, 3
 SIZES = {

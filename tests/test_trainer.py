@@ -12,7 +12,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.model import ComLoRAModel
+from comlora_trl.branches.model import BranchModel
 
 
 def test_one_branch_without_selector_is_trl_lora(tmp_path):
@@ -54,7 +54,7 @@ def test_lookups_made_once_train_as_the_trainers_own_do(train, monkeypatch):
     monkeypatch.delattr(ComLoRASFTTrainer, "_clip_grad_norm")
     monkeypatch.delattr(ComLoRASFTTrainer, "floating_point_ops")
     for name in ("train", "zero_grad"):
-        monkeypatch.delattr(ComLoRAModel, name)
+        monkeypatch.delattr(BranchModel, name)
     slow = train(**options)
     assert difference(parameters(quick), parameters(slow)) < 1e-12
     norms = [[entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry] for run in (quick, slow)]
@@ -124,7 +124,7 @@ def test_conversational_assistant_only_and_streamed_data(train):
         "{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     data = {"train_dataset": IterableDataset.from_generator(rows), "eval_dataset": None, "processing_class": tokenizer}
-    from comlora_trl.trainer import ComLoRASFTTrainer as Trainer
+    from comlora_trl.training.trainer import ComLoRASFTTrainer as Trainer
 
     base = train(start=False)
     config = ComLoRAConfig(

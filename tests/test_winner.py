@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from comlora_trl.competition import winner
-from comlora_trl.winner import export_checkpoint
+from comlora_trl.training.export import export_checkpoint
 
 IDS = torch.arange(3, 21).view(2, 9)
 

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import TOLERANCE, assert_close, drawn_masks, literal, make_case
 from torch import Tensor
 
-from comlora_trl.kernels import branch_linears, stack_branches
+from comlora_trl.branches.kernels import branch_linears, stack_branches
 
 # k, output widths of the layers, r
 LAYERS = [(3, (96, 40, 40), 8), (2, (33, 70), 3), (3, (20, 12, 16), 32), (1, (24,), 5)]

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
-from comlora_trl.config import ComLoRAConfig
-from comlora_trl.model import ComLoRAModel
+from comlora_trl.training.config import ComLoRAConfig
+from comlora_trl.training.model import ComLoRAModel
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16

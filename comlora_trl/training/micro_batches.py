@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comlora_trl.branches.rows import supervised_rows
 from comlora_trl.competition import step_noise
-from comlora_trl.rows import supervised_rows
 
 
 @dataclass

@@ -4,7 +4,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from comlora_trl.model import ComLoRAModel
+from comlora_trl.training.model import ComLoRAModel
 
 logger = get_logger(__name__)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from comlora_trl.kernels import torch_path
+from comlora_trl.branches.kernels import torch_path
 
 VARIABLE = "COMLORA_KERNELS"
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -51,6 +51,6 @@ def products(x: Tensor, a: Tensor, dropout: float) -> ModuleType:
         return torch_path
     if selected_kernels(x.device, dropout) == "torch":
         return torch_path
-    from comlora_trl.kernels import triton_path
+    from comlora_trl.branches.kernels import triton_path
 
     return triton_path

@@ -1,17 +1,15 @@
-"""The competition of ComLoRA as pure tensor functions: annealing, row weights, the three losses and the winner.
+"""The losses of ComLoRA as pure tensor functions: selection probabilities, row weights, the pairwise loss (eq. 4–9).
 
 Nothing here knows a model, a Trainer or PEFT. Shapes use K (branches) and R (rows: sequences, or the segments of a
 packed sequence). Equation numbers are those of *ComLoRA: A Competitive Learning Approach for Enhancing LoRA*
 (ICLR 2025).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ANNEALING_SCHEDULES = ("constant", "cosine", "exponential", "linear")
 EQUATION_SIGNS = ("as_described", "as_printed")
 
 
@@ -36,28 +34,6 @@ class CompetitionSettings:
     def sign(self) -> float:
         """+1 when L in eq. 5–9 is read as a log-likelihood (as the text describes), -1 for the printed equations."""
         return 1.0 if self.equation_signs == "as_described" else -1.0
-
-
-def annealing(progress: float, schedule: str = "exponential", rate: float = 5.0) -> float:
-    """η(t), the weight of the alignment loss (eq. 13–14).
-
-    Args:
-        progress: t/T, optimizer steps done over all optimizer steps, in [0, 1].
-        schedule: one of `ANNEALING_SCHEDULES`.
-        rate: γ of the exponential schedule.
-
-    Raises:
-        ValueError: if `schedule` is unknown.
-    """
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine":
-        return 0.5 * (1.0 - math.cos(math.pi * progress))
-    if schedule == "exponential":
-        return 1.0 - math.exp(-rate * progress)
-    if schedule == "linear":
-        return progress
-    raise ValueError(f"unknown annealing schedule {schedule!r}: choose one of {', '.join(ANNEALING_SCHEDULES)}.")
 
 
 def selection_probabilities(scores: Tensor, top_n: int | None = None, alive: Tensor | None = None) -> Tensor:
@@ -180,29 +156,6 @@ def step_noise(seed: int, step: int, rows: int, k: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
     return torch.randn(rows, k, generator=generator)
-
-
-def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:
-    """The winning branch: argmax of the accumulated scores (eq. 11–12), or argmin of the validation losses.
-
-    Args:
-        values: [K], accumulated scores or losses.
-        alive: bool [K]; a disqualified branch cannot win.
-        highest: whether the highest value wins (scores) or the lowest (losses).
-
-    Returns:
-        the branch's index; ties go to the lowest index.
-
-    Raises:
-        RuntimeError: if every branch is disqualified.
-    """
-    if not bool(alive.any()):
-        raise RuntimeError("every branch is disqualified, so none can win: lower the learning rate and train again.")
-    values = values.double() if highest else -values.double()
-    values = values.masked_fill(~alive | ~values.isfinite(), float("-inf"))
-    best = values.max()
-    # `argmax` leaves open which of several maxima it returns
-    return int(((values == best) & alive).nonzero()[0])
 
 
 def _pairs(values: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from comlora_trl import kernels
-from comlora_trl.kernels import BranchWeights
+from comlora_trl.branches import kernels
+from comlora_trl.branches.kernels import BranchWeights
 
 # Names of layers that read the same input where they are children of one module, in the order they are called
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -39,8 +39,8 @@ class LayerGroup:
         self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
         self._linears: dict[str, list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]] = {}
 
-    def begin(self) -> None:
-        """Forgets the last pass: its weights, and outputs that nobody asked for."""
+    def forget(self) -> None:
+        """Forgets a pass that is over: its weights, and outputs that nobody asked for."""
         self.weights = self._waiting = None
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
@@ -93,7 +93,8 @@ class LayerGroup:
         for layer, base in zip(layers, bases, strict=True):
             a, (b,) = weights if len(layers) == 1 else self._part(weights, layer)
             output = base(x)
-            outputs.append(kernels.branch_delta(x, output, a.to(output.dtype), b.to(output.dtype), p))
+            seen = bool(base._forward_hooks)  # a hook may have kept the frozen output, which must stay as it is
+            outputs.append(kernels.branch_delta(x, output, a.to(output.dtype), b.to(output.dtype), p, not seen))
         return outputs
 
     def _part(self, weights: BranchWeights, layer: LoraLayer) -> BranchWeights:

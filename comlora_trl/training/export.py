@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from comlora_trl.competition_state import CompetitionState, branch_name
-from comlora_trl.model import ComLoRAModel
-from comlora_trl.report import competition_summary, write_summary
+from comlora_trl.branches.model import branch_name
+from comlora_trl.training.checkpoints import load_state
+from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.report import competition_summary, write_summary
 
 # What a checkpoint folder holds for every branch alike, to be kept beside the exported adapter
 _TOKENIZER_FILES = (
@@ -121,7 +122,7 @@ def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | 
         ValueError: if the folder is no such checkpoint, has no such branch or no winner yet.
     """
     checkpoint = Path(checkpoint)
-    state = CompetitionState.load(checkpoint)
+    state = load_state(checkpoint)
     if branch is None:
         if state.last_evaluation is None:
             raise ValueError(

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
-from comlora_trl.selector import SELECTOR_INPUTS, SelectorSettings
+from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
 
 WINNER_CRITERIA = ("selector", "validation_loss")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional
 
-from comlora_trl.kernels.selection import products
+from comlora_trl.branches.kernels.selection import products
 
 
 def branch_linears(
@@ -53,15 +53,18 @@ def branch_linears(
     return outputs
 
 
-def branch_delta(x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float = 0.0) -> Tensor:
+def branch_delta(
+    x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float = 0.0, overwrite: bool = True
+) -> Tensor:
     """base_output + dropout(x) A_kᵀ B_kᵀ: [`branch_linears`] of one layer whose frozen product is made elsewhere.
 
     Args:
-        base_output: the frozen layer's output on x, [K·B, ..., l]; the result may be written into it.
+        base_output: the frozen layer's output on x, [K·B, ..., l].
+        overwrite: whether the result may be written into it, nobody else reading it.
     """
     if is_compiling():
         return _traceable_delta(x, base_output, a, b, dropout)
-    return _BranchDelta.apply(x, base_output, a, b, dropout)
+    return _BranchDelta.apply(x, base_output, a, b, dropout, overwrite)
 
 
 def _traceable_delta(x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
@@ -118,8 +121,10 @@ class _SharedInputLinears(torch.autograd.Function):
 
 class _BranchDelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        out = base_output if _may_overwrite(base_output) else base_output.clone()
+    def forward(
+        ctx: Any, x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float, overwrite: bool
+    ) -> Tensor:
+        out = base_output if overwrite and _may_overwrite(base_output) else base_output.clone()
         if out is base_output:
             ctx.mark_dirty(base_output)
         ctx.kernels = products(x, a, dropout)
@@ -138,7 +143,7 @@ class _BranchDelta(torch.autograd.Function):
         da, dx = ctx.kernels.a_gradient(ds, rows, ctx.noise), None
         if ctx.needs_input_grad[0]:
             dx = _as(ctx.kernels.project_back(ds, a, rows, ctx.noise), rows).view(ctx.shape)
-        return dx, grad, da, db, None
+        return dx, grad, da, db, None, None
 
 
 def _rank_gradients(

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
-from comlora_trl.model import BranchOutput
-from comlora_trl.report import competition_summary
-from comlora_trl.statistics import ValidationTally
-from comlora_trl.winner import new_folder, save_branch
+from comlora_trl.competition import ValidationTally
+from comlora_trl.training.export import new_folder, save_branch
+from comlora_trl.training.model import CompetitionOutput
+from comlora_trl.training.report import competition_summary
 
 
 class WinnerSelection:
@@ -37,7 +37,7 @@ class WinnerSelection:
         output.metrics[f"{prefix}_comlora/winner"] = result["winner"]
         return output
 
-    def _add_to_tally(self, output: BranchOutput, rows_per_example: Tensor | None, examples: int) -> None:
+    def _add_to_tally(self, output: CompetitionOutput, rows_per_example: Tensor | None, examples: int) -> None:
         example = None
         if rows_per_example is not None:
             known = torch.arange(examples, device=rows_per_example.device).repeat_interleave(rows_per_example)

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from comlora_trl.competition_state import CompetitionState
-from comlora_trl.model import ComLoRAModel
+from comlora_trl.competition import CompetitionState
+from comlora_trl.training.model import ComLoRAModel
 
 COMPETITION_FILE = "competition.json"
 

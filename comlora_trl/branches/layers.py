@@ -3,55 +3,74 @@
 PEFT makes the layers and owns their parameters; `make_branch_layers` gives them a second way to run. While branches
 compete, a layer's input holds the rows of several branches one after the other (branch-major), and each group of rows
 must meet its own adapter. Plain linear LoRA does that with batched products, together with the layers that read the
-same input (`comlora_trl.layer_groups`); any other kind (DoRA, embeddings, convolutions, biased LoRA) runs PEFT's own
-forward branch by branch. Outside the competition the layer is PEFT's, untouched.
+same input (`comlora_trl.branches.layer_groups`); any other kind (DoRA, embeddings, convolutions, biased LoRA) runs
+PEFT's own forward branch by branch. Outside the competition the layer is PEFT's, untouched.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from comlora_trl.layer_groups import LayerGroup, form_groups, stack_weights
+from comlora_trl.branches.layer_groups import LayerGroup, form_groups, stack_weights
+from comlora_trl.branches.passes import Pass
 
 # Groups whose weights are stacked together: those of some five decoder layers with the default targets
 _GROUPS_AT_A_TIME = 16
 
 
-@dataclass
 class CompetingBranches:
-    """Which branches the rows of the current forward belong to; shared by all layers of a model.
+    """What the adapted layers of a model share: the pass that is active, if any, and their groups.
 
     Attributes:
         model: the base model.
         first: name in it of the first adapted layer.
         groups: the groups of layers with batched products, in the order they run.
-        names: adapter names of the branches whose rows are in the batch, in order; empty outside the competition.
-
-    The values stay after a forward until the next one begins, since gradient checkpointing runs the layers again
-    during the backward pass.
+        active: the pass whose forward or backward is running.
+        names: adapter names of the branches whose rows are in the batch, in order; empty without a pass.
     """
 
-    model: nn.Module
-    first: str
-    groups: list[LayerGroup] = field(default_factory=list)
-    names: tuple[str, ...] = ()
+    def __init__(self, model: nn.Module, first: str) -> None:
+        self.model, self.first = model, first
+        self.groups: list[LayerGroup] = []
+        self.active: Pass | None = None
+        self.names: tuple[str, ...] = ()
 
-    def begin(self, names: tuple[str, ...]) -> None:
-        """Begins a pass over the named branches, or over none."""
-        self.names = names
+    def begin(self, one: Pass) -> None:
+        """Makes a pass active: at its forward's beginning, or again when its backward begins."""
+        self.abandon()
+        self.active, self.names = one, one.names
+        if one.weights is not None:
+            for group, weights in one.weights:
+                group.weights = weights
+            return
         if any(group.broken for group in self.groups):
             self.groups = [one for group in self.groups for one in (self._alone(group) if group.broken else [group])]
-        for group in self.groups:
-            group.begin()
-        if names and self._compiled():
+        if one.compiled or self._compiled():
             # A compiled layer that finds its weights and one that has to stack them would be two graphs
-            stack_weights(self.groups, names)
+            stack_weights(self.groups, one.names)
+
+    def end(self, one: Pass) -> None:
+        """Ends the forward or the backward of a pass; its weights are its own, for layers that run again."""
+        if self.active is not one:
+            return
+        one.weights = [(group, group.weights) for group in self.groups]
+        self.active, self.names = None, ()
+        for group in self.groups:
+            group.forget()
+
+    def abandon(self) -> None:
+        """Ends a pass whose backward failed before its end, out of memory say."""
+        if self.active is not None:
+            self.end(self.active)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers run again during the backward pass."""
+        return bool(getattr(self.model, "is_gradient_checkpointing", False))
 
     def stack_weights(self, group: LayerGroup) -> None:
         """Stacks and casts the weights of a group, and of the next ones with it.
@@ -63,8 +82,8 @@ class CompetingBranches:
         stack_weights(self.groups[first : first + _GROUPS_AT_A_TIME], self.names)
 
     def _compiled(self) -> bool:
-        """Whether `torch.compile` runs the model, or a module of it around the first adapted layer."""
-        module, compiled = self.model, is_compiling()
+        """Whether `torch.compile` runs a module of the model around the first adapted layer."""
+        module, compiled = self.model, False
         for part in self.first.split("."):
             # Module.compile() leaves no other trace
             compiled = compiled or is_compiled_module(module) or module._compiled_call_impl is not None
@@ -78,18 +97,26 @@ class CompetingBranches:
         return [layer.group for layer in group.layers]
 
 
+class BranchRowsError(RuntimeError):
+    """A layer got rows that can't be dealt out to the branches."""
+
+
 class BranchLayer:
     """Mixin over a PEFT LoRA layer class: with competing branches, each group of rows meets its own adapter."""
 
     competing: CompetingBranches
     group: LayerGroup | None
 
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        """Copies and pickles by PEFT's class, for the layer's own is made at run time."""
+        return _new_layer, (plain_class(self),), self.__dict__
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.competing.names
         if not names:
             return super().forward(x, *args, **kwargs)
         if x.size(0) % len(names):
-            raise RuntimeError(
+            raise BranchRowsError(
                 f"{type(self).__name__} got {x.size(0)} rows for {len(names)} branches: each branch needs the same "
                 "number. A layer that receives a varying share of the tokens (a routed expert) can't be adapted here; "
                 "leave it out of target_modules."
@@ -129,6 +156,8 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         the adapted layers by name, and the state that they share.
     """
     adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    if not adapted:
+        raise ValueError("the model has no LoRA layer, so there is nothing for the branches to train.")
     competing = CompetingBranches(model, next(iter(adapted)))
     for layer in adapted.values():
         layer.competing, layer.group = competing, None
@@ -144,6 +173,24 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         if group not in competing.groups:
             competing.groups.append(group)
     return adapted, competing
+
+
+def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
+    """Gives layers PEFT's own classes back."""
+    for layer in layers:
+        if isinstance(layer, BranchLayer):
+            layer.__class__ = plain_class(layer)
+            del layer.competing, layer.group
+
+
+def plain_class(layer: BranchLayer) -> type[LoraLayer]:
+    """PEFT's class of a layer."""
+    return next(kind for kind, own in _BRANCH_CLASSES.items() if own is type(layer))
+
+
+def _new_layer(kind: type[LoraLayer]) -> LoraLayer:
+    own = _branch_class(kind)
+    return own.__new__(own)
 
 
 def _has_batched_path(layer: LoraLayer, adapter: str) -> bool:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comlora_trl.kernels.torch_path import add_delta, rank_gradients
+from comlora_trl.branches.kernels.torch_path import add_delta, rank_gradients
 
 __all__ = ["Noise", "a_gradient", "add_delta", "draw_noise", "project_back", "project_down", "rank_gradients"]
 

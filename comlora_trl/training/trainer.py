@@ -12,14 +12,15 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from comlora_trl import kernels
+from comlora_trl.branches import kernels
 from comlora_trl.competition import annealing, mean_nll, pairwise_loss
-from comlora_trl.competition_state import check_checkpoint
-from comlora_trl.config import ComLoRAConfig
-from comlora_trl.divergence import disqualify, non_finite_gradients
-from comlora_trl.micro_batches import MicroBatches, PackedRowsCollator
-from comlora_trl.model import BranchOutput, BranchPass, ComLoRAModel
-from comlora_trl.preparation import (
+from comlora_trl.training.checkpoints import check_checkpoint
+from comlora_trl.training.config import ComLoRAConfig
+from comlora_trl.training.divergence import disqualify, non_finite_gradients
+from comlora_trl.training.export import check_target, check_writable
+from comlora_trl.training.micro_batches import MicroBatches, PackedRowsCollator
+from comlora_trl.training.model import BranchPass, ComLoRAModel, CompetitionOutput
+from comlora_trl.training.preparation import (
     build_comlora_model,
     check_columns,
     check_not_empty,
@@ -28,10 +29,9 @@ from comlora_trl.preparation import (
     hold_out,
     load_base_model,
 )
-from comlora_trl.report import print_table, start_line
-from comlora_trl.statistics import LogWindow, StepSums
-from comlora_trl.winner import check_target, check_writable
-from comlora_trl.winner_selection import WinnerSelection
+from comlora_trl.training.report import print_table, start_line
+from comlora_trl.training.selection import WinnerSelection
+from comlora_trl.training.statistics import LogWindow, StepSums
 
 
 class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
@@ -182,7 +182,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         """TRL's loss over the K·B weighted rows, L_LM + L_align, plus the pairwise loss."""
         rows_per_example = inputs.pop("rows_per_example", None)
         examples = inputs["input_ids"].size(0) if rows_per_example is None else rows_per_example.numel()
-        competed: list[BranchOutput] = []
+        competed: list[CompetitionOutput] = []
 
         def run(**kwargs: Any) -> Any:
             if not kwargs.get("fused_lm_head"):
@@ -203,7 +203,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         return annealing(progress, self._settings.annealing, self._settings.annealing_rate)
 
-    def _pairwise_loss(self, output: BranchOutput) -> Tensor | None:
+    def _pairwise_loss(self, output: CompetitionOutput) -> Tensor | None:
         """This micro-batch's pairwise loss, scaled for DDP's mean over processes; adds its figures to the step's."""
         scores, tokens, settings = output.scores, output.tokens, self._settings
         noise, num_rows = self._micro_batches.next(self.args.seed, self.state.global_step, settings.k, tokens.device)

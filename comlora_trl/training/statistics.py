@@ -1,15 +1,14 @@
-"""What a training step and an evaluation leave behind: per branch losses, probabilities, wins and scores.
+"""What a training step leaves behind: per branch losses, probabilities and wins.
 
 Sums stay on the device during a step; one transfer at its end brings them to the host.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from comlora_trl.competition import CompetitionSettings, winner
+from comlora_trl.competition import CompetitionSettings
 
 
 class StepSums:
@@ -80,63 +79,3 @@ class LogWindow:
             counted = name.startswith("comlora/wins_")
             logs[name] = sum(values) if counted else sum(values) / len(values)
         return logs
-
-
-@dataclass
-class ValidationTally:
-    """Sums over a validation set, each example once.
-
-    Columns of the gathered rows: scores [K], S [K], the batch's mean loss [K], m [1].
-    """
-
-    k: int
-    sums: Tensor | None = None
-    examples: int = 0
-
-    def columns(
-        self, nll: Tensor, tokens: Tensor, scores: Tensor | None, example: Tensor | None, count: int
-    ) -> Tensor:
-        """One line per example, [count, 3·K + 1].
-
-        Args:
-            example: the example each row belongs to, [R], or None when rows are examples; rows past `count` are
-                padding of a packed batch.
-        """
-        batch = nll.sum(dim=1) / tokens.sum().clamp(min=1)
-        scores = torch.zeros_like(nll.T) if scores is None else scores
-        rows = torch.cat([scores.to(nll.dtype), nll.T, tokens[:, None].to(nll.dtype)], dim=1)
-        if example is not None:
-            rows = rows.new_zeros(count + 1, rows.size(1)).index_add(0, example.clamp(max=count), rows)[:count]
-        return torch.cat([rows[:, :-1], batch.expand(rows.size(0), -1), rows[:, -1:]], dim=1)
-
-    def add(self, gathered: Tensor) -> None:
-        """Adds gathered lines of [`columns`]."""
-        total = gathered.double().sum(dim=0).cpu()
-        self.sums = total if self.sums is None else self.sums + total
-        self.examples += gathered.size(0)
-
-    def result(self, alive: Tensor, by_selector: bool, step: int) -> dict[str, Any]:
-        """Each branch's validation NLL and score, and the winner (eq. 11–12), ready for JSON.
-
-        Raises:
-            RuntimeError: if no example was seen or every branch is disqualified.
-        """
-        if self.sums is None:
-            raise RuntimeError("the validation set gave no example, so there is no winner: check the eval_dataset.")
-        k = self.k
-        scores, nll, batch_loss = self.sums[:k], self.sums[k : 2 * k] / self.sums[-1], self.sums[2 * k : 3 * k]
-        by_loss = winner(nll, alive, highest=False)
-        chosen = winner(scores, alive) if by_selector else by_loss
-        return {
-            "step": step,
-            "examples": self.examples,
-            "validation_nll": nll.tolist(),
-            "scores": scores.tolist() if by_selector or bool(scores.any()) else None,
-            "winner": chosen,
-            "winner_by_validation_loss": by_loss,
-            "eval_loss": (batch_loss / self.examples)[chosen].item(),
-        }
-
-    def __add__(self, other: "ValidationTally") -> "ValidationTally":
-        sums = [tally.sums for tally in (self, other) if tally.sums is not None]
-        return ValidationTally(self.k, sum(sums) if sums else None, self.examples + other.examples)

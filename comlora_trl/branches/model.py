@@ -1,0 +1,209 @@
+"""K LoRA branches on one frozen base, as one PEFT model."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
+from comlora_trl.branches.layers import make_branch_layers, make_plain_layers
+from comlora_trl.branches.routers import keep_router_logits
+from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.running import run_batched, run_in_chunks, touch
+
+
+@dataclass
+class BranchOutput(ModelOutput):
+    """Output of a run over branches; the first five fields are those TRL's SFT loss and metrics read.
+
+    Attributes:
+        log_probs: log-probabilities times their row's weight; [n·B, T−1] for the n branches that ran, or a single sum
+            when they ran in chunks.
+        entropy, is_top1, label_mask: as TRL's fused LM head gives them, [n·B, T−1].
+        aux_loss: load-balancing loss of a mixture-of-experts base, the mean of the branches' own.
+        nll: S[k, b], summed negative log-likelihood of each row, [K, R], without gradient; nan for branches that did
+            not run.
+        tokens: m, supervised tokens of each row, [R].
+    """
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+    nll: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class BranchModel(PeftModelForCausalLM):
+    """K LoRA adapters of one configuration, `branch_0` … `branch_{K-1}`, that can run at once.
+
+    Branch 0 is initialised exactly as PEFT initialises a single LoRA adapter with the same random state; the others
+    draw their own A after it. Called as usual the model is an ordinary `PeftModel` with one active adapter;
+    [`run_branches`] runs several, each on its own copy of the batch.
+
+    Args:
+        model: the base model, with TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) before branches run.
+        peft_config: the adapters' configuration; copied for each branch.
+        k: number of branches.
+        kwargs: as for `PeftModelForCausalLM`.
+    """
+
+    def __init__(self, model: PreTrainedModel, peft_config: LoraConfig, k: int, **kwargs: Any) -> None:
+        super().__init__(model, copy.deepcopy(peft_config), adapter_name=branch_name(0), **kwargs)
+        self.k = k
+        for name in self.branch_names[1:]:
+            self.add_adapter(name, copy.deepcopy(peft_config), **kwargs)
+        self.set_adapter(branch_name(0))
+        base = self.get_base_model()
+        adapted, self.competing = make_branch_layers(base, branch_name(0))
+        self._adapted_layers = list(adapted.values())
+        self._known_parameters: dict[int, list[nn.Parameter]] = {}
+        self._modules_in_mode: list[nn.Module] = []
+        self.expansion = BranchExpansion(self.competing, list(adapted))
+        self._router_hook = base.base_model.register_forward_hook(self._keep_router_logits)
+
+    @property
+    def branch_names(self) -> list[str]:
+        """`branch_0` … `branch_{K-1}`."""
+        return [branch_name(branch) for branch in range(self.k)]
+
+    def branch_parameters(self, branch: int) -> list[nn.Parameter]:
+        """The parameters of one branch.
+
+        They are looked up once, for the trainer asks at every step and the model has thousands of modules; and again
+        when FSDP has put others in their place.
+        """
+        name, known = branch_name(branch), self._known_parameters.get(branch)
+        if not known or known[0] is not next(_layer_parameters(self._adapted_layers[0], name)):
+            known = [parameter for layer in self._adapted_layers for parameter in _layer_parameters(layer, name)]
+            self._known_parameters[branch] = known
+        return known
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All that a run trains."""
+        return [parameter for branch in range(self.k) for parameter in self.branch_parameters(branch)]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, of what has any; PyTorch's own walks through the frozen modules too, at every step."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for parameter in self.trainable_parameters():
+            parameter.grad = None
+
+    def train(self, mode: bool = True) -> "BranchModel":
+        """Sets training or evaluation mode, of what is not in it already.
+
+        The Trainer asks for training mode before every step, and PyTorch's own walk through the tree of modules costs
+        milliseconds each time; reading a flag of each known module does not.
+        """
+        if self.training is not mode or not self._modules_in_mode:
+            super().train(mode)
+            self._modules_in_mode = list(self.modules())
+        elif not all(module.training is mode for module in self._modules_in_mode):
+            super().train(mode)
+        return self
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Chooses the adapter of ordinary forwards; every branch stays trainable."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if not inference_mode:
+            self.set_requires_grad(self.branch_names, True)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: only reentrant checkpointing needs inputs that require gradients, and the frozen layers below
+        the first adapter would pay for them."""
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with the active adapter merged into it, and nothing of the branches left."""
+        self._release_base()
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model as it was before the branches."""
+        self._release_base()
+        return self.base_model.unload(*args, **kwargs)
+
+    def _release_base(self) -> None:
+        self.expansion.remove()
+        self._router_hook.remove()
+        make_plain_layers(self._adapted_layers)
+
+    @torch.compiler.disable(recursive=False)
+    def run_branches(
+        self,
+        inputs: dict[str, Any],
+        rows: Rows,
+        weights: Tensor,
+        branches: Sequence[int] | None = None,
+        chunk: int | None = None,
+        compiled: bool = False,
+    ) -> BranchOutput:
+        """One forward over branches, each on the whole batch.
+
+        Args:
+            inputs: a batch of TRL's collators, with `fused_lm_head=True`.
+            rows: the batch's rows.
+            weights: weight of each row of each branch, [K, R]; lines of branches that do not run are not read.
+            branches: indices of those that run, None for all.
+            chunk: branches at a time, None for all at once. In chunks each one's backward runs within this forward.
+            compiled: whether `torch.compile` runs the model.
+        """
+        self.competing.abandon()
+        branches = list(range(self.k)) if branches is None else list(branches)
+        chunk = 1 if self.expansion.place == SEPARATELY else min(chunk or len(branches), len(branches))
+        own = weights[branches] if len(branches) < self.k else weights
+        if chunk < len(branches):
+            output = run_in_chunks(self, inputs, rows, own, branches, chunk, compiled)
+        else:
+            output = run_batched(self, inputs, rows, own, branches, compiled)
+        if output["aux_loss"] is not None:
+            output["aux_loss"] = output["aux_loss"].mean()
+        if len(branches) < self.k:
+            nll = output["nll"]
+            output["nll"] = nll.new_full((self.k, rows.count), float("nan")).index_copy(
+                0, torch.tensor(branches, device=nll.device), nll
+            )
+            idle = [p for branch in range(self.k) if branch not in branches for p in self.branch_parameters(branch)]
+            output["log_probs"] = touch(output["log_probs"], [p for p in idle if p.requires_grad])
+        return BranchOutput(**output, tokens=rows.supervised_tokens(inputs["labels"]))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """An ordinary PEFT forward with the active adapter."""
+        self.competing.abandon()
+        return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates with the active adapter."""
+        self.competing.abandon()
+        return super().generate(*args, **kwargs)
+
+    def _keep_router_logits(self, _: nn.Module, __: Any, output: Any) -> None:
+        if self.competing.active is not None:
+            keep_router_logits(output, self.competing.active)
+
+    def save_adapters(self, folder: str | Path, names: list[str], **kwargs: Any) -> None:
+        """Saves the named adapters alone, each in a folder of its own, in PEFT's ordinary layout."""
+        super().save_pretrained(str(folder), selected_adapters=names, **kwargs)
+
+
+def branch_name(branch: int) -> str:
+    """The adapter name of a branch."""
+    return f"branch_{branch}"
+
+
+def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[nn.Parameter]:
+    # a set: PEFT's DoRA layers name their magnitudes twice
+    for container in (getattr(layer, kind) for kind in sorted({*layer.adapter_layer_names})):
+        if name in container:
+            part = container[name]
+            yield from [part] if isinstance(part, nn.Parameter) else part.parameters()

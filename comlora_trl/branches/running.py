@@ -1,0 +1,157 @@
+"""Running the base model over branches: all at once, or in chunks with each chunk's backward before the next.
+
+Both give the same losses and gradients. The row weights are known before the language model runs, so no graph has to
+be kept across branches.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from comlora_trl.branches.expansion import LAYERS, expand
+from comlora_trl.branches.passes import Pass
+from comlora_trl.branches.routers import router_losses
+from comlora_trl.branches.rows import Rows
+
+if TYPE_CHECKING:
+    from comlora_trl.branches.model import BranchModel
+
+_PER_TOKEN = ("entropy", "is_top1", "label_mask")
+
+
+def run_batched(
+    model: "BranchModel", inputs: dict[str, Any], rows: Rows, weights: Tensor, branches: Sequence[int], compiled: bool
+) -> dict[str, Tensor]:
+    """Runs branches in one forward of the base model.
+
+    Args:
+        inputs: the batch, [B, T] tensors and flags for TRL's fused LM head.
+        rows: the batch's rows.
+        weights: w[k, b], [n, R] for the n branches that run.
+        branches: their indices.
+        compiled: whether `torch.compile` runs the model.
+
+    Returns:
+        fields of [`BranchOutput`], `nll` [n, R] and `aux_loss` [n].
+    """
+    lines = inputs["input_ids"].size(0)
+    names = tuple(model.branch_names[branch] for branch in branches)
+    copies, base = len(branches), model.get_base_model()
+    at_inputs = model.expansion.place != LAYERS
+    widened = dict(inputs)
+    if at_inputs:
+        widened = {name: expand(value, copies, lines, None, (name,)) for name, value in inputs.items()}
+    else:
+        # The labels meet the hidden states after the decoder layers, where the batch is expanded already
+        widened["labels"] = expand(inputs["labels"], copies, lines)
+    with Pass(model.competing, names, copies, lines, at_inputs, compiled) as one:
+        output = base(**widened)
+        losses = router_losses(base, one, inputs)
+    one.resume_in_backward(output.log_probs, losses)
+    weighted, nll = _weigh(output.log_probs, rows, weights)
+    per_token = {name: getattr(output, name) for name in _PER_TOKEN}
+    return {"log_probs": weighted, "nll": nll, "aux_loss": losses, **per_token}
+
+
+def run_in_chunks(
+    model: "BranchModel",
+    inputs: dict[str, Any],
+    rows: Rows,
+    weights: Tensor,
+    branches: Sequence[int],
+    chunk: int,
+    compiled: bool,
+) -> dict[str, Tensor]:
+    """Runs `chunk` branches at a time, each chunk forward and backward before the next; see [`run_batched`].
+
+    The log-probabilities come back as one weighted sum, whose backward hands out the gradients found already.
+    """
+    pieces: list[dict[str, Tensor]] = []
+    found = {"log_probs": _Found(), "aux_loss": _Found()}
+    for first in range(0, len(branches), chunk):
+        own = branches[first : first + chunk]
+        piece = run_batched(model, inputs, rows, weights[first : first + chunk], own, compiled)
+        parameters = list(_trainable(model, own)) if torch.is_grad_enabled() else []
+        router = piece.pop("aux_loss")
+        found["log_probs"].add(piece.pop("log_probs").sum(), parameters, again=router is not None)
+        if router is not None:
+            found["aux_loss"].add(router.sum(), parameters)
+            piece["router"] = router
+        pieces.append({name: value.detach() for name, value in piece.items()})
+    result = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    router = result.pop("router", None)
+    if router is not None:
+        # each branch's own value, and the gradient of their sum, which the caller takes a mean of
+        total = found["aux_loss"].with_gradients()
+        router = router + (total - total.detach()) / len(router)
+    return {"log_probs": found["log_probs"].with_gradients(), "aux_loss": router, **result}
+
+
+class _Found:
+    """A sum, and its gradients as far as they are known."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.parameters: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def add(self, value: Tensor, parameters: list[Tensor], again: bool = False) -> None:
+        self.total = self.total + value.detach()
+        if parameters:
+            found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=again)
+            self.parameters += parameters
+            self.gradients += [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    def with_gradients(self) -> Tensor:
+        if not self.parameters:
+            return self.total
+        return _KnownGradients.apply(self.total, len(self.parameters), *self.parameters, *self.gradients)
+
+
+def _weigh(log_probs: Tensor, rows: Rows, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n·B, T−1] times their row's weight [n, R], and the rows' S [n, R] without gradient."""
+    branches = weights.size(0)
+    by_branch = log_probs.view(branches, -1, log_probs.size(-1))
+    nll = -rows.sum(by_branch.detach())
+    weight = weights[:, rows.index[:, 1:]].to(log_probs.dtype)
+    # Selected, not multiplied: a diverged branch's nan stays out of the sum and of its own gradient
+    usable = (weight != 0) & by_branch.detach().isfinite()
+    weighted = torch.where(usable, by_branch, torch.zeros_like(by_branch)) * weight
+    return weighted.view_as(log_probs), nll
+
+
+def _trainable(model: "BranchModel", branches: Sequence[int]) -> Iterator[Tensor]:
+    for branch in branches:
+        yield from (p for p in model.branch_parameters(branch) if p.requires_grad)
+
+
+def touch(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The value, with parameters that it does not depend on in its graph: DDP waits for every one of them."""
+    return _Touched.apply(value, *parameters) if parameters and value.requires_grad else value
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A scalar whose gradients with respect to some parameters are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.gradients = tensors[count:]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient * grad_output.to(gradient.dtype) for gradient in ctx.gradients]
+        return (None, None, *gradients, *[None] * len(gradients))
+
+
+class _Touched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output, *[None] * ctx.count
