@@ -68,7 +68,6 @@ DATA = {
     "empty training set": ({"train_dataset": Dataset.from_dict({"prompt": []})}, "training dataset is empty"),
     "no training set": ({"train_dataset": None}, "train_dataset is missing"),
     "empty validation set": ({"eval_dataset": make_dataset().select([])}, "eval_dataset is empty"),
-    "more validation than data": ({"eval_dataset": None}, "takes all of the 64 training examples"),
 }
 
 
@@ -78,9 +77,17 @@ def test_data_that_cannot_train(train, given, message):
         train(start=False, trainer=given)
 
 
-def test_no_validation_examples(train):
-    with pytest.raises(ValueError, match="comlora_validation_size=0 leaves no example"):
-        train(start=False, comlora_validation_size=0, trainer={"eval_dataset": None})
+@pytest.mark.parametrize(
+    "size, given, message",
+    [
+        (0, None, "comlora_validation_size=0 is not possible"),
+        (64, None, "takes all of the 64 training examples"),
+        (5, make_dataset(13), "given beside an eval_dataset"),
+    ],
+)
+def test_validation_sizes(train, size, given, message):
+    with pytest.raises(ValueError, match=message):
+        train(start=False, comlora_validation_size=size, trainer={"eval_dataset": given})
 
 
 @pytest.mark.parametrize(

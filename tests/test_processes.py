@@ -69,7 +69,7 @@ def test_two_processes_equal_one(start, tmp_path, mode):
     two = result(start("two", 4, mode, LAUNCH), tmp_path / "two")
     assert difference(one["parameters"], two["parameters"]) < 1e-9
     assert one["state"]["wins"] == two["state"]["wins"]
-    first, second = one["state"]["last_evaluation"], two["state"]["last_evaluation"]
+    first, second = one["state"]["selection"], two["state"]["selection"]
     assert first["winner"] == second["winner"] and first["examples"] == second["examples"] == 13
     assert first["scores"] == pytest.approx(second["scores"], abs=1e-6)
 

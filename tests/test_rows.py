@@ -9,9 +9,9 @@ from reference import Row
 from torch import Tensor
 
 from comlora_trl.branches.expansion import expand
-from comlora_trl.branches.rows import Rows, supervised_rows
+from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import step_noise
-from comlora_trl.training.micro_batches import MicroBatches, PackedRowsCollator
+from comlora_trl.training.step_plan import StepPlan
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 
@@ -107,11 +107,12 @@ def test_a_row_has_the_same_noise_however_the_step_is_cut(packed, cut):
         batches.append(collate(rows[start : start + size], packed))
         start += size
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    plan = MicroBatches.plan(batches, accelerator)
+    plan = StepPlan.of(batches, accelerator)
     parts = [plan.next(5, 7, k, torch.device("cpu")) for _ in batches]
     assert torch.equal(torch.cat([noise for noise, _ in parts]), whole)
     assert {int(count) for _, count in parts} == {sum(row.supervised > 0 for row in rows)}
-    assert MicroBatches.plan([], accelerator) is None
+    assert int(plan.tokens) == int(plan.own_tokens) == sum(row.supervised for row in rows)
+    assert StepPlan.of([], accelerator) is None
 
 
 def test_noise_of_several_processes_is_that_of_one():
@@ -119,20 +120,19 @@ def test_noise_of_several_processes_is_that_of_one():
     # Process by process within a micro-batch: 2 and 1 rows, then 1 and 3
     dealt = [[rows[0:2], rows[3:4]], [rows[2:3], rows[4:7]]]
     batches = [[collate(part) for part in process] for process in dealt]
-    counts = torch.stack([torch.stack([supervised_rows(batch) for batch in process]) for process in batches])
+    counts = torch.tensor([[_counts(part) for part in process] for process in dealt])
     for rank, parts in enumerate(([slice(0, 2), slice(3, 4)], [slice(2, 3), slice(4, 7)])):
         accelerator = SimpleNamespace(
             device=torch.device("cpu"), num_processes=2, process_index=rank, gather=lambda _: counts
         )
-        plan = MicroBatches.plan(batches[rank], accelerator)
+        plan = StepPlan.of(batches[rank], accelerator)
         for part in parts:
             noise, supervised = plan.next(5, 7, k, torch.device("cpu"))
             assert torch.equal(noise, step_noise(5, 7, len(rows), k)[part])
             assert int(supervised) == sum(row.supervised > 0 for row in rows)
+        assert int(plan.tokens) == sum(row.supervised for row in rows)
+        assert int(plan.own_tokens) == sum(row.supervised for part in dealt[rank] for row in part)
 
 
-def test_packed_examples_say_how_many_rows_they_bring():
-    collator = PackedRowsCollator(lambda examples: {"seen": len(examples)})
-    batch = collator([{"seq_lengths": [3, 4, 2]}, {"seq_lengths": [5]}])
-    assert batch["rows_per_example"].tolist() == [3, 1] and batch["seen"] == 2
-    assert collator([{"input_ids": [1]}])["rows_per_example"].tolist() == [1]
+def _counts(rows: list) -> list[int]:
+    return [len(rows), sum(row.supervised > 0 for row in rows), sum(row.supervised for row in rows)]

@@ -48,7 +48,7 @@ def test_one_branch_with_dropout_is_trl_lora(tmp_path):
 
 
 def test_lookups_made_once_train_as_the_trainers_own_do(train, monkeypatch):
-    options = {"comlora_k": 2, "max_grad_norm": 0.05}
+    options = {"comlora_k": 2, "max_grad_norm": 0.0}  # ours clips branch by branch, see test_gradients.py
     quick = train(**options)
     assert "_clip_grad_norm" in vars(Trainer), "transformers has moved the seam: gradients are clipped elsewhere"
     monkeypatch.delattr(ComLoRASFTTrainer, "_clip_grad_norm")
@@ -58,7 +58,7 @@ def test_lookups_made_once_train_as_the_trainers_own_do(train, monkeypatch):
     slow = train(**options)
     assert difference(parameters(quick), parameters(slow)) < 1e-12
     norms = [[entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry] for run in (quick, slow)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-9) and min(norms[0]) > 0.05  # it clips
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
     assert quick.state.total_flos == pytest.approx(2 * slow.state.total_flos, rel=1e-6)
 
 
@@ -86,7 +86,7 @@ def test_padding_free_equals_padded(train):
     padded = train(comlora_k=2)
     packed = train(comlora_k=2, padding_free=True, max_length=None)
     assert difference(parameters(padded), parameters(packed)) < 1e-9
-    results = [run.comlora_model.competition_state.last_evaluation for run in (padded, packed)]
+    results = [run.comlora_model.competition_state.selection for run in (padded, packed)]
     assert results[0]["scores"] == pytest.approx(results[1]["scores"], abs=1e-6)
     assert results[0]["examples"] == results[1]["examples"] == 13
 
@@ -96,7 +96,7 @@ def test_padding_free_equals_padded(train):
     [
         {"packing": True, "max_length": 64},
         {"gradient_checkpointing": False},
-        {"bf16": True, "double": False},
+        {"bf16": True, "double": False, "optim": "sgd", "learning_rate": 1.0},
         {"lora": {"use_dora": True}},
         {"lora": {"layers_to_transform": [1]}},
         {"lora": {"target_modules": ["embed_tokens", "q_proj"]}},
@@ -106,8 +106,9 @@ def test_padding_free_equals_padded(train):
 def test_options_of_trl_train_and_chunks_agree(train, options):
     together = train(comlora_k=2, max_steps=4, per_device_train_batch_size=2, **options)
     chunked = train(comlora_k=2, max_steps=4, per_device_train_batch_size=2, comlora_branch_chunk=1, **options)
-    # TRL's fused LM head computes in float32 (bf16 under autocast), and Adam magnifies rounding of tiny gradients
-    assert difference(parameters(together), parameters(chunked)) < (2e-2 if options.get("bf16") else 1e-5)
+    # TRL's fused LM head computes in float32; bf16's products of more rows add up in another order (with SGD, for Adam
+    # makes a whole step of a tiny gradient's sign)
+    assert difference(parameters(together), parameters(chunked)) < (1e-3 if options.get("bf16") else 1e-5)
     changed = [name for name, value in parameters(together).items() if "lora_B" in name and value.abs().max() > 0]
     assert any("branch_0" in name for name in changed) and any("branch_1" in name for name in changed)
 
@@ -132,7 +133,7 @@ def test_conversational_assistant_only_and_streamed_data(train):
     )
     trainer = Trainer(make_model(), config, peft_config=make_lora(), **data)
     trainer.train()
-    assert trainer.comlora_model.competition_state.last_evaluation["examples"] == 7
+    assert trainer.comlora_model.competition_state.selection["examples"] == 7
 
 
 def test_logs_table_and_competition_file(train, capsys):
@@ -147,7 +148,7 @@ def test_logs_table_and_competition_file(train, capsys):
     evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert {"eval_comlora/loss_0", "eval_comlora/score_1", "eval_comlora/winner"} <= evaluation.keys()
     summary = json.loads((Path(trainer.args.winner_dir) / "competition.json").read_text())
-    assert summary["winner"] == trainer.comlora_model.competition_state.last_evaluation["winner"]
+    assert summary["winner"] == trainer.comlora_model.competition_state.selection["winner"]
     assert sum(branch["share_of_wins"] for branch in summary["branches"]) == pytest.approx(1)
     assert len([entry for entry in summary["history"] if "comlora/eta" in entry]) == 8
     printed = capsys.readouterr().out
@@ -215,7 +216,7 @@ def test_described_signs_lower_the_preferred_branch_and_printed_signs_raise_it(t
     printed = train(
         max_steps=12, comlora_annealing="constant", comlora_pairwise_weight=0.0, comlora_equation_signs="as_printed"
     )
-    results = [run.comlora_model.competition_state.last_evaluation for run in (described, printed)]
+    results = [run.comlora_model.competition_state.selection for run in (described, printed)]
     assert results[0]["winner"] == results[1]["winner"]  # without the pairwise loss the selector stays as it began
     winner = results[0]["winner"]
     untrained = described.state.log_history[0][f"comlora/loss_{winner}"]

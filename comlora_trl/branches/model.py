@@ -31,6 +31,7 @@ class BranchOutput(ModelOutput):
         aux_loss: load-balancing loss of a mixture-of-experts base, the mean of the branches' own.
         nll: S[k, b], summed negative log-likelihood of each row, [K, R], without gradient; nan for branches that did
             not run.
+        correct: supervised tokens of each row that were the likeliest, [K, R] like `nll`; without gradients only.
         tokens: m, supervised tokens of each row, [R].
     """
 
@@ -40,6 +41,7 @@ class BranchOutput(ModelOutput):
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
     nll: Tensor | None = None
+    correct: Tensor | None = None
     tokens: Tensor | None = None
 
 
@@ -169,10 +171,10 @@ class BranchModel(PeftModelForCausalLM):
         if output["aux_loss"] is not None:
             output["aux_loss"] = output["aux_loss"].mean()
         if len(branches) < self.k:
-            nll = output["nll"]
-            output["nll"] = nll.new_full((self.k, rows.count), float("nan")).index_copy(
-                0, torch.tensor(branches, device=nll.device), nll
-            )
+            places = torch.tensor(branches, device=weights.device)
+            for name in {"nll", "correct"} & output.keys():
+                empty = output[name].new_full((self.k, rows.count), float("nan"))
+                output[name] = empty.index_copy(0, places, output[name])
             idle = [p for branch in range(self.k) if branch not in branches for p in self.branch_parameters(branch)]
             output["log_probs"] = touch(output["log_probs"], [p for p in idle if p.requires_grad])
         return BranchOutput(**output, tokens=rows.supervised_tokens(inputs["labels"]))

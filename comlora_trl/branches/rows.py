@@ -32,7 +32,7 @@ class Rows:
 
     @classmethod
     def of(cls, inputs: dict[str, Tensor]) -> "Rows":
-        """Rows of a batch as TRL's collators make it, from `attention_mask` or, packed, from `cu_seq_lens_q`."""
+        """Rows of a batch: from `attention_mask` or, packed, from `cu_seq_lens_q`, or else `position_ids`."""
         tokens = inputs["input_ids"]
         batch, length = tokens.shape
         boundaries = inputs.get("cu_seq_lens_q")
@@ -40,7 +40,14 @@ class Rows:
             index = (inputs["position_ids"] == 0).cumsum(dim=-1) - 1
             count = boundaries.numel() - 1
             return cls(index, torch.ones_like(tokens, dtype=torch.bool), count, int(inputs["max_length_q"]), True)
-        mask = inputs.get("attention_mask")
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is None and positions is not None and batch == 1:
+            # A flattened line without boundaries (`DataCollatorWithFlattening`): a sequence begins at position 0
+            starts = positions == 0
+            lengths = torch.cat([starts[0].nonzero().flatten(), starts.new_tensor([length], dtype=torch.long)]).diff()
+            if lengths.numel() > 1:
+                index = (starts.cumsum(dim=-1) - 1).clamp(min=0)
+                return cls(index, torch.ones_like(tokens, dtype=torch.bool), len(lengths), int(lengths.max()), True)
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         index = torch.arange(batch, device=tokens.device)[:, None].expand(batch, length)
         return cls(index, real, batch, length, False)
@@ -85,10 +92,3 @@ class Rows:
         inside = position < ends[:, None]
         position = position.clamp(max=keep.size(-1) - 1)
         return embeddings[0][position], keep[0][position] & inside
-
-
-def supervised_rows(inputs: dict[str, Tensor]) -> Tensor:
-    """Rows of the batch, and rows with a supervised token: int64 [2], for the means over an optimizer step."""
-    rows = Rows.of(inputs)
-    tokens = rows.supervised_tokens(inputs["labels"])
-    return torch.stack([torch.full_like(tokens[0], rows.count), (tokens > 0).sum()])

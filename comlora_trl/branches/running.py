@@ -51,8 +51,11 @@ def run_batched(
         losses = router_losses(base, one, inputs)
     one.resume_in_backward(output.log_probs, losses)
     weighted, nll = _weigh(output.log_probs, rows, weights)
-    per_token = {name: getattr(output, name) for name in _PER_TOKEN}
-    return {"log_probs": weighted, "nll": nll, "aux_loss": losses, **per_token}
+    result = {"log_probs": weighted, "nll": nll, "aux_loss": losses}
+    if not torch.is_grad_enabled():
+        by_branch = output.is_top1.view(copies, -1, output.is_top1.size(-1))
+        result["correct"] = rows.sum(by_branch.to(nll.dtype))
+    return result | {name: getattr(output, name) for name in _PER_TOKEN}
 
 
 def run_in_chunks(

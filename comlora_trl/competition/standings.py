@@ -15,13 +15,13 @@ class CompetitionState:
         k: number of branches.
         disqualified: optimizer step at which a branch was disqualified, by branch.
         wins: optimizer steps won so far, by branch.
-        last_evaluation: the newest selection's result (see [`ValidationTally.result`]), or None before the first.
+        selection: the newest selection's result (see [`ValidationTally.result`]), or None before the first.
     """
 
     k: int
     disqualified: dict[int, int] = field(default_factory=dict)
     wins: list[float] = field(default_factory=list)
-    last_evaluation: dict[str, Any] | None = None
+    selection: dict[str, Any] | None = None
 
     @classmethod
     def new(cls, k: int) -> "CompetitionState":
@@ -40,65 +40,74 @@ class CompetitionState:
         """Whether each branch is still in the competition."""
         return [branch not in self.disqualified for branch in range(self.k)]
 
+    @property
+    def leader(self) -> int:
+        """The branch that would win now: the newest selection's winner, before it the first living branch."""
+        if self.selection is not None and self.alive[self.selection["winner"]]:
+            return self.selection["winner"]
+        return next((branch for branch, lives in enumerate(self.alive) if lives), 0)
+
 
 @dataclass
 class ValidationTally:
     """Sums over a validation set, each example once.
 
-    Columns of the gathered rows: scores [K], S [K], the batch's mean loss [K], m [1].
+    Attributes:
+        k: number of branches.
+        sums: float64, of the scores [K], S [K], correct tokens [K], m [1], examples [1].
     """
 
     k: int
-    sums: Tensor | None = None
-    examples: int = 0
+    sums: Tensor
 
-    def columns(
-        self, nll: Tensor, tokens: Tensor, scores: Tensor | None, example: Tensor | None, count: int
-    ) -> Tensor:
-        """One line per example, [count, 3·K + 1].
+    @classmethod
+    def empty(cls, k: int, device: torch.device | str = "cpu") -> "ValidationTally":
+        # float64 is not known to every accelerator (MPS)
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return cls(k, torch.zeros(3 * k + 2, dtype=dtype, device=device))
+
+    def add(self, nll: Tensor, correct: Tensor, tokens: Tensor, scores: Tensor | None, examples: int) -> None:
+        """Adds a batch: S [K, R], correct tokens [K, R], m [R], sim [R, K] or None, and how many examples it has."""
+        score = torch.zeros_like(nll.T) if scores is None else scores
+        parts = [score.sum(dim=0), nll.sum(dim=1), correct.sum(dim=1), tokens.sum()[None]]
+        batch = torch.cat([part.to(self.sums) for part in parts])
+        self.sums[:-1] += batch
+        self.sums[-1] += examples
+
+    def result(self, alive: list[bool], by: str, step: int) -> dict[str, Any]:
+        """Each branch's validation figures and the winner (eq. 11–12), ready for JSON; None for a branch that is out.
 
         Args:
-            example: the example each row belongs to, [R], or None when rows are examples; rows past `count` are
-                padding of a packed batch.
-        """
-        batch = nll.sum(dim=1) / tokens.sum().clamp(min=1)
-        scores = torch.zeros_like(nll.T) if scores is None else scores
-        rows = torch.cat([scores.to(nll.dtype), nll.T, tokens[:, None].to(nll.dtype)], dim=1)
-        if example is not None:
-            rows = rows.new_zeros(count + 1, rows.size(1)).index_add(0, example.clamp(max=count), rows)[:count]
-        return torch.cat([rows[:, :-1], batch.expand(rows.size(0), -1), rows[:, -1:]], dim=1)
-
-    def add(self, gathered: Tensor) -> None:
-        """Adds gathered lines of [`columns`]."""
-        total = gathered.double().sum(dim=0).cpu()
-        self.sums = total if self.sums is None else self.sums + total
-        self.examples += gathered.size(0)
-
-    def result(self, alive: Tensor, by_selector: bool, step: int) -> dict[str, Any]:
-        """Each branch's validation NLL and score, and the winner (eq. 11–12), ready for JSON.
+            by: "selector", "validation_loss" or "validation_accuracy".
 
         Raises:
             RuntimeError: if no example was seen or every branch is disqualified.
         """
-        if self.sums is None:
+        k, sums = self.k, self.sums.cpu().double()
+        examples = int(sums[-1])
+        if not examples:
             raise RuntimeError("the validation set gave no example, so there is no winner: check the eval_dataset.")
-        k = self.k
-        scores, nll, batch_loss = self.sums[:k], self.sums[k : 2 * k] / self.sums[-1], self.sums[2 * k : 3 * k]
-        by_loss = winner(nll, alive, highest=False)
-        chosen = winner(scores, alive) if by_selector else by_loss
+        living = torch.tensor(alive)
+        scores, nll, accuracy = sums[:k], sums[k : 2 * k] / sums[-2], sums[2 * k : 3 * k] / sums[-2]
+        by_loss = winner(nll, living, highest=False)
+        chosen = {
+            "selector": lambda: winner(scores, living),
+            "validation_loss": lambda: by_loss,
+            "validation_accuracy": lambda: winner(accuracy, living),
+        }[by]()
         return {
             "step": step,
-            "examples": self.examples,
-            "validation_nll": nll.tolist(),
-            "scores": scores.tolist() if by_selector or bool(scores.any()) else None,
+            "examples": examples,
+            "validation_nll": _listed(nll, alive),
+            "validation_accuracy": _listed(accuracy, alive),
+            "scores": _listed(scores, alive) if bool(scores.nan_to_num().any()) else None,
             "winner": chosen,
             "winner_by_validation_loss": by_loss,
-            "eval_loss": (batch_loss / self.examples)[chosen].item(),
         }
 
-    def __add__(self, other: "ValidationTally") -> "ValidationTally":
-        sums = [tally.sums for tally in (self, other) if tally.sums is not None]
-        return ValidationTally(self.k, sum(sums) if sums else None, self.examples + other.examples)
+
+def _listed(values: Tensor, alive: list[bool]) -> list[float | None]:
+    return [value if lives else None for value, lives in zip(values.tolist(), alive, strict=True)]
 
 
 def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:

@@ -9,7 +9,7 @@ from trl import SFTConfig
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
 
-WINNER_CRITERIA = ("selector", "validation_loss")
+WINNER_CRITERIA = ("selector", "validation_loss", "validation_accuracy")
 
 
 @dataclass
@@ -92,15 +92,16 @@ class ComLoRAConfig(SFTConfig):
         default="selector",
         metadata={
             "help": "How the winner is chosen: 'selector' (highest accumulated score on the validation set, eq. "
-            "11-12) or 'validation_loss' (lowest NLL).",
+            "11-12; without a selector the validation loss), 'validation_loss' (lowest NLL) or "
+            "'validation_accuracy' (tokens predicted right).",
             "choices": list(WINNER_CRITERIA),
         },
     )
-    comlora_validation_size: int = field(
-        default=120,
+    comlora_validation_size: int | None = field(
+        default=None,
         metadata={
             "help": "Examples taken out of the training set, by the seed, to choose the winner when no eval_dataset "
-            "is given."
+            "is given. None means 120 or a tenth of the examples, whichever is less."
         },
     )
     comlora_branch_chunk: int | None = field(
@@ -143,9 +144,11 @@ class ComLoRAConfig(SFTConfig):
         for name in (*above_zero, "comlora_selector_ffn_dim", "comlora_selector_learning_rate"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "above 0", "leave it out for the default")
-        for name in ("noise", "lm_weight", "alignment_weight", "pairwise_weight", "validation_size"):
+        for name in ("noise", "lm_weight", "alignment_weight", "pairwise_weight"):
             value = getattr(self, f"comlora_{name}")
             _require(value >= 0, f"comlora_{name}", value, "0 or more", "0 turns it off")
+        size = self.comlora_validation_size
+        _require(size is None or size > 0, "comlora_validation_size", size, "1 or more", "the paper uses 120")
         if self.comlora_lm_weight == 0 and (self.comlora_alignment_weight == 0 or not self.comlora_selector):
             raise ValueError(
                 "comlora_lm_weight=0 without an alignment loss leaves the branches nothing to learn from: raise "
@@ -175,6 +178,12 @@ class ComLoRAConfig(SFTConfig):
             return None
         names = [f.name for f in fields(SelectorSettings)]
         return SelectorSettings(**{name: getattr(self, f"comlora_selector_{name}") for name in names})
+
+    @property
+    def winner_by(self) -> str:
+        """How the winner is chosen in this run."""
+        without = self.comlora_winner_by == "selector" and not self.comlora_selector
+        return "validation_loss" if without else self.comlora_winner_by
 
     @property
     def winner_dir(self) -> str:

@@ -124,12 +124,12 @@ def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | 
     checkpoint = Path(checkpoint)
     state = load_state(checkpoint)
     if branch is None:
-        if state.last_evaluation is None:
+        if state.selection is None:
             raise ValueError(
                 f"checkpoint {checkpoint} was saved before any evaluation, so it knows no winner: name a branch with "
                 f"--branch 0..{state.k - 1}, or train with --eval_strategy steps."
             )
-        branch = state.last_evaluation["winner"]
+        branch = state.selection["winner"]
     if not 0 <= branch < state.k:
         raise ValueError(f"checkpoint {checkpoint} has no branch {branch}: choose one of 0..{state.k - 1}, or all.")
     with new_folder(target, overwrite) as folder:

@@ -19,7 +19,7 @@ from comlora_trl.branches.model import BranchModel, BranchOutput
 from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings, CompetitionState, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
-from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, load_state, save_state
+from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, save_state
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,6 @@ class ComLoRAModel(BranchModel):
             ValueError: if the checkpoint has another number of branches, or differs in having a selector.
         """
         folder = Path(folder)
-        state = load_state(folder)
         check_checkpoint(folder, self.settings.k, self.selector is not None)
         for name in self.branch_names:
             weights = load_file(folder / name / "adapter_model.safetensors")
@@ -158,4 +157,3 @@ class ComLoRAModel(BranchModel):
                 )
         if self.selector is not None:
             self.selector.load_state_dict(load_file(folder / SELECTOR_FILE))
-        self.competition_state = state

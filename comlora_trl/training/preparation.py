@@ -4,10 +4,8 @@ A wrong value ends here, in one line, before any training time is spent.
 """
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -174,43 +172,3 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, formatting_func
         )
     if "prompt" in columns and "completion" not in columns and formatting_func is None:
         raise ValueError(f"the {name} dataset has a prompt column but no completion column: add completion.")
-
-
-def hold_out(
-    dataset: Dataset | IterableDataset, size: int, seed: int
-) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Takes `size` examples out of the training set for validation, drawn by the seed (streams: the first ones).
-
-    Returns:
-        the rest and the validation set.
-
-    Raises:
-        ValueError: if `size` is 0 or leaves nothing to train on.
-    """
-    if size < 1:
-        raise ValueError(
-            f"comlora_validation_size={size} leaves no example to choose the winner by: pass an eval_dataset, or set "
-            "comlora_validation_size to 1 or more (the paper uses 120)."
-        )
-    if isinstance(dataset, IterableDataset):
-        return dataset.skip(size), dataset.take(size)
-    if size >= len(dataset):
-        raise ValueError(
-            f"comlora_validation_size={size} takes all of the {len(dataset)} training examples: lower it below "
-            f"{len(dataset)}, or pass an eval_dataset."
-        )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return dataset.select(sorted(order[size:])), dataset.select(sorted(order[:size]))
-
-
-def check_not_empty(datasets: Iterable[Any]) -> None:
-    """Refuses an empty validation set.
-
-    Raises:
-        ValueError: saying so.
-    """
-    for dataset in datasets:
-        if next(iter(dataset), None) is None:
-            raise ValueError(
-                "the eval_dataset is empty, so no winner could be chosen: give it examples, or leave it out."
-            )

@@ -62,12 +62,13 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None) -> str:
 
 def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of `competition.json`: the final table and the logged history of the competition."""
-    result = state.last_evaluation or {}
+    result = state.selection or {}
     total = sum(state.wins)
     branches = [
         {
             "branch": branch,
             "validation_nll": result["validation_nll"][branch] if result else None,
+            "validation_accuracy": result["validation_accuracy"][branch] if result else None,
             "score": result["scores"][branch] if result.get("scores") else None,
             "share_of_wins": state.wins[branch] / total if total else None,
             "disqualified_at_step": state.disqualified.get(branch),
@@ -85,7 +86,7 @@ def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) 
     ]
     return {
         "k": state.k,
-        "winner": result.get("winner"),
+        "winner": state.leader,
         "winner_by_validation_loss": result.get("winner_by_validation_loss"),
         "step": result.get("step"),
         "validation_examples": result.get("examples"),

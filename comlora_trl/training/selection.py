@@ -1,84 +1,56 @@
-"""The validation half of the trainer: every branch's NLL and score, the winner, and its export."""
+"""Selection: which branch leads, and which one leaves as the winner (eq. 11–12).
+
+`evaluate()`, `predict()` and callbacks report and change nothing; what they measure is the leader. Only [`select`]
+chooses, on the validation set, within the training loop.
+"""
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
-from comlora_trl.competition import ValidationTally
+from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import new_folder, save_branch
-from comlora_trl.training.model import CompetitionOutput
-from comlora_trl.training.report import competition_summary
+from comlora_trl.training.report import competition_summary, print_table
+from comlora_trl.training.validation import validate
 
 
 class WinnerSelection:
-    """Mixin before TRL's trainer: evaluates all branches at once and exports the one that wins (eq. 11–12)."""
+    """Mixin before TRL's trainer: chooses among the branches and exports the one that wins."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._tally = ValidationTally(self.args.comlora_k)
-        self._tallies: list[ValidationTally] = []
+    def select(self) -> dict[str, Any]:
+        """Measures every living branch on the validation set and makes the best one the leader.
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's evaluation, with every branch's validation NLL and score, and the winner so far."""
-        self._tally = ValidationTally(self._settings.k)
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        self._tallies.append(self._tally)
-        result = self._result(self._tally)
-        self.comlora_model.competition_state.last_evaluation = result
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = result["eval_loss"]
-        for branch in range(self._settings.k):
-            output.metrics[f"{prefix}_comlora/loss_{branch}"] = result["validation_nll"][branch]
-            if result["scores"] is not None:
-                output.metrics[f"{prefix}_comlora/score_{branch}"] = result["scores"][branch]
-        output.metrics[f"{prefix}_comlora/winner"] = result["winner"]
-        return output
-
-    def _add_to_tally(self, output: CompetitionOutput, rows_per_example: Tensor | None, examples: int) -> None:
-        example = None
-        if rows_per_example is not None:
-            known = torch.arange(examples, device=rows_per_example.device).repeat_interleave(rows_per_example)
-            example = known.new_full((output.tokens.numel(),), examples)
-            example[: known.numel()] = known
-        lines = self._tally.columns(output.nll, output.tokens, output.scores, example, examples)
-        self._tally.add(self.accelerator.gather_for_metrics(lines))
-
-    def _result(self, tally: ValidationTally) -> dict[str, Any]:
-        by_selector = self.args.comlora_winner_by == "selector" and self.args.comlora_selector
-        alive = self.comlora_model.alive(torch.device("cpu"))
-        return tally.result(alive, by_selector, self.state.global_step)
-
-    def determine_winner(self) -> int:
-        """Chooses the winner on the validation set (eq. 11–12), each example counted once; several sets add up.
+        Each example counts once, several sets add up. The result is keyed by the optimizer step: asked again at the
+        same step, it is not measured again.
 
         Returns:
-            the branch's index, which also becomes the model's active adapter.
+            the result, see [`ValidationTally.result`].
+
+        Raises:
+            RuntimeError: if there is no example, or every branch is disqualified.
+        """
+        model, state = self.comlora_model, self.comlora_model.competition_state
+        if state.selection is None or state.selection["step"] != self.state.global_step:
+            sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            tally = validate(self.model_wrapped, model, sets, self)
+            state.selection = tally.result(state.alive, self.args.winner_by, self.state.global_step)
+        self._follow_the_leader()
+        return state.selection
+
+    def determine_winner(self) -> int:
+        """The branch that wins (eq. 11–12): the newest selection's, or that of one made now.
+
+        Returns:
+            the branch's index, which is also the model's active adapter.
 
         Raises:
             RuntimeError: if every branch is disqualified.
         """
-        state = self.comlora_model.competition_state
-        last = state.last_evaluation
-        fresh = last is not None and last["step"] == self.state.global_step
-        if not fresh or isinstance(self.eval_dataset, dict) or self.args.load_best_model_at_end:
-            self._tallies = []
-            self.evaluate()
-            total = self._tallies[0]
-            for tally in self._tallies[1:]:
-                total = total + tally
-            state.last_evaluation = self._result(total)
-        self.comlora_model.set_adapter(f"branch_{self._winner}")
-        return self._winner
-
-    @property
-    def _winner(self) -> int:
-        return self.comlora_model.competition_state.last_evaluation["winner"]
-
-    def _summary(self) -> dict[str, Any]:
-        return competition_summary(self.comlora_model.competition_state, self.state.log_history)
+        if self.comlora_model.competition_state.selection is None and self._can_select:
+            self.select()
+        self._follow_the_leader()
+        return self.comlora_model.competition_state.leader
 
     def export_winner(self, path: str | Path | None = None) -> Path:
         """Exports the winner (determined first if need be) as an ordinary PEFT adapter, atomically.
@@ -87,21 +59,85 @@ class WinnerSelection:
             path: the folder; `comlora_winner_dir` by default.
 
         Raises:
-            FileExistsError: if the folder is not empty and `comlora_overwrite_winner` is False.
+            FileExistsError: if the folder is not empty, `comlora_overwrite_winner` is False and it is not this
+                trainer's own earlier export.
         """
         path = Path(path or self.args.winner_dir)
-        if self.comlora_model.competition_state.last_evaluation is None:
-            self.determine_winner()
+        winner = self.determine_winner()
         sharded = self.is_fsdp_enabled or (
             self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3
         )
         state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
         if self.args.should_save:
             self.create_model_card(model_name=path.name)
-            with new_folder(path, self.args.comlora_overwrite_winner) as folder:
+            with new_folder(path, self._may_overwrite(path)) as folder:
                 save_branch(
-                    self.comlora_model, self._winner, folder, self._summary(), self.processing_class, state_dict
+                    self.comlora_model, winner, folder, self.competition_summary(), self.processing_class, state_dict
                 )
                 (folder / "README.md").write_bytes((Path(self.args.output_dir) / "README.md").read_bytes())
+            self._exported.add(path.absolute())
         self.accelerator.wait_for_everyone()
         return path
+
+    def competition_summary(self) -> dict[str, Any]:
+        """The content of `competition.json`: the branches' figures and the history."""
+        return competition_summary(self.comlora_model.competition_state, self.state.log_history)
+
+    def finish_competition(self) -> None:
+        """Chooses the winner, exports it, prints the table; at the end of training, before any callback's end."""
+        if self._can_select:
+            self.select()
+        folder = self.export_winner()
+        if self.is_world_process_zero():
+            print_table(self.competition_summary())
+        self.accelerator.print(f"winner: {branch_name(self.determine_winner())} in {folder}")
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's evaluation, of the leader; beside it every branch's figures from a selection at this step."""
+        parameters = self.comlora_model.trainable_parameters()
+        values = [parameter.data for parameter in parameters]
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if self.args.bf16_full_eval or self.args.fp16_full_eval:
+            # The Trainer casts the model for good; what is trained and exported keeps its own precision
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data = value
+        selection = self.comlora_model.competition_state.selection
+        if selection is not None and selection["step"] == self.state.global_step and self.is_in_train:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update(selection_metrics(selection, prefix))
+        return output
+
+    def log_selection_next(self) -> None:
+        """The newest selection is logged after the step's own figures, and before the run's summary."""
+        self._unlogged = True
+
+    def log_selection(self) -> None:
+        """Logs the newest selection, where no evaluation does."""
+        self._unlogged = False
+        training = self.comlora_model.training
+        self.comlora_model.eval()  # what is logged in training mode ends the window of training's own figures
+        self.log(selection_metrics(self.comlora_model.competition_state.selection, "eval"))
+        self.comlora_model.train(training)
+
+    @property
+    def _can_select(self) -> bool:
+        return self.eval_dataset is not None
+
+    def _may_overwrite(self, path: Path) -> bool:
+        return self.args.comlora_overwrite_winner or path.absolute() in self._exported
+
+    def _follow_the_leader(self) -> None:
+        model, name = self.comlora_model, branch_name(self.comlora_model.competition_state.leader)
+        if model.active_adapter != name:
+            model.set_adapter(name)
+
+
+def selection_metrics(selection: dict[str, Any], prefix: str) -> dict[str, float]:
+    """A selection's figures as log entries `PREFIX_comlora/...`."""
+    metrics = {}
+    columns = {"loss": "validation_nll", "accuracy": "validation_accuracy", "score": "scores"}
+    for entry, column in columns.items():
+        for branch, value in enumerate(selection[column] or []):
+            if value is not None:
+                metrics[f"{prefix}_comlora/{entry}_{branch}"] = value
+    return metrics | {f"{prefix}_comlora/winner": selection["winner"]}

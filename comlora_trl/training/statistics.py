@@ -15,18 +15,25 @@ class StepSums:
     """Sums over the micro-batches of one optimizer step, in one float64 vector so that one reduction suffices.
 
     Layout: S summed per branch [K], p summed per branch [K], micro-batches with a non-finite loss per branch [K],
-    then Σ p·S, L_pair, supervised tokens and rows.
+    then non-finite gradients of the selector, Σ p·S, L_pair, supervised tokens and rows.
     """
 
     def __init__(self, k: int, device: torch.device) -> None:
         self.k = k
         # float64 is not known to every accelerator (MPS)
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.vector = torch.zeros(3 * k + 4, dtype=dtype, device=device)
+        self.vector = torch.zeros(3 * k + 5, dtype=dtype, device=device)
 
-    def add(self, nll: Tensor, tokens: Tensor, probabilities: Tensor | None, pairwise: Tensor | None) -> None:
-        """Adds a micro-batch: S [K, R], m [R], p [R, K] or None, and its share of the pairwise loss or None."""
+    def add(
+        self, nll: Tensor, tokens: Tensor, alive: Tensor, probabilities: Tensor | None, pairwise: Tensor | None
+    ) -> None:
+        """Adds a micro-batch: S [K, R], m [R], p [R, K] or None, and its share of the pairwise loss or None.
+
+        Args:
+            alive: bool [K]; branches that are out have run nothing, and their S is not read.
+        """
         k, supervised = self.k, tokens > 0
+        nll = torch.where(alive[:, None], nll, torch.zeros_like(nll))
         finite = nll.isfinite()
         nll = torch.where(finite, nll, torch.zeros_like(nll))
         self.vector[:k] += nll.sum(dim=1)

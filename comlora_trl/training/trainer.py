@@ -1,6 +1,8 @@
 """[`ComLoRASFTTrainer`]: TRL's SFT trainer, with K branches in competition instead of one LoRA adapter."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,25 +15,31 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.branches import kernels
-from comlora_trl.competition import annealing, mean_nll, pairwise_loss
-from comlora_trl.training.checkpoints import check_checkpoint
+from comlora_trl.competition import CompetitionState, annealing, mean_nll, pairwise_loss
+from comlora_trl.training.checkpoints import check_checkpoint, load_state
 from comlora_trl.training.config import ComLoRAConfig
-from comlora_trl.training.divergence import disqualify, non_finite_gradients
 from comlora_trl.training.export import check_target, check_writable
-from comlora_trl.training.micro_batches import MicroBatches, PackedRowsCollator
+from comlora_trl.training.flow import CompetitionFlow
+from comlora_trl.training.gradients import (
+    clip_gradients,
+    disqualify,
+    drop_selector_gradient,
+    gradient_norms,
+    revive,
+)
+from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import BranchPass, ComLoRAModel, CompetitionOutput
 from comlora_trl.training.preparation import (
     build_comlora_model,
     check_columns,
-    check_not_empty,
     check_parallelism,
     check_trainer_arguments,
-    hold_out,
     load_base_model,
 )
-from comlora_trl.training.report import print_table, start_line
+from comlora_trl.training.report import start_line
 from comlora_trl.training.selection import WinnerSelection
 from comlora_trl.training.statistics import LogWindow, StepSums
+from comlora_trl.training.step_plan import StepPlan
 
 
 class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
@@ -104,9 +112,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         if train_dataset is None:
             raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
         check_columns(train_dataset, "training", formatting_func)
-        if eval_dataset is None:
-            train_dataset, eval_dataset = hold_out(train_dataset, args.comlora_validation_size, args.seed)
-        check_not_empty(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])
+        train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
 
         # The branches draw their A from the seed, as SFTTrainer's adapter does
         set_seed(args.seed)
@@ -129,14 +135,20 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
             quantization_config=quantization_config,
             formatting_func=formatting_func,
         )
-        if self.padding_free:
-            self.data_collator = PackedRowsCollator(self.data_collator)
         check_parallelism(self.accelerator, args, self.aux_loss_enabled)
+        # The loss below is normalised over the whole step, whatever the base model says about its own
+        self.model_accepts_loss_kwargs = True
         self._settings = model.settings
-        self._micro_batches: MicroBatches | None = None
+        self._exported: set[Path] = set()
+        self._unlogged = False
+        self._resumed: CompetitionState | None = None
+        self._plan: StepPlan | None = None
         self._sums = StepSums(model.settings.k, self.args.device)
         self._window = LogWindow(model.settings.k)
+        self._norms: Tensor | None = None
         self._flos_per_token: float | None = None
+        # Right after the Trainer's own flow control, which the callback list begins with
+        self.callback_handler.callbacks.insert(1, CompetitionFlow(self))
 
     @property
     def comlora_model(self) -> ComLoRAModel:
@@ -148,56 +160,83 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains, then chooses the winner, prints the table of the branches and exports the winner."""
+        """Trains; at its end the winner is chosen, the table of the branches printed and the winner exported.
+
+        Each call is a competition of its own; one that resumes goes on with its checkpoint's.
+        """
+        if self.args.should_save:
+            check_target(self.args.winner_dir, self._may_overwrite(Path(self.args.winner_dir)))
+        self._resumed = None
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
             if folder is not None:
                 check_checkpoint(folder, self._settings.k, self.args.comlora_selector)
+                self._resumed = load_state(folder)
         model = self.comlora_model
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk))
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.determine_winner()
-        folder = self.export_winner(self.args.winner_dir)
-        if self.is_world_process_zero():
-            print_table(self._summary())
-        self.accelerator.print(f"winner: branch_{self._winner} in {folder}")
-        return output
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def begin_competition(self) -> None:
+        """Begins a competition, or goes on with that of the checkpoint; again when a smaller batch is tried."""
+        model, before = self.comlora_model, self.comlora_model.competition_state
+        if self._resumed is not None:
+            model.competition_state = deepcopy(self._resumed)
+        else:
+            revive(model, before.disqualified)
+            model.competition_state = CompetitionState.new(self._settings.k)
+        self._plan = None
+        self._sums = StepSums(self._settings.k, self.args.device)
+        self._window = LogWindow(self._settings.k)
+        self._follow_the_leader()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Fetches an optimizer step's micro-batches, and plans their rows' places in the step's noise."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._micro_batches = MicroBatches.plan(batches, self.accelerator)
-        return batches, num_items
+        """Fetches an optimizer step's micro-batches, counts M and plans their rows' places in the step's noise."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._plan = StepPlan.of(batches, self.accelerator)
+        return batches, self._normaliser(self._plan)
+
+    def _normaliser(self, plan: StepPlan | None) -> Tensor | None:
+        if plan is None:
+            return None
+        return plan.tokens if self.args.average_tokens_across_devices else plan.own_tokens
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch's forward and backward; the last one of a step also ends the step for the competition."""
-        loss = super().training_step(*args, **kwargs)
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
         if self.accelerator.sync_gradients:
             self._finish_step()
         return loss
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
-        """TRL's loss over the K·B weighted rows, L_LM + L_align, plus the pairwise loss."""
-        rows_per_example = inputs.pop("rows_per_example", None)
-        examples = inputs["input_ids"].size(0) if rows_per_example is None else rows_per_example.numel()
+        """TRL's loss over the weighted rows of all branches, L_LM + L_align, plus the pairwise loss.
+
+        In evaluation mode it is TRL's own, of the leader. Called outside the training loop it takes the batch for a
+        whole optimizer step.
+        """
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._plan is None or self._plan.exhausted:
+            self._plan = StepPlan.of([inputs], self.accelerator)
+            num_items_in_batch = self._normaliser(self._plan)
         competed: list[CompetitionOutput] = []
 
         def run(**kwargs: Any) -> Any:
             if not kwargs.get("fused_lm_head"):
-                return model(**kwargs)  # TRL's extra forward for `compute_metrics`, by the active branch
+                return model(**kwargs)  # TRL's extra forward for `return_outputs`, by the active branch
             chunk = self.args.comlora_branch_chunk
             competed.append(model(branch_pass=BranchPass(eta=self._eta(), chunk=chunk), **kwargs))
             return competed[0]
 
-        training = self.model.training
         result = super().compute_loss(run, inputs, return_outputs, num_items_in_batch)
-        if training:
-            pairwise = self._pairwise_loss(competed[0])
-            return result if pairwise is None else result + pairwise
-        self._add_to_tally(competed[0], rows_per_example, examples)
-        return result
+        pairwise = self._pairwise_loss(competed[0])
+        if pairwise is None:
+            return result
+        return (result[0] + pairwise, result[1]) if return_outputs else result + pairwise
 
     def _eta(self) -> float:
         progress = self.state.global_step / max(self.state.max_steps, 1)
@@ -206,57 +245,64 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
     def _pairwise_loss(self, output: CompetitionOutput) -> Tensor | None:
         """This micro-batch's pairwise loss, scaled for DDP's mean over processes; adds its figures to the step's."""
         scores, tokens, settings = output.scores, output.tokens, self._settings
-        noise, num_rows = self._micro_batches.next(self.args.seed, self.state.global_step, settings.k, tokens.device)
+        noise, num_rows = self._plan.next(self.args.seed, self.state.global_step, settings.k, tokens.device)
         alive = self.comlora_model.alive(tokens.device)
         if scores is None:
-            self._sums.add(output.nll, tokens, None, None)
+            self._sums.add(output.nll, tokens, alive, None, None)
             return None
         in_race = alive & output.nll.isfinite().all(dim=1)
         loss = pairwise_loss(scores, mean_nll(output.nll, tokens), noise, tokens > 0, num_rows, settings, in_race)
         loss = loss * settings.pairwise_weight
-        self._sums.add(output.nll, tokens, output.probabilities, loss)
+        self._sums.add(output.nll, tokens, alive, output.probabilities, loss)
         return loss * self.accelerator.num_processes
 
     def _finish_step(self) -> None:
         """Ends an optimizer step: disqualifies diverged branches, counts the win, keeps the step's figures."""
-        k, model = self._settings.k, self.comlora_model
+        k, model, step = self._settings.k, self.comlora_model, self.state.global_step + 1
+        self._norms = gradient_norms(model)
+        finite = self._norms.isfinite()
+        self._norms = self._norms.where(finite, torch.zeros_like(self._norms))  # those gradients are dropped below
         # With fp16's loss scaler an overflow is no divergence; DeepSpeed keeps the gradients to itself
-        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
-            self._sums.vector[2 * k : 3 * k] += non_finite_gradients(model).to(self._sums.vector)
+        seen = self.accelerator.scaler is None and not self.is_deepspeed_enabled
+        if seen:
+            self._sums.vector[2 * k : 3 * k] += (~finite[:k]).to(self._sums.vector)
+            self._sums.vector[-5] += (~finite[k]).to(self._sums.vector)
         sums = self.accelerator.reduce(self._sums.vector, reduction="sum").tolist()
         self._sums = StepSums(k, self.args.device)
         state = model.competition_state
         for branch in range(k):
             if sums[2 * k + branch] and branch not in state.disqualified:
-                disqualify(model, branch, self.state.global_step + 1)
+                disqualify(model, branch, step)
         for branch in state.disqualified:
             for parameter in model.branch_parameters(branch):
                 parameter.grad = None
-        alive = [branch not in state.disqualified for branch in range(k)]
-        if not any(alive):
+        if sums[-5]:
+            drop_selector_gradient(model, step)
+        if not any(state.alive):
             raise RuntimeError(
-                f"all {k} branches have diverged by step {self.state.global_step + 1}: lower learning_rate="
-                f"{self.args.learning_rate}, or set max_grad_norm, and train again."
+                f"all {k} branches have diverged by step {step}: lower learning_rate={self.args.learning_rate}, or "
+                "set max_grad_norm, and train again."
             )
-        best = self._window.add_step(sums, self._eta(), alive, self._settings)
+        best = self._window.add_step(sums, self._eta(), state.alive, self._settings)
         if best is not None:
             state.wins[best] += 1
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clips what is trained. The Trainer's own walks through all modules of the model twice, at every step.
-
-        A private seam of transformers; without it training is the same, and slower.
-        """
+        """Clips each branch and the selector by itself. A private seam of transformers: without it they are clipped
+        together, by a norm that one of them can dominate."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self.comlora_model.trainable_parameters(), self.args.max_grad_norm)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+            self._norms = gradient_norms(self.comlora_model)
+        return clip_gradients(self.comlora_model, self._norms, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The Trainer's estimate for the K·B rows; it counts the model's parameters once, not at every step."""
+        """The Trainer's estimate for the rows of all branches; it counts the parameters once, not at every step."""
         tokens = inputs["input_ids"].numel()
         if self._flos_per_token is None:
             self._flos_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
-        return int(self._flos_per_token * tokens * self._settings.k)
+        return int(self._flos_per_token * tokens * sum(self.comlora_model.competition_state.alive))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the selector in parameter groups of its own if it has its own rate."""
@@ -275,9 +321,13 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the window's competition figures to the Trainer's training logs."""
+        if self._unlogged and "loss" not in logs:
+            self.log_selection()
         if self.model.training:
             logs.update(self._window.flush())
         super().log(logs, start_time)
+        if self._unlogged:
+            self.log_selection()
 
     # ---- Checkpoints: the Trainer's loading knows one adapter per folder; K branches and a selector load here ----
 
@@ -292,3 +342,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
             super()._load_best_model()
         else:
             self.comlora_model.load_branches(self.state.best_model_checkpoint)
+        # The winner is the best checkpoint's leader; wins and disqualifications are the whole run's
+        state = self.comlora_model.competition_state
+        state.selection = load_state(self.state.best_model_checkpoint).selection
+        self._follow_the_leader()

@@ -26,7 +26,7 @@ def test_diverged_branch_is_disqualified_and_the_others_train_on(train):
     trainer = train(comlora_k=3, trainer={"callbacks": [Poison(1)]})
     state = trainer.comlora_model.competition_state
     assert state.disqualified == {1: 3}
-    assert state.last_evaluation["winner"] != 1
+    assert state.selection["winner"] != 1
     values = parameters(trainer)
     assert all(value.isfinite().all() for value in values.values())
     assert all(value.abs().max() == 0 for name, value in values.items() if "branch_1" in name)

@@ -1,0 +1,71 @@
+"""Every branch on a validation set, each example once, whatever the number of processes or the kind of data set."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from comlora_trl.competition import ValidationTally
+from comlora_trl.training.model import BranchPass, ComLoRAModel
+
+
+def own_batches(
+    dataset: Dataset | IterableDataset, size: int, rank: int, processes: int
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """This process's examples, batch by batch, and how many of them count.
+
+    All processes get as many batches, for sharded weights are gathered by all at once: one that has no example left
+    repeats another's, which does not count.
+    """
+    for group in _groups(dataset, size * processes):
+        own = group[rank * size : (rank + 1) * size]
+        yield (own, len(own)) if own else (group[:1], 0)
+
+
+def _groups(dataset: Dataset | IterableDataset, size: int) -> Iterator[Sequence[dict[str, Any]]]:
+    if isinstance(dataset, IterableDataset):
+        examples = iter(dataset)
+        while group := list(islice(examples, size)):
+            yield group
+    else:
+        for first in range(0, len(dataset), size):
+            yield [dataset[index] for index in range(first, min(first + size, len(dataset)))]
+
+
+@torch.no_grad()
+def validate(
+    model: torch.nn.Module,
+    branches: ComLoRAModel,
+    datasets: Iterable[Dataset | IterableDataset],
+    trainer: Any,
+) -> ValidationTally:
+    """S, correct tokens and scores of every living branch over all the sets together.
+
+    Args:
+        model: the model as the accelerator wrapped it.
+        branches: the same model, unwrapped.
+        trainer: the trainer whose collator, batch size, devices and precision are used.
+    """
+    accelerator: Accelerator = trainer.accelerator
+    tally = ValidationTally.empty(branches.settings.k, accelerator.device)
+    training, chunk = branches.training, trainer.args.comlora_branch_chunk
+    model.eval()
+    for dataset in datasets:
+        loader = trainer.get_eval_dataloader(dataset)  # its columns and its collator, not its batches
+        readable = dataset if isinstance(dataset, IterableDataset) else loader.dataset
+        size = trainer.args.per_device_eval_batch_size
+        batches = own_batches(readable, size, accelerator.process_index, accelerator.num_processes)
+        hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+        for examples, count in tqdm(batches, desc="selection", leave=False, disable=hidden):
+            inputs = trainer._prepare_inputs(loader.collate_fn(examples))
+            with trainer.compute_loss_context_manager():
+                output = model(branch_pass=BranchPass(chunk=chunk), fused_lm_head=True, use_cache=False, **inputs)
+            if count:
+                tally.add(output.nll, output.correct, output.tokens, output.scores, count)
+    tally.sums = accelerator.reduce(tally.sums, reduction="sum")
+    model.train(training)
+    return tally
