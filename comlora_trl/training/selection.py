@@ -85,7 +85,7 @@ class WinnerSelection:
 
     def finish_competition(self) -> None:
         """Chooses the winner, exports it, prints the table; at the end of training, before any callback's end."""
-        if self._can_select:
+        if self._can_select and not self._decided:
             self.select()
         folder = self.export_winner()
         if self.is_world_process_zero():

@@ -140,7 +140,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._settings = model.settings
         self._exported: set[Path] = set()
-        self._unlogged = False
+        self._unlogged = self._decided = False
         self._resumed: CompetitionState | None = None
         self._plan: StepPlan | None = None
         self._sums = StepSums(model.settings.k, self.args.device)
@@ -186,7 +186,7 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         else:
             revive(model, before.disqualified)
             model.competition_state = CompetitionState.new(self._settings.k)
-        self._plan = None
+        self._plan, self._decided = None, False
         self._sums = StepSums(self._settings.k, self.args.device)
         self._window = LogWindow(self._settings.k)
         self._follow_the_leader()
@@ -345,4 +345,5 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         # The winner is the best checkpoint's leader; wins and disqualifications are the whole run's
         state = self.comlora_model.competition_state
         state.selection = load_state(self.state.best_model_checkpoint).selection
+        self._decided = state.selection is not None
         self._follow_the_leader()
