@@ -1,0 +1,138 @@
+"""Tournament: branches of different learning rates, a field that shrinks, rows that are dealt out.
+
+    rate_k(t) = rate_k · schedule(t)             one schedule over the whole run, K peak rates
+    rungs     = (f_1, n_1), (f_2, n_2), …        at step ⌈f_i·T⌉ the best n_i branches go on, the others are retired
+    rows      = "all": every living branch sees every row; "shared": each row of a step goes to one living branch
+
+Successive halving (Jamieson & Talwalkar, 2016) over learning rates, within one run.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+ROWS = ("all", "shared")
+
+
+class Rung(NamedTuple):
+    """A point of training at which the field shrinks.
+
+    Attributes:
+        fraction: of the optimizer steps, in (0, 1).
+        survivors: branches that go on.
+    """
+
+    fraction: float
+    survivors: int
+
+    def step(self, total: int) -> int:
+        """The optimizer step it comes after, ⌈f·T⌉."""
+        # 0.1 · 30 is a little more than 3
+        return math.ceil(round(self.fraction * total, 9))
+
+
+def parse_rungs(text: str | None, k: int) -> tuple[Rung, ...]:
+    """Reads rungs from text like "0.1:2,0.25:1".
+
+    Raises:
+        ValueError: if the text is not of this form, the fractions do not rise within (0, 1), or the counts do not
+            fall from below `k` to 1 or more.
+    """
+    rungs = []
+    for part in (text or "").replace(" ", "").split(","):
+        if not part:
+            continue
+        fraction, _, survivors = part.partition(":")
+        try:
+            rungs.append(Rung(float(fraction), int(survivors)))
+        except ValueError:
+            raise ValueError(
+                f"comlora_rungs={text!r} is not possible: {part!r} is no FRACTION:BRANCHES; write e.g. 0.1:2,0.25:1."
+            ) from None
+    fractions, counts = [rung.fraction for rung in rungs], [rung.survivors for rung in rungs]
+    if any(not a < b for a, b in zip([0.0, *fractions], [*fractions, 1.0], strict=True)):
+        raise ValueError(
+            f"comlora_rungs={text!r} is not possible: the fractions of training must rise, above 0 and below 1."
+        )
+    if any(not a > b for a, b in zip([k, *counts], [*counts, 0], strict=True)):
+        raise ValueError(
+            f"comlora_rungs={text!r} is not possible: the branches that go on must fall from below comlora_k={k} to 1 "
+            "or more."
+        )
+    return tuple(rungs)
+
+
+def rungs_text(rungs: Sequence[Rung]) -> str:
+    """The text that [`parse_rungs`] reads."""
+    return ",".join(f"{rung.fraction:g}:{rung.survivors}" for rung in rungs)
+
+
+def rung_steps(rungs: Sequence[Rung], total: int) -> dict[int, Rung]:
+    """The optimizer step of each rung, in a run of `total` steps.
+
+    Raises:
+        ValueError: if two rungs, or one and the end of training, fall on one step.
+    """
+    steps = [rung.step(total) for rung in rungs]
+    if len({*steps, total}) <= len(steps):
+        raise ValueError(
+            f"comlora_rungs={rungs_text(rungs)!r} is not possible with {total} optimizer steps: they fall on the steps "
+            f"{', '.join(map(str, steps))} of {total}; train longer, or give fewer rungs, further apart."
+        )
+    return dict(zip(steps, rungs, strict=True))
+
+
+def default_rungs(k: int) -> str:
+    """Half of the field after a tenth of training, one branch after a quarter."""
+    half = math.ceil(k / 2)
+    return "0.1:1" if half == 1 else f"0.1:{half},0.25:1"
+
+
+def default_rates(rate: float, k: int) -> list[float]:
+    """K rates in steps of 2 around one: ½, 1, 2, 4 times for K = 4."""
+    return [rate * 2.0 ** (branch - (k - 1) // 2) for branch in range(k)]
+
+
+def retired_at(rung: Rung, values: Sequence[float | None], highest: bool) -> list[int]:
+    """The branches that a rung retires, by index.
+
+    Args:
+        values: of each branch, None for one that is out already.
+        highest: whether high values are good (scores, accuracy) or low ones (NLL); ties go to the lower index.
+    """
+    sign = -1.0 if highest else 1.0
+    known = {branch: value for branch, value in enumerate(values) if value is not None}
+    # A value that is not finite is worse than any other
+    worth = {branch: sign * value if math.isfinite(value) else math.inf for branch, value in known.items()}
+    ranked = sorted(worth, key=lambda branch: (worth[branch], branch))
+    return sorted(ranked[rung.survivors :])
+
+
+def dealt_to(place: int, step: int, living: Sequence[int]) -> int:
+    """The branch a row goes to when rows are shared.
+
+    It depends on the row's place in the optimizer step and on the step alone, rotated from step to step: every living
+    branch gets an equal share of each step, up to one row.
+    """
+    return living[(place + step) % len(living)]
+
+
+def edge_remark(rates: Sequence[float], winner: int) -> str | None:
+    """What to try when the winning rate lies at the edge of the grid; None when it does not."""
+    if len(set(rates)) < 2 or rates[winner] not in (min(rates), max(rates)):
+        return None
+    rate, up = rates[winner], rates[winner] == max(rates)
+    further = rate * 2 if up else rate / 2
+    tries = ", ".join(f"{one:g}" for one in ([rate, further, further * 2] if up else [further / 2, further, rate]))
+    return f"the best rate may lie {'above' if up else 'below'} {rate:g}: try rates around it, {tries}"
+
+
+def cost(rows: int, living: int, shared: bool) -> int:
+    """Row passes of one optimizer step: one row through one branch, forward and backward."""
+    return rows if shared else rows * living
+
+
+def rung_record(rung: Rung, step: int, selection: dict[str, Any], retired: Sequence[int]) -> dict[str, Any]:
+    """What is kept of a rung, ready for JSON."""
+    figures = {key: selection[key] for key in ("validation_nll", "validation_accuracy", "scores")}
+    return {"step": step, "survivors": rung.survivors, "retired": list(retired), **figures}
