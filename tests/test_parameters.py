@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.competition.selector import SelectorSettings
+from comlora_trl.training.adapters import default_lora_config
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.preparation import default_lora_config
 from comlora_trl.training.report import ParameterCounts, start_line
 
 LAYERS, HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 32, 4096, 14336, 1024, 128256
