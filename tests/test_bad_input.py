@@ -102,18 +102,16 @@ def test_parallelism_that_splits_rows(tmp_path, kind):
     enabled = {"cp_enabled": False, "sp_enabled": False, "tp_enabled": False, kind: True}
     accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**enabled))
     with pytest.raises(ValueError, match="use data parallelism"):
-        check_parallelism(accelerator, ComLoRAConfig(**make_arguments(tmp_path)), False)
+        check_parallelism(accelerator, ComLoRAConfig(**make_arguments(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "distributed, has_aux_loss", [("NO", True), ("FSDP", False), ("DEEPSPEED", False), ("NO", False)]
-)
-def test_chunks_need_whole_weights_and_the_loss_of_one_run(tmp_path, distributed, has_aux_loss):
+@pytest.mark.parametrize("distributed", ["FSDP", "DEEPSPEED", "NO"])
+def test_chunks_need_whole_weights(tmp_path, distributed):
     accelerator = SimpleNamespace(parallelism_config=None, distributed_type=DistributedType[distributed])
-    for chunk, refused in ((1, (distributed, has_aux_loss) != ("NO", False)), (None, False), (2, False)):
+    for chunk, refused in ((1, distributed != "NO"), (None, False), (2, False)):
         config = ComLoRAConfig(**make_arguments(tmp_path, comlora_k=2, comlora_branch_chunk=chunk))
         with pytest.raises(ValueError, match="comlora_branch_chunk=1 works with") if refused else nullcontext():
-            check_parallelism(accelerator, config, has_aux_loss)
+            check_parallelism(accelerator, config)
 
 
 def test_checkpoint_of_another_k(train):

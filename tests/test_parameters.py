@@ -53,7 +53,7 @@ def test_adapters_of_table_3(k, r, percent):
 
 def test_start_line_with_the_default_selector():
     line = start_line(make_llama_3_8b(2, 8, SelectorSettings()), "torch", None)
-    assert line.startswith("ComLoRA: K=2 branches of rank 8, all at once (torch kernels);")
+    assert line.startswith("ComLoRA: K=2 branches of rank 8, all at once (torch kernels; the batch widens at")
     assert share(line, "adapters") == "0.35%"
     assert share(line, "selector") == "1.44%"
 

@@ -89,7 +89,7 @@ def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimiz
             raise ValueError(f"{option} does not work with competing branches: {reason}. Leave it out.")
 
 
-def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig, has_aux_loss: bool) -> None:
+def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig) -> None:
     """Refuses ways to spread the work that the competition does not go with."""
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
@@ -99,10 +99,9 @@ def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig, has_aux_los
         )
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     chunked = (args.comlora_branch_chunk or args.comlora_k) < args.comlora_k
-    if chunked and (has_aux_loss or sharded):
+    if chunked and sharded:
         raise ValueError(
-            f"comlora_branch_chunk={args.comlora_branch_chunk} works with a single process or DDP and a loss "
-            "without a router's auxiliary part: leave it out, or set router_aux_loss_coef=0."
+            f"comlora_branch_chunk={args.comlora_branch_chunk} works with a single process or DDP: leave it out."
         )
 
 

@@ -32,6 +32,7 @@ from comlora_trl.training.preparation import (
 from comlora_trl.training.report import print_table, start_line
 from comlora_trl.training.selection import WinnerSelection
 from comlora_trl.training.statistics import LogWindow, StepSums
+from comlora_trl.training.trying import try_branches
 
 
 class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
@@ -131,7 +132,8 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
         )
         if self.padding_free:
             self.data_collator = PackedRowsCollator(self.data_collator)
-        check_parallelism(self.accelerator, args, self.aux_loss_enabled)
+        check_parallelism(self.accelerator, args)
+        try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
         self._settings = model.settings
         self._micro_batches: MicroBatches | None = None
         self._sums = StepSums(model.settings.k, self.args.device)
