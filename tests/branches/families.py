@@ -1,4 +1,4 @@
-"""Twenty-three families of models, tiny and random, made from their configurations."""
+"""Families of models, tiny and random, made from their configurations."""
 
 from typing import Any
 
