@@ -43,7 +43,7 @@ def test_nothing_to_learn_from(tmp_path):
 
 ADAPTERS = {
     "non-LoRA": (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "PromptTuningConfig"),
-    "lm_head": (make_lora(target_modules=["q_proj", "lm_head"]), "remove lm_head from target_modules"),
+    "lm_head": (make_lora(target_modules=["q_proj", "lm_head"]), "Remove `'lm_head'` from your `target_modules`"),
     "modules_to_save": (make_lora(modules_to_save=["embed_tokens"]), "leave modules_to_save out"),
     "bias": (make_lora(bias="all"), "leave bias out"),
     "initialisation": (make_lora(init_lora_weights="pissa"), "changes the base weights"),

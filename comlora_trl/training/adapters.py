@@ -152,12 +152,6 @@ def check_lora_config(config: PeftConfig, k: int) -> None:
         raise TypeError(
             f"peft_config is a {type(config).__name__}: the branches are LoRA adapters, pass a LoraConfig."
         )
-    targets = config.target_modules or ()
-    if "lm_head" in targets or config.target_modules == "lm_head":
-        raise ValueError(
-            "target_modules names lm_head: the loss reads lm_head.weight directly, so an adapter on it would never "
-            "train; remove lm_head from target_modules."
-        )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
             "LoraConfig(alora_invocation_tokens=...) makes an activated LoRA, which PEFT switches on where its own "

@@ -42,7 +42,7 @@ class Figures:
         assert self.gradients.keys() == other.gradients.keys()
         pairs = [(self.nll, other.nll), (self.loss, other.loss), (self.router, other.router)]
         pairs += [(gradient, other.gradients[name]) for name, gradient in self.gradients.items()]
-        return max((one - two).abs().max().item() for one, two in pairs)
+        return torch.stack([(one - two).abs().max() for one, two in pairs]).max().item()
 
 
 class Architecture:

@@ -144,7 +144,6 @@ REFUSED = {
     "AdaLoRA": ("Llama", AdaLoraConfig(total_step=10), "AdaLoraConfig, whose ranks shrink"),
     "activated LoRA": ("Llama", make_lora(alora_invocation_tokens=[5]), "would never train: leave it out"),
     "a fused half": ("Qwen3-MoE", make_lora(target_modules=["up_proj"]), "fused into gate_up_proj"),
-    "a head of another name": ("Llama", make_lora(target_modules=r".*(q_proj|lm_.ead)"), "adapts lm_head, whose"),
     "experts with dropout": ("Mixtral", make_lora(target_modules="all-linear", lora_dropout=0.1), "lora_dropout != 0"),
 }
 
@@ -154,6 +153,17 @@ def test_what_cannot_be_trained(tmp_path, family, lora, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         construct(tmp_path, family, lora)
     assert "\n" not in str(error.value)
+
+
+def test_layers_that_are_never_called(monkeypatch):
+    def with_a_spare(family):
+        model = make_family(family)
+        model.model.layers[1].spare = nn.Linear(32, 32)
+        return model
+
+    monkeypatch.setattr("architectures.make_family", with_a_spare)
+    with pytest.raises(ValueError, match="target_modules adapts spare, whose adapters would never train"):
+        Architecture("Llama", targets=["q_proj", "spare"])
 
 
 def test_default_targets_fit_and_are_said(tmp_path, caplog):
