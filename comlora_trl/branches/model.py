@@ -132,6 +132,20 @@ class BranchModel(PeftModelForCausalLM):
         """Nothing to do: only reentrant checkpointing needs inputs that require gradients, and the frozen layers below
         the first adapter would pay for them."""
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Checkpoints the base model's layers; the inputs require gradients for the reentrant kind alone."""
+        base = self.get_base_model()
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        if not (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            base.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """[`activation_checkpointing_enable`] by its older name."""
+        base = self.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        if not (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            base.disable_input_require_grads()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "BranchModel":
         """A model of its own; TRL's fused forward is a closure over the base model's, and would run the original's."""
         new = memo[id(self)] = self.__class__.__new__(self.__class__)

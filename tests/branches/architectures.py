@@ -6,6 +6,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,12 +53,12 @@ class Architecture:
         ValueError: the one line with which the trainer's construction would end.
     """
 
-    def __init__(self, family: str, packed: bool = False, targets: list[str] | str | None = None, k: int = K) -> None:
+    def __init__(self, family: str, packed: bool = False, k: int = K, **lora: Any) -> None:
         self.family, self.k = family, k
         base = self._base()
         check_model(base)
-        targets = targets or default_targets(base)
-        self.lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+        lora = {"target_modules": default_targets(base), **lora}
+        self.lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **lora)
         # The trainer's own rule for a router's loss, and its coefficient
         self.coefficient = getattr(base.config, "router_aux_loss_coef", 0.0)
         self.has_router = hasattr(base.config, "output_router_logits") and self.coefficient > 0
@@ -94,7 +95,7 @@ class Architecture:
         return Figures(output.nll / output.tokens.clamp(min=1), loss.detach(), router.detach(), found)
 
     def alone(self) -> Figures:
-        """Each branch as the only adapter of a plain PEFT model, by TRL's own forward; the routers' loss their mean."""
+        """Each branch as the only adapter of a plain PEFT model, by TRL's forward; the mean of their router losses."""
         values, figures = dict(self.model.named_parameters()), []
         tokens = self.rows.supervised_tokens(self.batch["labels"])
         for branch in range(self.k):

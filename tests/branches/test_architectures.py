@@ -47,15 +47,23 @@ def test_checkpointing(family):
 
 @pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3", "GLM-4-MoE", "Qwen3-Next"])
 def test_all_linear_with_fused_experts(family):
-    """PEFT wraps the experts' parameters; where it adapts the routers too, their loss needs the branches one by one."""
-    one = Architecture(family, targets="all-linear")
+    """PEFT wraps the experts' parameters; where it adapts routers too, their loss needs the branches apart."""
+    one = Architecture(family, target_modules="all-linear")
     assert one.place in (LAYERS, SEPARATELY)
     errors = one.errors()
     assert max(errors.values()) < TOLERANCE, errors
 
 
 def test_experts_by_the_names_they_had(family="Qwen3-MoE"):
-    one = Architecture(family, targets=["gate_proj", "up_proj", "down_proj"])
+    one = Architecture(family, target_modules=["gate_proj", "up_proj", "down_proj"])
+    assert one.place == LAYERS
+    errors = one.errors()
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_experts_by_parameter(family="gpt-oss"):
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    one = Architecture(family, target_modules=["q_proj"], target_parameters=names)
     assert one.place == LAYERS
     errors = one.errors()
     assert max(errors.values()) < TOLERANCE, errors
@@ -93,7 +101,7 @@ def test_layers_that_see_a_share_of_the_tokens_run_branch_by_branch(monkeypatch)
 
     monkeypatch.setattr("architectures.make_family", with_experts)
     experts = [f"experts.{index}" for index in range(4)]
-    one = Architecture("Llama", targets=["q_proj", *experts])
+    one = Architecture("Llama", target_modules=["q_proj", *experts])
     assert one.place == SEPARATELY
     errors = one.errors()
     assert max(errors.values()) < TOLERANCE, errors
@@ -163,7 +171,7 @@ def test_layers_that_are_never_called(monkeypatch):
 
     monkeypatch.setattr("architectures.make_family", with_a_spare)
     with pytest.raises(ValueError, match="target_modules adapts spare, whose adapters would never train"):
-        Architecture("Llama", targets=["q_proj", "spare"])
+        Architecture("Llama", target_modules=["q_proj", "spare"])
 
 
 def test_default_targets_fit_and_are_said(tmp_path, caplog):
