@@ -31,7 +31,7 @@ from trl import (
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.data import PROMPT_TEMPLATES, load_training_dataset
 from comlora_trl.demo import demo_model_path, demo_recipe_path
-from comlora_trl.training.preparation import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS
+from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS
 
 
 @dataclass

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.competition.selector import SelectorSettings
+from comlora_trl.training.adapters import default_lora_config
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.preparation import default_lora_config
 from comlora_trl.training.report import ParameterCounts, start_line
 
 LAYERS, HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 32, 4096, 14336, 1024, 128256
@@ -53,7 +53,7 @@ def test_adapters_of_table_3(k, r, percent):
 
 def test_start_line_with_the_default_selector():
     line = start_line(make_llama_3_8b(2, 8, SelectorSettings()), "torch", None)
-    assert line.startswith("ComLoRA: K=2 branches of rank 8, all at once (torch kernels);")
+    assert line.startswith("ComLoRA: K=2 branches of rank 8, all at once (torch kernels; the batch widens at")
     assert share(line, "adapters") == "0.35%"
     assert share(line, "selector") == "1.44%"
 

@@ -90,7 +90,7 @@ class BranchExpansion:
             hook.remove()
 
     def _expand_arguments(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        one = self.branches.active
+        one = self.branches.current()
         if one is None or self.place != LAYERS:
             return None
         if self.seen is not None:

@@ -6,6 +6,7 @@ called with another input all the same, it is computed alone, and from the next 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -38,6 +39,10 @@ class LayerGroup:
         self.broken = False
         self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
         self._linears: dict[str, list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which never hold anything of a pass, nor another model's parameters."""
+        return {**self.__dict__, "weights": None, "_waiting": None, "_linears": {}}
 
     def forget(self) -> None:
         """Forgets a pass that is over: its weights, and outputs that nobody asked for."""
@@ -93,7 +98,7 @@ class LayerGroup:
         for layer, base in zip(layers, bases, strict=True):
             a, (b,) = weights if len(layers) == 1 else self._part(weights, layer)
             output = base(x)
-            seen = bool(base._forward_hooks)  # a hook may have kept the frozen output, which must stay as it is
+            seen = _has_forward_hooks(base)  # a hook may have kept the frozen output, which must stay as it is
             outputs.append(kernels.branch_delta(x, output, a.to(output.dtype), b.to(output.dtype), p, not seen))
         return outputs
 
@@ -159,7 +164,11 @@ def _is_plain_linear(layer: nn.Module) -> bool:
         type(layer) is nn.Linear
         and type(layer.weight.data) is Tensor
         and not layer.weight.requires_grad
-        and not layer._forward_hooks
+        and not _has_forward_hooks(layer)
         and not layer._forward_pre_hooks
         and not layer._backward_hooks
     )
+
+
+def _has_forward_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or nn.modules.module._global_forward_hooks)

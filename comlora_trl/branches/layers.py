@@ -3,8 +3,8 @@
 PEFT makes the layers and owns their parameters; `make_branch_layers` gives them a second way to run. While branches
 compete, a layer's input holds the rows of several branches one after the other (branch-major), and each group of rows
 must meet its own adapter. Plain linear LoRA does that with batched products, together with the layers that read the
-same input (`comlora_trl.branches.layer_groups`); any other kind (DoRA, embeddings, convolutions, biased LoRA) runs
-PEFT's own forward branch by branch. Outside the competition the layer is PEFT's, untouched.
+same input (`comlora_trl.branches.layer_groups`); any other kind (DoRA, embeddings, convolutions, biased LoRA,
+experts' fused weights) runs PEFT's own forward branch by branch. Outside a pass the layer is PEFT's, untouched.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from accelerate.utils import is_compiled_module
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from comlora_trl.branches.layer_groups import LayerGroup, form_groups, stack_weights
 from comlora_trl.branches.passes import Pass
@@ -62,15 +64,27 @@ class CompetingBranches:
         for group in self.groups:
             group.forget()
 
+    def current(self) -> Pass | None:
+        """The active pass, but for one whose backward has failed, out of memory say: that one ends here."""
+        if self.active is not None and not is_compiling() and self.active.is_over:
+            self.abandon()
+        return self.active
+
     def abandon(self) -> None:
-        """Ends a pass whose backward failed before its end, out of memory say."""
+        """Ends the active pass, if there is one."""
         if self.active is not None:
             self.end(self.active)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which never hold a pass."""
+        return {**self.__dict__, "active": None, "names": ()}
 
     @property
     def checkpointing(self) -> bool:
         """Whether layers run again during the backward pass."""
-        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+        newer = "is_activation_checkpointing"  # transformers renamed it
+        name = newer if hasattr(self.model, newer) else "is_gradient_checkpointing"
+        return bool(getattr(self.model, name, False))
 
     def stack_weights(self, group: LayerGroup) -> None:
         """Stacks and casts the weights of a group, and of the next ones with it.
@@ -113,13 +127,12 @@ class BranchLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.competing.names
-        if not names:
+        if not names or self.competing.current() is None:
             return super().forward(x, *args, **kwargs)
         if x.size(0) % len(names):
             raise BranchRowsError(
-                f"{type(self).__name__} got {x.size(0)} rows for {len(names)} branches: each branch needs the same "
-                "number. A layer that receives a varying share of the tokens (a routed expert) can't be adapted here; "
-                "leave it out of target_modules."
+                f"{type(self).__name__} got {x.size(0)} rows for {len(names)} branches, which can't all have the same "
+                "number: run the branches one after the other (comlora_branch_chunk=1)."
             )
         if self.group is None or args or kwargs or self.merged_adapters:
             return self.forward_one_by_one(x, names, *args, **kwargs)
@@ -129,17 +142,40 @@ class BranchLayer:
             return self.forward_one_by_one(x, names)
         return self.group.output(self, x)
 
-    def forward_one_by_one(self, x: Tensor, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Tensor:
-        """Each branch through PEFT's own forward, with that branch as the active adapter."""
-        before = self._active_adapter
+    def forward_one_by_one(self, x: Tensor, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+        """Each branch through PEFT's own forward, with that branch as the active adapter.
+
+        Tensors among the arguments with as many rows as x (the experts that a router chose) are dealt out like it.
+        """
+        competing, rows = self.competing, x.size(0) // len(names)
+        own, all_names = self._active_adapter, competing.names
+        outputs = []
         try:
-            outputs = []
-            for name, rows in zip(names, x.chunk(len(names)), strict=True):
-                self._active_adapter = [name]
-                outputs.append(super().forward(rows, *args, **kwargs))
+            for branch, name in enumerate(names):
+                part = lambda value, first=branch * rows: _rows_of(value, x.size(0), first, rows)
+                # PEFT nests the wrappers of a module's parameters: those inside get this branch's rows alone
+                self._active_adapter, competing.names = [name], (name,)
+                given = {key: part(value) for key, value in kwargs.items()}
+                outputs.append(super().forward(part(x), *map(part, args), **given))
         finally:
-            self._active_adapter = before
-        return torch.cat(outputs)
+            self._active_adapter, competing.names = own, all_names
+        return _joined(outputs)
+
+
+def _rows_of(value: Any, size: int, first: int, rows: int) -> Any:
+    """Some rows of a tensor that has `size` of them; anything else as it is."""
+    if size == rows or not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:
+        return value
+    return value[first : first + rows]
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """The branches' outputs, tensors or tuples of tensors, as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], tuple):
+        return tuple(map(_joined, map(list, zip(*outputs, strict=True))))
+    return torch.cat(outputs)
 
 
 def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], CompetingBranches]:
@@ -197,7 +233,8 @@ def _has_batched_path(layer: LoraLayer, adapter: str) -> bool:
     """Whether the layer is a plain linear LoRA, which the batched products compute."""
     linear: Mapping[str, nn.Module] = layer.lora_A
     return (
-        adapter in linear
+        not isinstance(layer, ParamWrapper)
+        and adapter in linear
         and isinstance(linear[adapter], nn.Linear)
         and adapter not in layer.lora_variant
         and not layer.lora_bias[adapter]

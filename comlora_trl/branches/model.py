@@ -1,9 +1,11 @@
 """K LoRA branches on one frozen base, as one PEFT model."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -52,6 +54,9 @@ class BranchModel(PeftModelForCausalLM):
     draw their own A after it. Called as usual the model is an ordinary `PeftModel` with one active adapter;
     [`run_branches`] runs several, each on its own copy of the batch.
 
+    Attributes:
+        adapted_layers: PEFT's LoRA layers, in the order of the model's modules.
+
     Args:
         model: the base model, with TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) before branches run.
         peft_config: the adapters' configuration; copied for each branch.
@@ -64,10 +69,11 @@ class BranchModel(PeftModelForCausalLM):
         self.k = k
         for name in self.branch_names[1:]:
             self.add_adapter(name, copy.deepcopy(peft_config), **kwargs)
-        self.set_adapter(branch_name(0))
+        super().set_adapter(branch_name(0))
+        self.set_requires_grad(self.branch_names, True)
         base = self.get_base_model()
         adapted, self.competing = make_branch_layers(base, branch_name(0))
-        self._adapted_layers = list(adapted.values())
+        self.adapted_layers = list(adapted.values())
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
         self._modules_in_mode: list[nn.Module] = []
         self.expansion = BranchExpansion(self.competing, list(adapted))
@@ -85,8 +91,8 @@ class BranchModel(PeftModelForCausalLM):
         when FSDP has put others in their place.
         """
         name, known = branch_name(branch), self._known_parameters.get(branch)
-        if not known or known[0] is not next(_layer_parameters(self._adapted_layers[0], name)):
-            known = [parameter for layer in self._adapted_layers for parameter in _layer_parameters(layer, name)]
+        if not known or known[0] is not next(_layer_parameters(self.adapted_layers[0], name)):
+            known = [parameter for layer in self.adapted_layers for parameter in _layer_parameters(layer, name)]
             self._known_parameters[branch] = known
         return known
 
@@ -116,14 +122,40 @@ class BranchModel(PeftModelForCausalLM):
         return self
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Chooses the adapter of ordinary forwards; every branch stays trainable."""
+        """Chooses the adapter of ordinary forwards; what trains in each branch stays as it was."""
+        parameters = [p for branch in range(self.k) for p in self.branch_parameters(branch)]
+        trained = [parameter.requires_grad for parameter in parameters]
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if not inference_mode:
-            self.set_requires_grad(self.branch_names, True)
+        for parameter, trains in zip(parameters, trained, strict=True):
+            if not inference_mode and parameter.requires_grad is not trains:
+                parameter.requires_grad_(trains)
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: only reentrant checkpointing needs inputs that require gradients, and the frozen layers below
         the first adapter would pay for them."""
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Checkpoints the base model's layers; the inputs require gradients for the reentrant kind alone."""
+        base = self.get_base_model()
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        if not (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            base.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """[`activation_checkpointing_enable`] by its older name."""
+        base = self.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        if not (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            base.disable_input_require_grads()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BranchModel":
+        """A model of its own; TRL's fused forward is a closure over the base model's, and would run the original's."""
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        own = new.get_base_model()
+        if isinstance(own.__dict__.get("forward"), MethodType):
+            own.forward = MethodType(_rebound(own.forward.__func__, self.get_base_model(), own), own)
+        return new
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model with the active adapter merged into it, and nothing of the branches left."""
@@ -138,7 +170,7 @@ class BranchModel(PeftModelForCausalLM):
     def _release_base(self) -> None:
         self.expansion.remove()
         self._router_hook.remove()
-        make_plain_layers(self._adapted_layers)
+        make_plain_layers(self.adapted_layers)
 
     @torch.compiler.disable(recursive=False)
     def run_branches(
@@ -201,6 +233,23 @@ class BranchModel(PeftModelForCausalLM):
 def branch_name(branch: int) -> str:
     """The adapter name of a branch."""
     return f"branch_{branch}"
+
+
+def _rebound(function: Callable, old: nn.Module, new: nn.Module) -> Callable:
+    """A function whose closure has methods of one module, with another module in their place."""
+    cells = []
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        if isinstance(held, MethodType) and held.__self__ is old:
+            cell = CellType(MethodType(_rebound(held.__func__, old, new), new))
+        cells.append(cell)
+    if not cells:
+        return function
+    result = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(result, function)
 
 
 def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[nn.Parameter]:

@@ -45,6 +45,7 @@ class Pass:
         self.weights: list[tuple[LayerGroup, BranchWeights | None]] | None = None
         self.expanded: dict[int, tuple[Any, Any]] = {}
         self.router_logits: tuple[Tensor, ...] | None = None
+        self._backward: int | None = None
 
     def __enter__(self) -> "Pass":
         self.branches.begin(self)
@@ -60,20 +61,32 @@ class Pass:
                 output.register_hook(self._resume)
 
     def _resume(self, _: Tensor) -> None:
-        if self.branches.active is self:
-            return  # the backward of a chunk, inside the forward
-        if self.branches.active is not None and self.branches.checkpointing:
+        active = self.branches.current()
+        if active is self:
+            return  # by another of its outputs
+        if active is not None and self.branches.checkpointing:
             raise RuntimeError(
                 "one backward pass runs through two passes over branches, whose layers gradient checkpointing can't "
                 "tell apart: call backward() after each forward, or switch gradient checkpointing off."
             )
         self.branches.begin(self)
+        self._backward = running_backward()
         at_the_end_of_backward(lambda: self.branches.end(self))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the backward that the pass became active for has failed, so that its end was never announced."""
+        return self._backward is not None and self._backward != running_backward()
+
+
+# Two seams of PyTorch's autograd engine, which DDP, FSDP and checkpointing use too and which have no public names
+
+
+def running_backward() -> int:
+    """A number for the backward pass that is running in this thread, -1 without one."""
+    return torch._C._current_graph_task_id()
 
 
 def at_the_end_of_backward(function: Callable[[], None]) -> None:
-    """Calls a function when the backward pass that is running has ended.
-
-    The engine's own queue, which DDP and FSDP use too, has no public name.
-    """
+    """Calls a function when the backward pass that is running has ended without an error."""
     torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comlora_trl.branches.expansion import INPUTS, LAYERS, SEPARATELY
 from comlora_trl.branches.model import BranchModel
 from comlora_trl.branches.rows import Rows
 
-# Errors relative to a row's NLL that are rounding's, in float32 and in half precision
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
+# Errors relative to the largest value that are rounding's; float32 may be TF32 on a GPU
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_ROUNDING = 2e-2
 
 
@@ -34,65 +34,112 @@ def settle_expansion(model: BranchModel, batches: Sequence[dict[str, Any]]) -> s
         ValueError: in one line, if the model can't run as branches at all.
     """
     with _undisturbed(model), torch.no_grad():
+        calls = _Calls(model)
         try:
-            alone = [_nll_alone(model, batch) for batch in batches]
+            alone = [_figures_alone(model, batch, calls) for batch in batches]
         except Exception as error:
             raise ValueError(
-                f"{type(model.get_base_model()).__name__} can't be trained as competing branches: a pass over made-up "
+                f"{type(model.get_base_model()).__name__} can't be trained here: one branch's pass over made-up "
                 f"tokens ended in {type(error).__name__} ({_first_line(error)}). A causal language model that takes "
-                "input_ids and labels is needed, with adapters on linear layers that see every token."
+                "input_ids and labels is needed."
             ) from error
-        if model.k == 1:
-            return model.expansion.place
+        finally:
+            calls.remove()
+        calls.check()
+        if model.k > 1:
+            model.expansion.place = _first_place(model, batches, alone, calls.routed)
+        return model.expansion.place
+
+
+def _first_place(
+    model: BranchModel, batches: Sequence[dict[str, Any]], alone: list[tuple[Tensor, ...]], routed: bool
+) -> str:
+    if not routed:  # such layers' shares could come out even by chance
         for place in (LAYERS, INPUTS) if model.expansion.start is not None else (INPUTS,):
             if _agrees(model, batches, alone, place):
                 return place
-        model.expansion.place = SEPARATELY
-        return SEPARATELY
+    return SEPARATELY
 
 
-def _nll_alone(model: BranchModel, batch: dict[str, Any]) -> Tensor:
-    """S of each branch by itself, [2, R]; the layers' arguments are noted on the way."""
-    expansion = model.expansion
-    expansion.seen = set()
-    nll = _nll(model, batch, chunk=1)
-    lines = batch["input_ids"].size(0)
-    if lines > 1:
-        expansion.batched = frozenset(
-            expansion.seen if expansion.batched is None else expansion.seen & expansion.batched
-        )
-    expansion.seen = None
-    if not bool(nll.isfinite().all()):
+class _Calls:
+    """Which adapted layers run in a pass, and whether some see a share of the tokens only (routed experts)."""
+
+    def __init__(self, model: BranchModel) -> None:
+        adapted = set(model.adapted_layers)
+        self.names = {layer: name for name, layer in model.get_base_model().named_modules() if layer in adapted}
+        self.tokens = 0
+        self.called: set[nn.Module] = set()
+        self.routed = False
+        self._hooks = [layer.register_forward_pre_hook(self._see) for layer in self.names]
+
+    def _see(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self.called.add(layer)
+        lines_of_tokens = args and isinstance(args[0], Tensor) and args[0].dim() == 2
+        if lines_of_tokens and args[0].is_floating_point() and args[0].size(0) % self.tokens:
+            self.routed = True
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def check(self) -> None:
+        """Refuses targets whose weights the model reads past their layers, so that no adapter on them would train."""
+        called = {self.names[layer].rpartition(".")[2] for layer in self.called}
+        missed = {name.rpartition(".")[2] for name in self.names.values()} - called
+        if missed:
+            raise ValueError(
+                f"target_modules adapts {', '.join(sorted(missed))}, whose adapters would never train: the model does "
+                "not call these layers. Remove them from target_modules."
+            )
+
+
+def _figures_alone(model: BranchModel, batch: dict[str, Any], calls: _Calls) -> tuple[Tensor, ...]:
+    """Figures of each branch by itself; the layers' arguments are noted on the way."""
+    expansion, lines = model.expansion, batch["input_ids"].size(0)
+    expansion.seen, calls.tokens = set(), batch["input_ids"].numel()
+    try:
+        figures = _figures(model, batch, chunk=1)
+        if lines > 1:
+            expansion.batched = frozenset(
+                expansion.seen if expansion.batched is None else expansion.seen & expansion.batched
+            )
+    finally:
+        expansion.seen = None
+    if not all(bool(figure.isfinite().all()) for figure in figures):
         raise ArithmeticError("the loss of made-up tokens is not finite")
-    return nll
+    return figures
 
 
-def _agrees(model: BranchModel, batches: Sequence[dict[str, Any]], alone: list[Tensor], place: str) -> bool:
+def _agrees(
+    model: BranchModel, batches: Sequence[dict[str, Any]], alone: list[tuple[Tensor, ...]], place: str
+) -> bool:
     model.expansion.place = place
-    dtype = model.get_base_model().dtype
+    rounding = _ROUNDING.get(model.get_base_model().dtype, _HALF_ROUNDING)
     for batch, expected in zip(batches, alone, strict=True):
         try:
-            together = _nll(model, batch, chunk=2)
+            together = _figures(model, batch, chunk=2)
         except Exception:  # whatever an architecture raises when its batch does not fit
             model.competing.abandon()
             return False
-        error = (together - expected).abs().max()
-        if not error <= _ROUNDING.get(dtype, _HALF_ROUNDING) * expected.abs().max():
-            return False
+        for figure, own in zip(together, expected, strict=True):
+            if not (figure - own).abs().max() <= rounding * own.abs().max():
+                return False
     return True
 
 
-def _nll(model: BranchModel, batch: dict[str, Any], chunk: int) -> Tensor:
+def _figures(model: BranchModel, batch: dict[str, Any], chunk: int) -> tuple[Tensor, ...]:
+    """S of two branches, [2, R], and the routers' loss if there is one."""
     inputs = {**batch, "fused_lm_head": True, "use_cache": False}
     rows = Rows.of(inputs)
     branches = list(range(min(model.k, 2)))
     weights = torch.ones(model.k, rows.count, device=batch["input_ids"].device)
-    return model.run_branches(inputs, rows, weights, branches, chunk).nll[branches]
+    output = model.run_branches(inputs, rows, weights, branches, chunk)
+    return (output.nll[branches], *([] if output.aux_loss is None else [output.aux_loss]))
 
 
 @contextmanager
 def _undisturbed(model: BranchModel) -> Iterator[None]:
-    """Random weights in two branches, no dropout; everything as it was at the end."""
+    """Two branches that differ, no dropout; everything as it was at the end."""
     parameters = [p for branch in range(min(model.k, 2)) for p in model.branch_parameters(branch)]
     kept = [parameter.detach().clone() for parameter in parameters]
     modes = [(module, module.training) for module in model.modules()]
@@ -104,8 +151,9 @@ def _undisturbed(model: BranchModel) -> Iterator[None]:
             model.eval()
             with torch.no_grad():
                 for parameter in parameters:
-                    # B is zero as yet, and with it the branches would all be the base model
-                    parameter += torch.randn_like(parameter) * 0.1
+                    # B is zero as yet, and with it the branches would all be the base model; much larger weights
+                    # would make every rounding count
+                    parameter += torch.randn_like(parameter) * (0.3 / parameter.size(-1) ** 0.5)
             yield
         finally:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What happens before training: the base model, the adapters' configuration and the validation set, each checked.
+"""What happens before training: the base model, the trainer's options and the validation set, each checked.
 
 A wrong value ends here, in one line, before any training time is spent.
 """
@@ -8,19 +8,14 @@ from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig, PeftModel
-from torch import nn
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
+from comlora_trl.training.adapters import check_lora_config, check_model, complete_lora_config
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.model import ComLoRAModel
 
-DEFAULT_RANK = 8
-DEFAULT_ALPHA = 16
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-# Initialisations that change the base weights, once per adapter, so that K adapters can't share the base
-_BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
 _DATA_COLUMNS = ("text", "messages", "conversations", "prompt", "input_ids")
 
 
@@ -41,7 +36,7 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     """The base model with K branches and the selector.
 
     Args:
-        peft_config: configuration of every branch; None for rank 8, alpha 16 on q, k, v, up and down.
+        peft_config: configuration of every branch; None for the default one.
 
     Raises:
         TypeError: if `peft_config` is not a LoRA configuration.
@@ -54,59 +49,14 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
             "the model has adapters already (PeftModel), and the branches need a base without any: pass the base "
             "model with peft_config=LoraConfig(...), or merge_and_unload() the adapter first."
         )
-    peft_config = peft_config or default_lora_config(model)
-    check_lora_config(peft_config, model, args.comlora_k)
+    check_model(model)
+    peft_config = complete_lora_config(peft_config, model)
+    check_lora_config(peft_config, args.comlora_k)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
     kwargs = {"autocast_adapter_dtype": False} if zero3 and not quantized else {}
     return ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
-
-
-def default_lora_config(model: nn.Module) -> LoraConfig:
-    """The paper's adapter: rank 8 on q, k, v, up and down, or PEFT's own choice where a model has other names."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = list(DEFAULT_TARGETS) if names.issuperset(DEFAULT_TARGETS) else None
-    return LoraConfig(r=DEFAULT_RANK, lora_alpha=DEFAULT_ALPHA, target_modules=targets, task_type="CAUSAL_LM")
-
-
-def check_lora_config(config: PeftConfig, model: nn.Module, k: int) -> None:
-    """Refuses what K branches can't share, see [`build_comlora_model`]."""
-    if not isinstance(config, LoraConfig):
-        raise TypeError(
-            f"peft_config is a {type(config).__name__}: the branches are LoRA adapters, pass a LoraConfig."
-        )
-    targets = config.target_modules or ()
-    if "lm_head" in targets or config.target_modules == "lm_head":
-        raise ValueError(
-            "target_modules names lm_head: the loss reads lm_head.weight directly, so an adapter on it would never "
-            "train; remove lm_head from target_modules."
-        )
-    shared = {
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-        "target_parameters": config.target_parameters,
-        "layer_replication": config.layer_replication,
-        "bias": config.bias if config.bias != "none" else None,
-    }
-    for name, value in shared.items():
-        if value:
-            raise ValueError(
-                f"LoraConfig({name}={value!r}) trains weights that all branches would share: leave {name} out; each "
-                "branch may train its LoRA matrices only."
-            )
-    method = str(config.init_lora_weights).lower()
-    if k > 1 and method.startswith(_BASE_CHANGING_INITIALISATIONS):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which {k} branches share: use "
-            "True, 'gaussian' or 'orthogonal', or comlora_k=1."
-        )
-    if any(".experts." in name and isinstance(module, nn.Linear) for name, module in model.named_modules()):
-        if isinstance(config.target_modules, str) or not {"q_proj", "k_proj", "v_proj", "o_proj"} >= set(targets):
-            raise ValueError(
-                "the model routes tokens to expert layers, which see an unequal share of each branch's tokens: choose "
-                "target_modules among the attention projections (q_proj, k_proj, v_proj, o_proj)."
-            )
 
 
 def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimizer: Any) -> None:
@@ -137,7 +87,7 @@ def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimiz
             raise ValueError(f"{option} does not work with competing branches: {reason}. Leave it out.")
 
 
-def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig, has_aux_loss: bool) -> None:
+def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig) -> None:
     """Refuses ways to spread the work that the competition does not go with."""
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
@@ -147,10 +97,9 @@ def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig, has_aux_los
         )
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     chunked = (args.comlora_branch_chunk or args.comlora_k) < args.comlora_k
-    if chunked and (has_aux_loss or sharded):
+    if chunked and sharded:
         raise ValueError(
-            f"comlora_branch_chunk={args.comlora_branch_chunk} works with a single process or DDP and a loss "
-            "without a router's auxiliary part: leave it out, or set router_aux_loss_coef=0."
+            f"comlora_branch_chunk={args.comlora_branch_chunk} works with a single process or DDP: leave it out."
         )
 
 

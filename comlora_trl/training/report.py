@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.competition import CompetitionState
 from comlora_trl.training.model import ComLoRAModel
 
@@ -55,9 +56,14 @@ def _numel(parameter: Any) -> int:
 def start_line(model: ComLoRAModel, kernels: str, chunk: int | None) -> str:
     """The line that training prints at its start."""
     config = model.peft_config[model.active_adapter]
-    together = "all at once" if chunk in (None, model.settings.k) else f"{chunk} at a time"
-    counts = ParameterCounts.of(model)
-    return f"ComLoRA: K={model.settings.k} branches of rank {config.r}, {together} ({kernels} kernels); {counts}"
+    k, place = model.settings.k, model.expansion.place
+    together = "all at once" if chunk in (None, k) else f"{chunk} at a time"
+    how = f"{kernels} kernels"
+    if k > 1 and place == SEPARATELY:
+        together = place
+    elif (chunk or k) > 1:
+        how += f"; the batch widens {place}"
+    return f"ComLoRA: K={k} branches of rank {config.r}, {together} ({how}); {ParameterCounts.of(model)}"
 
 
 def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) -> dict[str, Any]:

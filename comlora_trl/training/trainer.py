@@ -40,6 +40,7 @@ from comlora_trl.training.report import start_line
 from comlora_trl.training.selection import WinnerSelection
 from comlora_trl.training.statistics import LogWindow, StepSums
 from comlora_trl.training.step_plan import StepPlan
+from comlora_trl.training.trying import try_branches
 
 
 class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
@@ -135,7 +136,8 @@ class ComLoRASFTTrainer(WinnerSelection, SFTTrainer):
             quantization_config=quantization_config,
             formatting_func=formatting_func,
         )
-        check_parallelism(self.accelerator, args, self.aux_loss_enabled)
+        check_parallelism(self.accelerator, args)
+        try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
         # The loss below is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
         self._settings = model.settings

@@ -1,0 +1,177 @@
+"""The branches' LoRA configuration: the default one, and what competing branches can't be.
+
+A wrong one ends here, in one line, before any training time is spent.
+"""
+
+import copy
+
+from accelerate.logging import get_logger
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+DEFAULT_RANK = 8
+DEFAULT_ALPHA = 16
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+_ATTENTION = {"q_proj", "k_proj", "v_proj"}
+# Initialisations that change the base weights, once per adapter, so that K adapters can't share the base
+_BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
+# Layers that PEFT takes for experts and routers where a model has these in fused parameters
+_EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+logger = get_logger(__name__)
+
+
+def complete_lora_config(config: PeftConfig | None, model: PreTrainedModel) -> PeftConfig:
+    """The given configuration, or the default one; with target modules that the model has, if they were left open.
+
+    Args:
+        config: None for [`default_lora_config`]. Without target modules it gets PEFT's choice for the model. Where
+            PEFT has none, or the paper's five are given and are not all there, it gets [`default_targets`].
+    """
+    if config is None:
+        config = default_lora_config(model)
+        targets = ", ".join(sorted(config.target_modules))
+        logger.warning(
+            f"no peft_config is given: each branch is a LoRA of rank {config.r} on {targets} (TRL would train the "
+            "whole model)."
+        )
+        return config
+    if not isinstance(config, LoraConfig) or config.target_parameters:
+        return config
+    if config.target_modules is None:
+        known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    else:
+        five = not isinstance(config.target_modules, str) and set(config.target_modules) == set(DEFAULT_TARGETS)
+        known = not five or _linear_layers(model).keys() >= set(DEFAULT_TARGETS)
+    if known:
+        return config
+    targets = default_targets(model)
+    logger.warning(
+        f"{type(model).__name__} does not have all of {', '.join(DEFAULT_TARGETS)}: the branches adapt "
+        f"{', '.join(targets)} instead; choose others with target_modules (scripts/sft.py: --lora_target_modules)."
+    )
+    config = copy.deepcopy(config)
+    config.target_modules = set(targets)
+    return config
+
+
+def default_lora_config(model: PreTrainedModel) -> LoraConfig:
+    """Rank 8, alpha 16 on the paper's q, k, v, up and down, or what the model has instead ([`default_targets`])."""
+    targets = default_targets(model)
+    return LoraConfig(r=DEFAULT_RANK, lora_alpha=DEFAULT_ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def default_targets(model: PreTrainedModel) -> list[str]:
+    """Names of the layers to adapt: the paper's five, or those of them that reach all decoder layers, or PEFT's own
+    choice, or else all linear layers that see every token; never routed experts, routers or the LM head.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    found = _linear_layers(model)
+    everywhere = set().union(*found.values())
+    of_the_paper = [name for name in DEFAULT_TARGETS if name in found]
+    by_peft = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
+    for names in (of_the_paper if set(of_the_paper) >= _ATTENTION else [], by_peft):
+        fits = names and isinstance(names, list) and found.keys() >= set(names)
+        if fits and set().union(*(found[name] for name in names)) == everywhere:
+            return names
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layers in a stack of layers, which the branches adapt by default: "
+            "pass peft_config=LoraConfig(target_modules=[...])."
+        )
+    return list(found)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, set[str]]:
+    """Names of the linear layers that see every token, each with the decoder layers that have one."""
+    found: dict[str, set[str]] = {}
+    unfit = _EXPERT_NAMES.copy() if _has_fused_experts(model) else set()
+    for path, module in model.named_modules():
+        sizes = _sizes(module)
+        *parents, name = path.split(".")
+        numbers = [place for place, part in enumerate(parents) if part.isdigit()]
+        if not sizes or not numbers:
+            continue
+        if len(numbers) > 1:  # a list within a layer: experts
+            unfit.add(name)
+        # What follows in_proj in a state-space block is read as a weight by its kernels; and nothing is of low rank in
+        # a layer as narrow as an adapter
+        state_space = hasattr(model.get_submodule(".".join(parents)), "A_log") and not name.startswith("in_proj")
+        if min(sizes) > DEFAULT_RANK and not state_space:
+            found.setdefault(name, set()).add(".".join(parents[: numbers[0] + 1]))
+    return {name: layers for name, layers in found.items() if name not in unfit}
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def _has_fused_experts(model: nn.Module) -> bool:
+    """Whether some parameter holds the matrices of several experts."""
+    for module in model.modules():
+        shapes = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]
+        if any(len(shape) > 2 for shape in shapes) and not isinstance(module, nn.modules.conv._ConvNd):
+            return True
+    return False
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuses a model that is no causal language model.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder: competing branches, like TRL's SFT, train causal "
+            "language models only."
+        )
+
+
+def check_lora_config(config: PeftConfig, k: int) -> None:
+    """Refuses what K branches can't be.
+
+    Raises:
+        TypeError: if it is not a LoRA configuration.
+        ValueError: naming what does not go with branches, and what to do.
+    """
+    if config.peft_type == PeftType.ADALORA:
+        raise TypeError(
+            "peft_config is an AdaLoraConfig, whose ranks shrink by calls that TRL's trainers don't make: pass a "
+            "LoraConfig of the rank you want."
+        )
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"peft_config is a {type(config).__name__}: the branches are LoRA adapters, pass a LoraConfig."
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "LoraConfig(alora_invocation_tokens=...) makes an activated LoRA, which PEFT switches on where its own "
+            "forward finds these tokens; branches run without it, so it would never train: leave it out."
+        )
+    shared = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "layer_replication": config.layer_replication,
+        "bias": config.bias if config.bias != "none" else None,
+    }
+    for name, value in shared.items():
+        if value:
+            raise ValueError(
+                f"LoraConfig({name}={value!r}) trains weights that all branches would share: leave {name} out; each "
+                "branch may train its LoRA matrices only."
+            )
+    method = str(config.init_lora_weights).lower()
+    if k > 1 and method.startswith(_BASE_CHANGING_INITIALISATIONS):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which {k} branches share: use "
+            "True, 'gaussian' or 'orthogonal', or comlora_k=1."
+        )

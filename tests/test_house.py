@@ -1,0 +1,50 @@
+"""Three floors whose imports point down, in short modules."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import comlora_trl
+
+PACKAGE = Path(comlora_trl.__file__).parent
+SCRIPTS = PACKAGE.parent / "scripts"
+LONGEST = 300
+# What each floor may import of the package
+ALLOWED = {
+    "branches": {"branches"},
+    "competition": {"competition"},
+    "training": {"branches", "competition", "training"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("floor", ALLOWED)
+def test_imports_point_down(floor):
+    files = list((PACKAGE / floor).rglob("*.py"))
+    assert files
+    for file in files:
+        own = [name.split(".")[1] for name in imported(file) if name.split(".")[0] == "comlora_trl"]
+        assert set(own) <= ALLOWED[floor], file
+
+
+@pytest.mark.parametrize("floor", ["branches", "competition"])
+def test_the_lower_floors_know_no_trainer(floor):
+    for file in (PACKAGE / floor).rglob("*.py"):
+        assert not {name.split(".")[0] for name in imported(file)} & {"trl", "datasets"}, file
+
+
+def test_modules_are_short():
+    lengths = {file: len(file.read_text().splitlines()) for file in [*PACKAGE.rglob("*.py"), *SCRIPTS.glob("*.py")]}
+    assert not {file: length for file, length in lengths.items() if length > LONGEST}
