@@ -133,4 +133,4 @@ def test_noise_of_several_processes_is_that_of_one():
 
 
 def _counts(rows: list) -> list[int]:
-    return [len(rows), sum(row.supervised > 0 for row in rows), sum(row.supervised for row in rows)]
+    return [sum(row.supervised > 0 for row in rows), sum(row.supervised for row in rows), len(rows), len(rows)]

@@ -152,7 +152,7 @@ def test_logs_table_and_competition_file(train, capsys):
     assert sum(branch["share_of_wins"] for branch in summary["branches"]) == pytest.approx(1)
     assert len([entry for entry in summary["history"] if "comlora/eta" in entry]) == 8
     printed = capsys.readouterr().out
-    assert "accumulated score" in printed and "winner" in printed and "K=2 branches of rank 4" in printed
+    assert "score" in printed and "winner" in printed and "K=2 branches of rank 4" in printed
 
 
 def test_wins_in_a_window_are_counted(train):

@@ -44,6 +44,12 @@ class LayerGroup:
         """For copies and pickles, which never hold anything of a pass, nor another model's parameters."""
         return {**self.__dict__, "weights": None, "_waiting": None, "_linears": {}}
 
+    def drop(self, name: str) -> None:
+        """Forgets a branch that is gone for good."""
+        self._linears.pop(name, None)
+        if self.adapter == name:
+            self.adapter = next(other for other in self.layers[0].lora_A if other != name)
+
     def forget(self) -> None:
         """Forgets a pass that is over: its weights, and outputs that nobody asked for."""
         self.weights = self._waiting = None

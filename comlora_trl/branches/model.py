@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from comlora_trl.branches.dealing import indices
 from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
 from comlora_trl.branches.layers import make_branch_layers, make_plain_layers
 from comlora_trl.branches.routers import keep_router_logits
 from comlora_trl.branches.rows import Rows
-from comlora_trl.branches.running import run_batched, run_in_chunks, touch
+from comlora_trl.branches.running import run_batched, run_dealt, run_in_chunks, touch
 
 
 @dataclass
@@ -31,8 +32,8 @@ class BranchOutput(ModelOutput):
             when they ran in chunks.
         entropy, is_top1, label_mask: as TRL's fused LM head gives them, [n·B, T−1].
         aux_loss: load-balancing loss of a mixture-of-experts base, the mean of the branches' own.
-        nll: S[k, b], summed negative log-likelihood of each row, [K, R], without gradient; nan for branches that did
-            not run.
+        nll: S[k, b], summed negative log-likelihood of each row, [K, R], without gradient; 0 where a row has not run.
+        ran: whether a row has run through a branch, bool [K, R].
         correct: supervised tokens of each row that were the likeliest, [K, R] like `nll`; without gradients only.
         tokens: m, supervised tokens of each row, [R].
     """
@@ -43,6 +44,7 @@ class BranchOutput(ModelOutput):
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
     nll: Tensor | None = None
+    ran: Tensor | None = None
     correct: Tensor | None = None
     tokens: Tensor | None = None
 
@@ -91,10 +93,28 @@ class BranchModel(PeftModelForCausalLM):
         when FSDP has put others in their place.
         """
         name, known = branch_name(branch), self._known_parameters.get(branch)
+        if name not in self.peft_config:
+            return []
         if not known or known[0] is not next(_layer_parameters(self.adapted_layers[0], name)):
             known = [parameter for layer in self.adapted_layers for parameter in _layer_parameters(layer, name)]
             self._known_parameters[branch] = known
         return known
+
+    def drop_branch(self, branch: int) -> None:
+        """Deletes a branch's adapter and frees its weights; the others keep their names."""
+        name = branch_name(branch)
+        if self.active_adapter == name:
+            self.set_adapter(next(other for other in self.peft_config if other != name))
+        self.delete_adapter(name)
+        self._known_parameters.pop(branch, None)
+        self._modules_in_mode = []
+        for group in self.competing.groups:
+            group.drop(name)
+
+    def restore_branch(self, branch: int) -> None:
+        """Adds an adapter for a branch that was dropped, with new weights."""
+        self.add_adapter(branch_name(branch), copy.deepcopy(next(iter(self.peft_config.values()))))
+        self._modules_in_mode = []
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """All that a run trains."""
@@ -181,8 +201,10 @@ class BranchModel(PeftModelForCausalLM):
         branches: Sequence[int] | None = None,
         chunk: int | None = None,
         compiled: bool = False,
+        owners: Sequence[int] | None = None,
+        rows_per_line: Sequence[int] | None = None,
     ) -> BranchOutput:
-        """One forward over branches, each on the whole batch.
+        """One forward over branches, each on the whole batch or, with `owners`, on its own lines of it.
 
         Args:
             inputs: a batch of TRL's collators, with `fused_lm_head=True`.
@@ -191,25 +213,39 @@ class BranchModel(PeftModelForCausalLM):
             branches: indices of those that run, None for all.
             chunk: branches at a time, None for all at once. In chunks each one's backward runs within this forward.
             compiled: whether `torch.compile` runs the model.
+            owners: the branch that each line of the batch goes to, None to run each line through all of them.
+            rows_per_line: rows that each line of a packed batch has, None for one each.
         """
         self.competing.abandon()
         branches = list(range(self.k)) if branches is None else list(branches)
         chunk = 1 if self.expansion.place == SEPARATELY else min(chunk or len(branches), len(branches))
-        own = weights[branches] if len(branches) < self.k else weights
-        if chunk < len(branches):
+        own = weights[indices(branches, weights.device)] if len(branches) < self.k else weights
+        if owners is not None:
+            output = run_dealt(self, inputs, rows, weights, owners, rows_per_line, chunk, compiled)
+            branches = sorted(set(owners))
+        elif chunk < len(branches):
             output = run_in_chunks(self, inputs, rows, own, branches, chunk, compiled)
         else:
             output = run_batched(self, inputs, rows, own, branches, compiled)
         if output["aux_loss"] is not None:
             output["aux_loss"] = output["aux_loss"].mean()
+        if owners is None:
+            output |= self._of_all_branches(output, branches, rows)
         if len(branches) < self.k:
-            places = torch.tensor(branches, device=weights.device)
-            for name in {"nll", "correct"} & output.keys():
-                empty = output[name].new_full((self.k, rows.count), float("nan"))
-                output[name] = empty.index_copy(0, places, output[name])
             idle = [p for branch in range(self.k) if branch not in branches for p in self.branch_parameters(branch)]
             output["log_probs"] = touch(output["log_probs"], [p for p in idle if p.requires_grad])
         return BranchOutput(**output, tokens=rows.supervised_tokens(inputs["labels"]))
+
+    def _of_all_branches(self, output: dict[str, Tensor], branches: list[int], rows: Rows) -> dict[str, Tensor]:
+        """Figures [n, R] of the branches that ran as [K, R], zero for the others, and which ones ran."""
+        nll = output["nll"]
+        ran = torch.ones(self.k, rows.count, dtype=torch.bool, device=nll.device)
+        if len(branches) == self.k:
+            return {"ran": ran}
+        places = indices(branches, nll.device)
+        names = {"nll", "correct"} & output.keys()
+        full = {name: output[name].new_zeros(self.k, rows.count).index_copy(0, places, output[name]) for name in names}
+        return {**full, "ran": torch.zeros_like(ran).index_fill(0, places, True)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """An ordinary PEFT forward with the active adapter."""

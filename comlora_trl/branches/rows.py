@@ -37,7 +37,8 @@ class Rows:
         batch, length = tokens.shape
         boundaries = inputs.get("cu_seq_lens_q")
         if boundaries is not None:
-            index = (inputs["position_ids"] == 0).cumsum(dim=-1) - 1
+            starts = inputs["position_ids"] == 0
+            index = (starts.flatten().cumsum(dim=-1) - 1).view(batch, length)
             count = boundaries.numel() - 1
             return cls(index, torch.ones_like(tokens, dtype=torch.bool), count, int(inputs["max_length_q"]), True)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from comlora_trl.branches.dealing import deal, indices
 from comlora_trl.branches.expansion import LAYERS, expand
 from comlora_trl.branches.passes import Pass
 from comlora_trl.branches.routers import router_losses
@@ -22,26 +23,35 @@ _PER_TOKEN = ("entropy", "is_top1", "label_mask")
 
 
 def run_batched(
-    model: "BranchModel", inputs: dict[str, Any], rows: Rows, weights: Tensor, branches: Sequence[int], compiled: bool
+    model: "BranchModel",
+    inputs: dict[str, Any],
+    rows: Rows,
+    weights: Tensor,
+    branches: Sequence[int],
+    compiled: bool,
+    dealt: bool = False,
 ) -> dict[str, Tensor]:
     """Runs branches in one forward of the base model.
 
     Args:
         inputs: the batch, [B, T] tensors and flags for TRL's fused LM head.
         rows: the batch's rows.
-        weights: w[k, b], [n, R] for the n branches that run.
+        weights: w[k, b], [n, R] for the n branches that run; [1, R] for rows that are dealt out.
         branches: their indices.
         compiled: whether `torch.compile` runs the model.
+        dealt: whether the batch's lines are dealt out among the branches, instead of repeated for each.
 
     Returns:
-        fields of [`BranchOutput`], `nll` [n, R] and `aux_loss` [n].
+        fields of [`BranchOutput`], `nll` like the weights and `aux_loss` [n].
     """
     lines = inputs["input_ids"].size(0)
     names = tuple(model.branch_names[branch] for branch in branches)
-    copies, base = len(branches), model.get_base_model()
+    copies, base = 1 if dealt else len(branches), model.get_base_model()
     at_inputs = model.expansion.place != LAYERS
     widened = dict(inputs)
-    if at_inputs:
+    if copies == 1:
+        pass
+    elif at_inputs:
         widened = {name: expand(value, copies, lines, None, (name,)) for name, value in inputs.items()}
     else:
         # The labels meet the hidden states after the decoder layers, where the batch is expanded already
@@ -53,7 +63,7 @@ def run_batched(
     weighted, nll = _weigh(output.log_probs, rows, weights)
     result = {"log_probs": weighted, "nll": nll, "aux_loss": losses}
     if not torch.is_grad_enabled():
-        by_branch = output.is_top1.view(copies, -1, output.is_top1.size(-1))
+        by_branch = output.is_top1.view(len(weights), -1, output.is_top1.size(-1))
         result["correct"] = rows.sum(by_branch.to(nll.dtype))
     return result | {name: getattr(output, name) for name in _PER_TOKEN}
 
@@ -90,6 +100,63 @@ def run_in_chunks(
         total = found["aux_loss"].with_gradients()
         router = router + (total - total.detach()) / len(router)
     return {"log_probs": found["log_probs"].with_gradients(), "aux_loss": router, **result}
+
+
+def run_dealt(
+    model: "BranchModel",
+    inputs: dict[str, Any],
+    rows: Rows,
+    weights: Tensor,
+    owners: Sequence[int],
+    rows_per_line: Sequence[int] | None,
+    chunk: int,
+    compiled: bool,
+) -> dict[str, Tensor]:
+    """Runs each line of a batch through one branch; see [`run_batched`].
+
+    Args:
+        weights: [K, R], of which a row's weight under its own branch counts.
+        owners, rows_per_line: as for [`deal`].
+
+    Returns:
+        as [`run_batched`]; `nll` [K, R], zero where a row has not run, and `ran`, bool [K, R].
+    """
+    running = sorted(set(owners))
+    pieces, parts = [], [running[first : first + chunk] for first in range(0, len(running), chunk)]
+    totals: dict[str, list[Tensor]] = {"log_probs": [], "aux_loss": []}
+    found = {"log_probs": _Found(), "aux_loss": _Found()}
+    nll: Tensor | None = None
+    ran = torch.zeros_like(weights, dtype=torch.bool)
+    for part in parts:
+        dealt = deal(inputs, rows, [owner if owner in part else -1 for owner in owners], rows_per_line)
+        real = [place for place, row in enumerate(dealt.source) if row >= 0]
+        place, owner, row = (
+            indices(values, weights.device)
+            for values in (real, [dealt.owner[i] for i in real], [dealt.source[i] for i in real])
+        )
+        weight = weights.new_zeros(1, len(dealt.source))
+        weight[0, place] = weights[owner, row]
+        piece = run_batched(model, dealt.inputs, Rows.of(dealt.inputs), weight, dealt.branches, compiled, dealt=True)
+        own = piece.pop("nll")
+        nll = own.new_zeros(weights.shape) if nll is None else nll
+        nll[owner, row] = own[0, place]
+        ran[owner, row] = True
+        log_probs, router = piece.pop("log_probs"), piece.pop("aux_loss")
+        if len(parts) == 1:
+            return {"log_probs": log_probs, "aux_loss": router, "nll": nll, "ran": ran, **piece}
+        parameters = list(_trainable(model, part)) if torch.is_grad_enabled() else []
+        found["log_probs"].add(log_probs.sum(), parameters, again=router is not None)
+        if router is not None:
+            found["aux_loss"].add(router.sum(), parameters)
+            totals["aux_loss"].append(router.detach())
+        # Pieces differ in length: only sums over their tokens are read
+        pieces.append({name: value.detach().flatten() for name, value in piece.items()})
+    result = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    router = None
+    if totals["aux_loss"]:
+        router, total = torch.cat(totals["aux_loss"]), found["aux_loss"].with_gradients()
+        router = router + (total - total.detach()) / len(router)
+    return {"log_probs": found["log_probs"].with_gradients(), "aux_loss": router, "nll": nll, "ran": ran, **result}
 
 
 class _Found:

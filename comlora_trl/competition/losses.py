@@ -29,6 +29,7 @@ class CompetitionSettings:
     alignment_weight: float = 1.0
     pairwise_weight: float = 1.0
     equation_signs: str = "as_described"
+    independent: bool = False
 
     @property
     def sign(self) -> float:
@@ -66,6 +67,7 @@ def row_weights(
     settings: CompetitionSettings,
     alive: Tensor,
     dtype: torch.dtype = torch.float32,
+    field: int | None = None,
 ) -> Tensor:
     """w[k, b] = 1/K + η(t)·p[b, k]: eq. 4 and eq. 5 as one weight on every row of every branch.
 
@@ -75,13 +77,16 @@ def row_weights(
         probabilities: p, [R, K], or None without a selector (then eq. 4 alone is left).
         rows: R.
         eta: η(t).
-        alive: bool [K]; a disqualified branch gets weight 0.
+        alive: bool [K]; a branch that is out gets weight 0.
         dtype: of the result, the log-probabilities' own.
+        field: the branches that eq. 4 takes the mean over, None for all K. Independent branches have no such mean:
+            each trains as it would alone.
 
     Returns:
         [K, R]
     """
-    weights = torch.full((settings.k, rows), settings.lm_weight / settings.k, device=alive.device, dtype=dtype)
+    share = settings.lm_weight / (1 if settings.independent else field or settings.k)
+    weights = torch.full((settings.k, rows), share, device=alive.device, dtype=dtype)
     if probabilities is not None:
         weights = weights + settings.sign * settings.alignment_weight * eta * probabilities.T.to(dtype)
     return weights * alive[:, None]

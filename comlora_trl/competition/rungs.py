@@ -76,7 +76,7 @@ def rung_steps(rungs: Sequence[Rung], total: int) -> dict[int, Rung]:
     steps = [rung.step(total) for rung in rungs]
     if len({*steps, total}) <= len(steps):
         raise ValueError(
-            f"comlora_rungs={rungs_text(rungs)!r} is not possible with {total} optimizer steps: they fall on the steps "
+            f"comlora_rungs={rungs_text(rungs)!r} is not possible with {total} optimizer steps: they fall on steps "
             f"{', '.join(map(str, steps))} of {total}; train longer, or give fewer rungs, further apart."
         )
     return dict(zip(steps, rungs, strict=True))

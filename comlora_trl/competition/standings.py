@@ -1,10 +1,13 @@
 """Where the branches stand: wins, disqualifications, sums over a validation set, and who wins (eq. 11–12)."""
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_BY_BRANCH = ("disqualified", "retired")
 
 
 @dataclass
@@ -14,14 +17,22 @@ class CompetitionState:
     Attributes:
         k: number of branches.
         disqualified: optimizer step at which a branch was disqualified, by branch.
+        retired: optimizer step of the rung that retired a branch, by branch.
+        rungs: what was measured and decided at each rung so far.
+        rates: each branch's peak learning rate, None where all have the same.
+        row_passes: rows through one branch, forward and backward, so far: the cost.
         wins: optimizer steps won so far, by branch.
         selection: the newest selection's result (see [`ValidationTally.result`]), or None before the first.
     """
 
     k: int
-    disqualified: dict[int, int] = field(default_factory=dict)
-    wins: list[float] = field(default_factory=list)
+    disqualified: dict[int, int] = dataclasses.field(default_factory=dict)
+    wins: list[float] = dataclasses.field(default_factory=list)
     selection: dict[str, Any] | None = None
+    retired: dict[int, int] = dataclasses.field(default_factory=dict)
+    rungs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    rates: list[float] | None = None
+    row_passes: int = 0
 
     @classmethod
     def new(cls, k: int) -> "CompetitionState":
@@ -31,19 +42,28 @@ class CompetitionState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompetitionState":
         """From what `vars(state)` became in JSON, where keys are text."""
-        return cls(
-            **{**values, "disqualified": {int(branch): step for branch, step in values["disqualified"].items()}}
-        )
+        by_branch = {name: {int(branch): step for branch, step in values[name].items()} for name in _BY_BRANCH}
+        return cls(**values | by_branch)
 
     @property
     def alive(self) -> list[bool]:
         """Whether each branch is still in the competition."""
-        return [branch not in self.disqualified for branch in range(self.k)]
+        return [branch not in self.disqualified and branch not in self.retired for branch in range(self.k)]
+
+    @property
+    def living(self) -> list[int]:
+        """The branches that are still in the competition."""
+        return [branch for branch, lives in enumerate(self.alive) if lives]
+
+    @property
+    def field(self) -> int:
+        """How many branches the rungs have left, those that diverged among them."""
+        return self.k - len(self.retired)
 
     @property
     def leader(self) -> int:
         """The branch that would win now: the newest selection's winner, before it the first living branch."""
-        if self.selection is not None and self.alive[self.selection["winner"]]:
+        if self.selection is not None and self.selection["winner"] not in self.disqualified:
             return self.selection["winner"]
         return next((branch for branch, lives in enumerate(self.alive) if lives), 0)
 

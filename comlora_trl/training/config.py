@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
+from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
 
 WINNER_CRITERIA = ("selector", "validation_loss", "validation_accuracy")
@@ -27,8 +28,12 @@ class ComLoRAConfig(SFTConfig):
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
 
-    comlora_k: int = field(
-        default=2, metadata={"help": "Number of LoRA branches that compete (K). 1 without a selector is plain LoRA."}
+    comlora_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of LoRA branches that compete (K). 1 without a selector is plain LoRA. None means 2, in a "
+            "tournament 4."
+        },
     )
     comlora_top_n: int | None = field(
         default=None,
@@ -60,11 +65,11 @@ class ComLoRAConfig(SFTConfig):
     comlora_pairwise_weight: float = field(
         default=1.0, metadata={"help": "Weight of the pairwise loss that trains the selector (eq. 9); 0 removes it."}
     )
-    comlora_selector: bool = field(
-        default=True,
+    comlora_selector: bool | None = field(
+        default=None,
         metadata={
             "help": "Whether to train a selector. Without it the branches train by eq. 4 alone and the winner is the "
-            "branch with the lowest validation NLL."
+            "branch with the lowest validation NLL. None means yes, in a tournament no."
         },
     )
     comlora_selector_dim: int | None = field(
@@ -88,12 +93,13 @@ class ComLoRAConfig(SFTConfig):
     comlora_selector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the selector. None means `learning_rate`."}
     )
-    comlora_winner_by: str = field(
-        default="selector",
+    comlora_winner_by: str | None = field(
+        default=None,
         metadata={
             "help": "How the winner is chosen: 'selector' (highest accumulated score on the validation set, eq. "
             "11-12; without a selector the validation loss), 'validation_loss' (lowest NLL) or "
-            "'validation_accuracy' (tokens predicted right).",
+            "'validation_accuracy' (tokens predicted right). None means 'selector', in a tournament "
+            "'validation_loss'.",
             "choices": list(WINNER_CRITERIA),
         },
     )
@@ -119,6 +125,32 @@ class ComLoRAConfig(SFTConfig):
             "choices": list(EQUATION_SIGNS),
         },
     )
+    comlora_tournament: bool = field(
+        default=False,
+        metadata={
+            "help": "Tournament of learning rates, at the cost of one LoRA run: 4 branches at half, one, two and four "
+            "times `learning_rate`, rows shared among them, half of them retired after a tenth of training and all "
+            "but one after a quarter. What else is given besides wins."
+        },
+    )
+    comlora_branch_learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "Peak learning rate of each branch, K of them. None means `learning_rate`."}
+    )
+    comlora_rungs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Points of training at which the field shrinks, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
+            "best 2 go on after a tenth of the steps, the best one after a quarter. None: all go on to the end."
+        },
+    )
+    comlora_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "'all': every living branch sees every row; 'shared': each row goes to one of them, which costs "
+            "what one LoRA costs. None means 'all', in a tournament without a selector 'shared'.",
+            "choices": list(ROWS),
+        },
+    )
     comlora_winner_dir: str | None = field(
         default=None,
         metadata={"help": "Folder the winning adapter is exported to. None means `{output_dir}/winner`."},
@@ -129,8 +161,60 @@ class ComLoRAConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._fill_in()
         self._check_ranges()
+        self._check_tournament()
         self._check_choices()
+
+    def _fill_in(self) -> None:
+        """What is left out, by whether this is a tournament."""
+        tournament = self.comlora_tournament
+        if self.comlora_k is None:
+            self.comlora_k = 4 if tournament else 2
+        if self.comlora_selector is None:
+            self.comlora_selector = not tournament and self.comlora_rows != "shared"
+        if self.comlora_rows is None:
+            self.comlora_rows = "shared" if tournament and not self.comlora_selector else "all"
+        if self.comlora_winner_by is None:
+            self.comlora_winner_by = "validation_loss" if tournament else "selector"
+        if tournament and self.comlora_k > 1:
+            if self.comlora_branch_learning_rates is None:
+                self.comlora_branch_learning_rates = default_rates(self.learning_rate, self.comlora_k)
+            if self.comlora_rungs is None:
+                self.comlora_rungs = default_rungs(self.comlora_k)
+
+    def _check_tournament(self) -> None:
+        k, rates = self.comlora_k, self.comlora_branch_learning_rates
+        advice = "leave it out for the default"
+        if self.comlora_tournament:
+            _require(k > 1, "comlora_k", k, "2 or more in a tournament", "one branch has nobody to compete with")
+        if rates is not None:
+            found = f"{len(rates)} rates"
+            _require(len(rates) == k, "comlora_branch_learning_rates", found, f"comlora_k={k} rates", advice)
+            for rate in rates:
+                _require(rate > 0, "comlora_branch_learning_rates", rate, "above 0 each", advice)
+        parse_rungs(self.comlora_rungs, k)
+        if self.comlora_rows == "shared" and self.comlora_selector:
+            raise ValueError(
+                "comlora_rows='shared' is not possible with comlora_selector=True: eq. 5-9 compare the branches' "
+                "losses on the same rows; leave the selector out, or use comlora_rows='all'."
+            )
+        if self.comlora_rungs and self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size is not possible with comlora_rungs: a retry can't bring retired branches back; "
+                "set per_device_train_batch_size."
+            )
+
+    @property
+    def branch_learning_rates(self) -> list[float]:
+        """Peak learning rate of each branch."""
+        return self.comlora_branch_learning_rates or [self.learning_rate] * self.comlora_k
+
+    @property
+    def independent(self) -> bool:
+        """Whether each branch trains as it would alone, by a loss of its own."""
+        own = self.comlora_branch_learning_rates is not None or self.comlora_rungs or self.comlora_rows == "shared"
+        return bool(own) and not self.comlora_selector
 
     def _check_ranges(self) -> None:
         k = self.comlora_k
@@ -160,6 +244,7 @@ class ComLoRAConfig(SFTConfig):
             "comlora_annealing": ANNEALING_SCHEDULES,
             "comlora_selector_input": SELECTOR_INPUTS,
             "comlora_winner_by": WINNER_CRITERIA,
+            "comlora_rows": ROWS,
             "comlora_equation_signs": EQUATION_SIGNS,
         }
         for name, allowed in choices.items():
@@ -169,7 +254,9 @@ class ComLoRAConfig(SFTConfig):
     @property
     def competition_settings(self) -> CompetitionSettings:
         """The settings that the pure functions of [`comlora_trl.competition`] take."""
-        return CompetitionSettings(**{f.name: getattr(self, f"comlora_{f.name}") for f in fields(CompetitionSettings)})
+        names = [f.name for f in fields(CompetitionSettings) if f.name != "independent"]
+        own = {name: getattr(self, f"comlora_{name}") for name in names}
+        return CompetitionSettings(**own, independent=self.independent)
 
     @property
     def selector_settings(self) -> SelectorSettings | None:

@@ -16,6 +16,8 @@ from comlora_trl.training.checkpoints import load_state
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.report import competition_summary, write_summary
 
+# Where branches that a rung has retired are kept, below output_dir
+RETIRED = "retired"
 # What a checkpoint folder holds for every branch alike, to be kept beside the exported adapter
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -132,8 +134,11 @@ def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | 
         branch = state.selection["winner"]
     if not 0 <= branch < state.k:
         raise ValueError(f"checkpoint {checkpoint} has no branch {branch}: choose one of 0..{state.k - 1}, or all.")
+    source = checkpoint / branch_name(branch)
+    if branch in state.retired and not source.is_dir():
+        source = checkpoint.parent / RETIRED / branch_name(branch)
     with new_folder(target, overwrite) as folder:
-        for file in (checkpoint / branch_name(branch)).iterdir():
+        for file in source.iterdir():
             shutil.copy2(file, folder)
         for name in _TOKENIZER_FILES:
             if (checkpoint / name).is_file():

@@ -22,18 +22,20 @@ class CompetitionFlow(TrainerCallback):
         self.trainer.begin_competition()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._select(state, control)
+        known = self.trainer.comlora_model.competition_state.selection
+        self.trainer.reach_rung()
+        self._select(state, control, known)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._select(state, control)
+        self._select(state, control, self.trainer.comlora_model.competition_state.selection)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.finish_competition()
 
-    def _select(self, state: TrainerState, control: TrainerControl) -> None:
+    def _select(self, state: TrainerState, control: TrainerControl, known: Any) -> None:
         last = state.global_step >= state.max_steps or control.should_training_stop
-        if not self.trainer._can_select or not (control.should_evaluate or last):
-            return
-        known = self.trainer.comlora_model.competition_state.selection
-        if self.trainer.select() is not known and not control.should_evaluate:
+        if self.trainer.can_select and (control.should_evaluate or last):
+            self.trainer.select()
+        new = self.trainer.comlora_model.competition_state.selection is not known
+        if new and not control.should_evaluate:
             self.trainer.log_selection_next()

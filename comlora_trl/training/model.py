@@ -28,11 +28,17 @@ class BranchPass:
 
     Attributes:
         eta: η(t).
-        chunk: branches run at a time; None for all K at once.
+        chunk: branches run at a time; None for all at once.
+        owners: the branch each line goes to where rows are shared, None where every branch sees all.
+        rows_per_line: rows of each line of a packed batch whose lines are shared.
+        branch_weights: a factor on the weights of a branch's rows, [K]; with shared rows M over the branch's tokens.
     """
 
     eta: float = 0.0
     chunk: int | None = None
+    owners: tuple[int, ...] | None = None
+    rows_per_line: tuple[int, ...] | None = None
+    branch_weights: Tensor | None = None
 
 
 @dataclass
@@ -88,8 +94,8 @@ class ComLoRAModel(BranchModel):
         return super().trainable_parameters() + ([] if self.selector is None else list(self.selector.parameters()))
 
     def alive(self, device: torch.device) -> Tensor:
-        """bool [K], False for a disqualified branch."""
-        key = (device, *sorted(self.competition_state.disqualified))
+        """bool [K], False for a branch that is out."""
+        key = (device, *self.competition_state.alive)
         if key not in self._alive:  # kept: a copy to the GPU waits for all that was launched before it
             self._alive = {key: torch.tensor(self.competition_state.alive, device=device)}
         return self._alive[key]
@@ -109,9 +115,14 @@ class ComLoRAModel(BranchModel):
             scores = self.score(inputs["input_ids"], rows, labels)
             probabilities = selection_probabilities(scores, self.settings.top_n, alive)
         dtype = torch.float64 if self.get_base_model().dtype == torch.float64 else torch.float32
-        weights = row_weights(probabilities, rows.count, branch_pass.eta, self.settings, alive, dtype)
-        living = [branch for branch, lives in enumerate(self.competition_state.alive) if lives]
-        output = self.run_branches(inputs, rows, weights, living, branch_pass.chunk, is_compiling())
+        state = self.competition_state
+        weights = row_weights(probabilities, rows.count, branch_pass.eta, self.settings, alive, dtype, state.field)
+        if branch_pass.branch_weights is not None:
+            weights = weights * branch_pass.branch_weights.to(weights)[:, None]
+        chunk, owners = branch_pass.chunk, branch_pass.owners
+        output = self.run_branches(
+            inputs, rows, weights, state.living, chunk, is_compiling(), owners, branch_pass.rows_per_line
+        )
         return CompetitionOutput(**output, scores=scores, probabilities=probabilities)
 
     def score(self, input_ids: Tensor, rows: Rows, labels: Tensor) -> Tensor:
@@ -148,7 +159,7 @@ class ComLoRAModel(BranchModel):
         """
         folder = Path(folder)
         check_checkpoint(folder, self.settings.k, self.selector is not None)
-        for name in self.branch_names:
+        for name in (name for name in self.branch_names if name in self.peft_config):
             weights = load_file(folder / name / "adapter_model.safetensors")
             result = set_peft_model_state_dict(self, weights, adapter_name=name)
             if result.unexpected_keys:

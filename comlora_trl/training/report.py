@@ -10,6 +10,7 @@ from rich.table import Table
 
 from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.competition import CompetitionState
+from comlora_trl.competition.rungs import edge_remark
 from comlora_trl.training.model import ComLoRAModel
 
 COMPETITION_FILE = "competition.json"
@@ -68,15 +69,14 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None) -> str:
 
 def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of `competition.json`: the final table and the logged history of the competition."""
-    result = state.selection or {}
-    total = sum(state.wins)
+    result, total = state.selection or {}, sum(state.wins)
     branches = [
         {
             "branch": branch,
-            "validation_nll": result["validation_nll"][branch] if result else None,
-            "validation_accuracy": result["validation_accuracy"][branch] if result else None,
-            "score": result["scores"][branch] if result.get("scores") else None,
+            "learning_rate": state.rates[branch] if state.rates else None,
+            **_last_figures(state, branch),
             "share_of_wins": state.wins[branch] / total if total else None,
+            "retired_at_step": state.retired.get(branch),
             "disqualified_at_step": state.disqualified.get(branch),
         }
         for branch in range(state.k)
@@ -97,6 +97,8 @@ def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) 
         "step": result.get("step"),
         "validation_examples": result.get("examples"),
         "branches": branches,
+        "rungs": state.rungs,
+        "row_passes": state.row_passes,
         "history": kept,
     }
 
@@ -108,26 +110,68 @@ def write_summary(summary: dict[str, Any], folder: Path) -> None:
 
 def print_table(summary: dict[str, Any], console: Console | None = None) -> None:
     """Prints the competition's outcome as a table."""
-    table = Table(
-        title=f"Competition of {summary['k']} branches, {summary['validation_examples']} validation examples"
-    )
-    for heading in ("branch", "validation NLL", "accumulated score", "share of wins", ""):
-        table.add_column(heading, justify="left" if heading in ("branch", "") else "right")
+    title = f"Competition of {summary['k']} branches"
+    if summary["validation_examples"]:
+        title += f", {summary['validation_examples']} validation examples"
+    columns = _columns(summary["branches"])
+    table = _table(title, [heading for heading, _, _ in columns])
     for line in summary["branches"]:
         remark = "winner" if line["branch"] == summary["winner"] else ""
-        if line["disqualified_at_step"] is not None:
-            remark = f"disqualified at step {line['disqualified_at_step']}"
-        table.add_row(
-            f"branch_{line['branch']}",
-            _cell(line["validation_nll"], ".4f"),
-            _cell(line["score"], ".2f"),
-            _cell(line["share_of_wins"], ".0%"),
-            remark,
-        )
-    by_loss = summary["winner_by_validation_loss"]
-    if by_loss != summary["winner"]:
-        table.caption = f"by validation NLL alone, branch_{by_loss} would have won"
+        for what in ("retired", "disqualified"):
+            if line[f"{what}_at_step"] is not None and not remark:
+                remark = f"{what} at step {line[f'{what}_at_step']}"
+        cells = [_cell(line[key], spec) for _, key, spec in columns]
+        table.add_row(f"branch_{line['branch']}", *cells, remark)
+    by_loss, remarks = summary["winner_by_validation_loss"], []
+    if by_loss not in (summary["winner"], None):
+        remarks.append(f"by validation NLL alone, branch_{by_loss} would have won")
+    rates = [line["learning_rate"] for line in summary["branches"]]
+    if None not in rates and edge_remark(rates, summary["winner"]):
+        remarks.append(edge_remark(rates, summary["winner"]))
+    table.caption = "\n".join(remarks) or None
     (console or Console()).print(table)
+
+
+def print_rung(record: dict[str, Any], rates: list[float], steps: int, console: Console | None = None) -> None:
+    """Prints who goes on at a rung."""
+    table = _table(f"Rung at step {record['step']} of {steps}", ["rate", "validation NLL", "accuracy"])
+    for branch, rate in enumerate(rates):
+        nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]
+        if nll is not None:
+            fate = "retired" if branch in record["retired"] else "goes on"
+            table.add_row(f"branch_{branch}", f"{rate:g}", _cell(nll, ".4f"), _cell(accuracy, ".1%"), fate)
+    (console or Console()).print(table)
+
+
+def _columns(branches: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(heading, key, format) of the columns that have something to say."""
+    columns = [
+        ("rate", "learning_rate", "g"),
+        ("validation NLL", "validation_nll", ".4f"),
+        ("accuracy", "validation_accuracy", ".1%"),
+        ("score", "score", ".2f"),
+        ("wins", "share_of_wins", ".0%"),
+    ]
+    always = ("validation_nll", "share_of_wins")
+    return [one for one in columns if one[1] in always or any(line[one[1]] is not None for line in branches)]
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title)
+    table.add_column("branch")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    return table
+
+
+def _last_figures(state: CompetitionState, branch: int) -> dict[str, Any]:
+    """A branch's newest validation figures: of the last selection, or of the rung that retired it."""
+    columns = {"validation_nll": "validation_nll", "validation_accuracy": "validation_accuracy", "score": "scores"}
+    for measured in (state.selection, *reversed(state.rungs)):
+        if measured is not None and measured["validation_nll"][branch] is not None:
+            return {key: measured[column][branch] if measured[column] else None for key, column in columns.items()}
+    return dict.fromkeys(columns)
 
 
 def _cell(value: float | None, spec: str) -> str:

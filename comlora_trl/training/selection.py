@@ -47,7 +47,7 @@ class WinnerSelection:
         Raises:
             RuntimeError: if every branch is disqualified.
         """
-        if self.comlora_model.competition_state.selection is None and self._can_select:
+        if self.comlora_model.competition_state.selection is None and self.can_select:
             self.select()
         self._follow_the_leader()
         return self.comlora_model.competition_state.leader
@@ -63,21 +63,25 @@ class WinnerSelection:
                 trainer's own earlier export.
         """
         path = Path(path or self.args.winner_dir)
-        winner = self.determine_winner()
+        self.export_branch(self.determine_winner(), path, self._may_overwrite(path))
+        self._exported.add(path.absolute())
+        return path
+
+    def export_branch(self, branch: int, path: Path, overwrite: bool) -> None:
+        """Exports a branch, with its card, the tokenizer and `competition.json`; called by all processes."""
         sharded = self.is_fsdp_enabled or (
             self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3
         )
         state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
         if self.args.should_save:
             self.create_model_card(model_name=path.name)
-            with new_folder(path, self._may_overwrite(path)) as folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_folder(path, overwrite) as folder:
                 save_branch(
-                    self.comlora_model, winner, folder, self.competition_summary(), self.processing_class, state_dict
+                    self.comlora_model, branch, folder, self.competition_summary(), self.processing_class, state_dict
                 )
                 (folder / "README.md").write_bytes((Path(self.args.output_dir) / "README.md").read_bytes())
-            self._exported.add(path.absolute())
         self.accelerator.wait_for_everyone()
-        return path
 
     def competition_summary(self) -> dict[str, Any]:
         """The content of `competition.json`: the branches' figures and the history."""
@@ -85,7 +89,7 @@ class WinnerSelection:
 
     def finish_competition(self) -> None:
         """Chooses the winner, exports it, prints the table; at the end of training, before any callback's end."""
-        if self._can_select and not self._decided:
+        if self.can_select and not self._decided:
             self.select()
         folder = self.export_winner()
         if self.is_world_process_zero():
@@ -120,7 +124,7 @@ class WinnerSelection:
         self.comlora_model.train(training)
 
     @property
-    def _can_select(self) -> bool:
+    def can_select(self) -> bool:
         return self.eval_dataset is not None
 
     def _may_overwrite(self, path: Path) -> bool:

@@ -8,44 +8,94 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from comlora_trl.competition import CompetitionSettings
+from comlora_trl.competition import CompetitionSettings, CompetitionState
 
 
 class StepSums:
     """Sums over the micro-batches of one optimizer step, in one float64 vector so that one reduction suffices.
 
-    Layout: S summed per branch [K], p summed per branch [K], micro-batches with a non-finite loss per branch [K],
-    then non-finite gradients of the selector, Σ p·S, L_pair, supervised tokens and rows.
+    Attributes:
+        vector: S [K], m [K], p [K], micro-batches with a non-finite loss or gradients that are not finite [K], of the
+            branches; then non-finite gradients of the selector, Σ p·S, L_pair, rows with a supervised token.
     """
 
     def __init__(self, k: int, device: torch.device) -> None:
         self.k = k
         # float64 is not known to every accelerator (MPS)
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.vector = torch.zeros(3 * k + 5, dtype=dtype, device=device)
+        self.vector = torch.zeros(4 * k + 4, dtype=dtype, device=device)
 
     def add(
-        self, nll: Tensor, tokens: Tensor, alive: Tensor, probabilities: Tensor | None, pairwise: Tensor | None
+        self, nll: Tensor, ran: Tensor, tokens: Tensor, probabilities: Tensor | None, pairwise: Tensor | None
     ) -> None:
-        """Adds a micro-batch: S [K, R], m [R], p [R, K] or None, and its share of the pairwise loss or None.
-
-        Args:
-            alive: bool [K]; branches that are out have run nothing, and their S is not read.
-        """
+        """Adds a micro-batch: S [K, R], which rows ran [K, R], m [R], p [R, K] or None, L_pair's share or None."""
         k, supervised = self.k, tokens > 0
-        nll = torch.where(alive[:, None], nll, torch.zeros_like(nll))
         finite = nll.isfinite()
         nll = torch.where(finite, nll, torch.zeros_like(nll))
         self.vector[:k] += nll.sum(dim=1)
-        self.vector[2 * k : 3 * k] += (~finite.all(dim=1)).to(self.vector.dtype)
-        self.vector[-2] += tokens.sum()
+        self.vector[k : 2 * k] += (ran * tokens).sum(dim=1)
+        self.vector[3 * k : 4 * k] += (~finite.all(dim=1)).to(self.vector.dtype)
         self.vector[-1] += supervised.sum()
         if probabilities is not None:
             probabilities = probabilities * supervised[:, None]
-            self.vector[k : 2 * k] += probabilities.sum(dim=0)
-            self.vector[-4] += (probabilities.T * nll).sum()
+            self.vector[2 * k : 3 * k] += probabilities.sum(dim=0)
+            self.vector[-3] += (probabilities.T * nll).sum()
         if pairwise is not None:
-            self.vector[-3] += pairwise.detach()
+            self.vector[-2] += pairwise.detach()
+
+    def add_gradients(self, finite: Tensor) -> None:
+        """Adds whether the gradients of the K branches and the selector are finite, bool [K + 1]."""
+        self.vector[3 * self.k : -3] += (~finite).to(self.vector)
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """[`StepSums`] of all processes, on the host."""
+
+    k: int
+    values: list[float]
+
+    def __post_init__(self) -> None:
+        assert len(self.values) == 4 * self.k + 4
+
+    @property
+    def nll(self) -> list[float]:
+        """Mean NLL of each branch on the rows it saw."""
+        k = self.k
+        return [s / max(m, 1.0) for s, m in zip(self.values[:k], self.values[k : 2 * k], strict=True)]
+
+    @property
+    def tokens(self) -> list[float]:
+        """Supervised tokens that each branch saw."""
+        return self.values[self.k : 2 * self.k]
+
+    @property
+    def probabilities(self) -> list[float]:
+        """p summed over the rows, of each branch."""
+        return self.values[2 * self.k : 3 * self.k]
+
+    @property
+    def diverged(self) -> list[bool]:
+        """Whether each branch had a loss or a gradient that is not finite."""
+        return [value > 0 for value in self.values[3 * self.k : 4 * self.k]]
+
+    @property
+    def selector_diverged(self) -> bool:
+        return self.values[-4] > 0
+
+    @property
+    def weighted_nll(self) -> float:
+        """Σ p·S."""
+        return self.values[-3]
+
+    @property
+    def pairwise(self) -> float:
+        return self.values[-2]
+
+    @property
+    def rows(self) -> float:
+        """Rows with a supervised token."""
+        return self.values[-1]
 
 
 @dataclass
@@ -55,34 +105,41 @@ class LogWindow:
     k: int
     steps: list[dict[str, float]] = field(default_factory=list)
 
-    def add_step(self, sums: list[float], eta: float, alive: list[bool], settings: CompetitionSettings) -> int | None:
-        """Adds a finished step from [`StepSums`]' vector, reduced over processes.
-
-        Returns:
-            the branch that won the step (lowest NLL), or None when no branch that is in the race had a token.
-        """
-        k = self.k
-        pair, tokens, rows = sums[-3], max(sums[-2], 1.0), max(sums[-1], 1.0)
-        losses = [value / tokens for value in sums[:k]]
-        entry = {f"comlora/loss_{branch}": losses[branch] for branch in range(k)}
-        if sums[-1]:
-            entry |= {f"comlora/probability_{branch}": sums[k + branch] / rows for branch in range(k)}
-        entry["comlora/eta"] = eta
-        entry["comlora/lm_loss"] = settings.lm_weight * sum(losses) / k
-        entry["comlora/alignment_loss"] = settings.sign * settings.alignment_weight * eta * sums[-4] / tokens
-        entry["comlora/pairwise_loss"] = pair
-        racing = [branch for branch in range(k) if alive[branch]] if sums[-2] else []
-        best = min(racing, key=lambda branch: losses[branch], default=None)
-        entry |= {f"comlora/wins_{branch}": float(branch == best) for branch in range(k)}
+    def add_step(
+        self, figures: StepFigures, eta: float, state: CompetitionState, settings: CompetitionSettings
+    ) -> None:
+        """Adds a finished step; branches that are out have no entries."""
+        rows, losses = max(figures.rows, 1.0), figures.nll
+        entry = {f"comlora/loss_{branch}": losses[branch] for branch in state.living}
+        if settings.independent:
+            entry["comlora/lm_loss"] = settings.lm_weight * sum(losses[k] for k in state.living) / len(state.living)
+        else:
+            if figures.rows:
+                entry |= {
+                    f"comlora/probability_{branch}": figures.probabilities[branch] / rows for branch in state.living
+                }
+            tokens = max(max(figures.tokens), 1.0)
+            entry["comlora/eta"] = eta
+            entry["comlora/lm_loss"] = settings.lm_weight * sum(losses[k] for k in state.living) / state.field
+            weight = settings.sign * settings.alignment_weight * eta
+            entry["comlora/alignment_loss"] = weight * figures.weighted_nll / tokens
+            entry["comlora/pairwise_loss"] = figures.pairwise
+        best = step_winner(figures, state.living)
+        entry |= {f"comlora/wins_{branch}": float(branch == best) for branch in state.living}
         self.steps.append(entry)
-        return best
 
     def flush(self) -> dict[str, float]:
-        """The window's entries, means over its steps (wins are counts), and begins the next window."""
+        """The window's entries, means over the steps that have them (wins are counts), and begins the next window."""
         steps, self.steps = self.steps, []
         logs = {}
-        for name in steps[-1] if steps else ():
+        for name in dict.fromkeys(name for step in steps for name in step):
             values = [step[name] for step in steps if name in step]
             counted = name.startswith("comlora/wins_")
             logs[name] = sum(values) if counted else sum(values) / len(values)
         return logs
+
+
+def step_winner(figures: StepFigures, living: list[int]) -> int | None:
+    """The branch that won a step (lowest NLL), or None when no branch in the race had a token."""
+    racing = [branch for branch in living if figures.tokens[branch]]
+    return min(racing, key=lambda branch: figures.nll[branch], default=None)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from comlora_trl.competition import ValidationTally
 from comlora_trl.training.model import BranchPass, ComLoRAModel
+from comlora_trl.training.step_plan import ROWS_PER_LINE
 
 
 def own_batches(
@@ -62,6 +63,7 @@ def validate(
         hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
         for examples, count in tqdm(batches, desc="selection", leave=False, disable=hidden):
             inputs = trainer._prepare_inputs(loader.collate_fn(examples))
+            inputs.pop(ROWS_PER_LINE, None)
             with trainer.compute_loss_context_manager():
                 output = model(branch_pass=BranchPass(chunk=chunk), fused_lm_head=True, use_cache=False, **inputs)
             if count:

@@ -1,0 +1,132 @@
+"""Branches of different learning rates, and a field that shrinks at the rungs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from comlora_trl.branches.model import branch_name
+from comlora_trl.competition.rungs import Rung, parse_rungs, retired_at, rung_record, rung_steps
+from comlora_trl.training.export import RETIRED
+from comlora_trl.training.gradients import revive
+from comlora_trl.training.report import print_rung
+
+_OWNER = "comlora_owner"
+
+
+class Tournament:
+    """Mixin before TRL's trainer: one rate a branch, and rungs at which the worse ones are retired."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
+        existed = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if existed or not self._rates_differ:
+            return optimizer
+        owners = self._parameter_owners()
+        for group in list(optimizer.param_groups):
+            parameters, group["params"] = group["params"], []
+            for owner, rate in self._owner_rates().items():
+                own = [p for p in parameters if owners.get(id(p)) == owner]
+                # A retired branch's group stays, empty: the schedule counts groups
+                optimizer.add_param_group({**group, "params": own, "lr": rate, _OWNER: owner})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if _OWNER in group]
+        return optimizer
+
+    @property
+    def _rates_differ(self) -> bool:
+        own = self.args.comlora_selector_learning_rate is not None and self.comlora_model.selector is not None
+        return own or self.args.comlora_branch_learning_rates is not None
+
+    def _owner_rates(self) -> dict[str, float]:
+        rates = dict(zip(self.comlora_model.branch_names, self.args.branch_learning_rates, strict=True))
+        if self.comlora_model.selector is not None:
+            own = self.args.comlora_selector_learning_rate
+            rates["selector"] = self.args.learning_rate if own is None else own
+        return rates
+
+    def _parameter_owners(self) -> dict[int, str]:
+        model = self.comlora_model
+        owners = {
+            id(p): name for branch, name in enumerate(model.branch_names) for p in model.branch_parameters(branch)
+        }
+        selector = () if model.selector is None else model.selector.parameters()
+        return owners | {id(p): "selector" for p in selector}
+
+    @property
+    def rungs(self) -> dict[int, Rung]:
+        """The rungs of this run, by optimizer step; known once training has begun."""
+        return rung_steps(parse_rungs(self.args.comlora_rungs, self._settings.k), self.state.max_steps)
+
+    def reach_rung(self) -> None:
+        """Shrinks the field if a rung lies after the step that has just ended."""
+        rung = self.rungs.get(self.state.global_step)
+        state = self.comlora_model.competition_state
+        if rung is None or any(past["step"] == self.state.global_step for past in state.rungs):
+            return
+        selection = self.select()
+        column, highest = {
+            "selector": ("scores", True),
+            "validation_loss": ("validation_nll", False),
+            "validation_accuracy": ("validation_accuracy", True),
+        }[self.args.winner_by]
+        losers = retired_at(rung, selection[column], highest)
+        state.rungs.append(rung_record(rung, self.state.global_step, selection, losers))
+        if self.is_world_process_zero():
+            print_rung(state.rungs[-1], self.args.branch_learning_rates, self.state.max_steps)
+        for branch in losers:
+            self._retire(branch)
+
+    def _retire(self, branch: int) -> None:
+        """Keeps a branch as it is, as a plain adapter, and frees what it took: optimizer state, gradients, weights."""
+        model, name = self.comlora_model, branch_name(branch)
+        self.export_branch(branch, Path(self.args.output_dir) / RETIRED / name, overwrite=True)
+        model.competition_state.retired[branch] = self.state.global_step
+        parameters = model.branch_parameters(branch)
+        self._forget_optimizer_state(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        self.drop_retired()
+
+    def drop_retired(self) -> None:
+        """Frees the weights of retired branches, where no wrapper holds them."""
+        model = self.comlora_model
+        if self.model_wrapped is not model:
+            return  # DDP, FSDP and DeepSpeed know every parameter for good; theirs get no gradient any more
+        for branch in model.competition_state.retired:
+            if branch_name(branch) in model.peft_config:
+                model.drop_branch(branch)
+
+    def restore_retired(self) -> None:
+        """Gives branches that an earlier training retired or disqualified new adapters: a new competition begins."""
+        model, state = self.comlora_model, self.comlora_model.competition_state
+        dropped = [branch for branch in state.retired if branch_name(branch) not in model.peft_config]
+        for branch in dropped:
+            model.restore_branch(branch)
+        revive(model, [*state.disqualified, *state.retired])
+        if dropped:
+            self.optimizer = self.lr_scheduler = None  # they know nothing of the new parameters
+
+    def _forget_optimizer_state(self, parameters: list[nn.Parameter]) -> None:
+        if self.optimizer is None or self.is_deepspeed_enabled:
+            return
+        gone = {id(parameter) for parameter in parameters}
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in parameters:
+            self.optimizer.state.pop(parameter, None)
+
+    def tournament_logs(self) -> dict[str, float]:
+        """Entries of the Trainer's log: living branches, cost so far, each branch's rate."""
+        state = self.comlora_model.competition_state
+        logs: dict[str, float] = {"comlora/row_passes": state.row_passes}
+        if self.args.comlora_rungs:
+            logs["comlora/living"] = len(state.living)
+        if self.args.comlora_branch_learning_rates is not None and self.lr_scheduler is not None:
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                owner = group.get(_OWNER, "")
+                branch = owner.removeprefix("branch_")
+                if branch.isdigit() and int(branch) in state.living:
+                    logs[f"comlora/learning_rate_{branch}"] = rate
+        return logs

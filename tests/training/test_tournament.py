@@ -1,0 +1,322 @@
+"""Tournament: each branch is the LoRA run it would be alone, the field shrinks, each shared row goes to one branch."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
+from peft import PeftModel, get_peft_model
+from reference import ReferenceRun, Row
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from comlora_trl import ComLoRAConfig
+from comlora_trl.training.export import export_checkpoint
+
+RATES = [5e-3, 1e-2, 2e-2, 4e-2]
+
+
+class Recorder(TrainerCallback):
+    """Keeps each step's weights and gradients, and the examples in the order in which they were collated."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = {name: p.grad.clone() for name, p in own.items() if p.grad is not None}
+        self.steps.append(({name: p.detach().clone() for name, p in own.items()}, gradients))
+
+
+def of_branch(values: dict[str, Tensor], branch: int) -> dict[str, Tensor]:
+    own = f".branch_{branch}."
+    return {name.replace(own, ".default."): value for name, value in values.items() if own in name}
+
+
+def lora_alone(start: dict[str, Tensor], rate: float, folder: Path, stop: int | None = None, **options) -> dict:
+    """TRL's own trainer from the same start, at one rate; its adapter after `stop` steps, and its losses."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == stop
+
+    model = get_peft_model(make_model().double(), make_lora())
+    model.load_state_dict(start, strict=False)
+    config = SFTConfig(**make_arguments(folder, learning_rate=rate, **options))
+    given = {"train_dataset": make_dataset(), "processing_class": make_tokenizer()}
+    trainer = SFTTrainer(model, config, callbacks=[Stop()], **given)
+    trainer.train()
+    adapter = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"adapter": adapter, "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+
+
+def test_rates_alone_are_separate_runs_of_trls_lora(train, tmp_path):
+    start = {}
+
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            start.update(parameters_of(model))
+
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_grad_norm": 0.15}
+    trainer = train(
+        comlora_k=3,
+        comlora_selector=False,
+        comlora_branch_learning_rates=RATES[:3],
+        trainer={"callbacks": [Start()]},
+        **options,
+    )
+    for branch, rate in enumerate(RATES[:3]):
+        alone = lora_alone(of_branch(start, branch), rate, tmp_path / f"alone-{branch}", **options)
+        assert difference(of_branch(parameters(trainer), branch), alone["adapter"]) < 1e-9
+        own = [entry[f"comlora/loss_{branch}"] for entry in trainer.state.log_history if "loss" in entry]
+        assert own == pytest.approx(alone["losses"], abs=1e-3)  # TRL rounds what it logs
+        logged = [entry[f"comlora/learning_rate_{branch}"] for entry in trainer.state.log_history if "loss" in entry]
+        assert logged[0] / rate == pytest.approx(logged[0] / RATES[branch]) and logged[-1] < logged[0]
+    assert trainer.comlora_model.competition_state.row_passes == 8 * 8 * 3
+
+
+def parameters_of(model) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+TOURNAMENT = {"comlora_k": 4, "comlora_selector": False, "comlora_branch_learning_rates": RATES, "max_steps": 12}
+
+
+def test_rungs_stop_the_losers_runs_and_free_what_they_took(train, tmp_path, capsys):
+    start, sizes = {}, []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            start.update(parameters_of(model))
+
+        def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+            sizes.append((len(optimizer.state), len(parameters_of(model))))
+
+    trainer = train(comlora_rungs="0.25:2, 0.5:1", **TOURNAMENT, trainer={"callbacks": [Watch()]})
+    state = trainer.comlora_model.competition_state
+    per_branch = len(start) // 4
+    assert [size[0] for size in sizes] == [per_branch * n for n in [4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]]
+    assert [size[1] for size in sizes] == [size[0] for size in sizes]
+    assert sorted(state.retired.values()) == [3, 3, 6] and state.row_passes == 8 * (3 * 4 + 3 * 2 + 6)
+    assert [record["step"] for record in state.rungs] == [3, 6]
+    assert trainer.determine_winner() not in state.retired
+    for branch, rate in enumerate(RATES):
+        alone = lora_alone(
+            of_branch(start, branch), rate, tmp_path / f"a{branch}", state.retired.get(branch), max_steps=12
+        )
+        folder = Path(trainer.args.output_dir) / "retired" / f"branch_{branch}"
+        folder = folder if branch in state.retired else Path(trainer.args.winner_dir)
+        kept = load_file(folder / "adapter_model.safetensors")
+        found = {name.replace(".weight", ".default.weight"): value for name, value in kept.items()}
+        assert difference(found, alone["adapter"]) < 1e-9
+    PeftModel.from_pretrained(
+        make_model(), Path(trainer.args.output_dir) / "retired" / f"branch_{next(iter(state.retired))}"
+    )
+    printed = capsys.readouterr().out
+    assert "Rung at step 3 of 12" in printed and "goes on" in printed and "retired at step 6" in printed
+    summary = json.loads((Path(trainer.args.winner_dir) / "competition.json").read_text())
+    assert summary["row_passes"] == state.row_passes and len(summary["rungs"]) == 2
+    assert [line["learning_rate"] for line in summary["branches"]] == RATES
+    assert all(line["validation_nll"] is not None for line in summary["branches"])
+
+
+CUTS = [(8, 1, False), (4, 2, False), (1, 8, False), (3, 2, False), (4, 2, True)]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut)))
+def test_shared_rows_are_a_literal_deal(train, cut, float64):
+    """Each branch's gradient is that of the mean NLL over the rows that (place + step) mod n deals it."""
+    rows, accumulation, packed = cut
+    recorder, seen = Recorder(), []
+    options = {"padding_free": True, "max_length": None} if packed else {}
+    options |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "max_grad_norm": 0.0}
+    settings = {**TOURNAMENT, "max_steps": 5, "comlora_rungs": "0.4:3", "comlora_rows": "shared"}
+    trainer = train(start=False, trainer={"callbacks": [recorder]}, **settings, **options)
+    original = trainer.data_collator
+
+    def record(examples):
+        if trainer.model.training:
+            seen.extend(examples)
+        return original(examples)
+
+    trainer.data_collator = record
+    trainer.train()
+    total = rows * accumulation
+    for step, (weights, gradients) in enumerate(recorder.steps):
+        living = [branch for branch in range(4) if any(f".branch_{branch}." in name for name in weights)]
+        assert len(living) == (4 if step < 2 else 3)
+        run = ReferenceRun(make_model().double(), make_lora(), 4, _all_branches(weights))
+        examples = [literal_row(example) for example in seen[total * step : total * (step + 1)]]
+        for branch in living:
+            own = [row for place, row in enumerate(examples) if living[(place + step) % len(living)] == branch]
+            tokens = sum(row.supervised for row in own)
+            loss = sum(run.row_nll(branch, row) for row in own) / max(tokens, 1)
+            expected = of_branch(run.gradients(loss), branch) if own else {}
+            found = of_branch(gradients, branch)
+            for name, value in expected.items():
+                torch.testing.assert_close(found.get(name, torch.zeros_like(value)), value, rtol=0, atol=1e-9)
+    state = trainer.comlora_model.competition_state
+    assert state.row_passes == 5 * total
+
+
+def _all_branches(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With stand-ins for branches that are gone, for the reference has all four."""
+    branches = {name.split(".branch_")[1][0] for name in weights}
+    first = min(branches)
+    own = {name: value for name, value in weights.items() if f".branch_{first}." in name}
+    for k in {"0", "1", "2", "3"} - branches:
+        weights = weights | {name.replace(f".branch_{first}.", f".branch_{k}."): value for name, value in own.items()}
+    return weights
+
+
+def literal_row(example: dict) -> Row:
+    labels = example.get("labels")
+    if labels is None:
+        mask = example.get("completion_mask", [1] * len(example["input_ids"]))
+        labels = [token if kept else -100 for token, kept in zip(example["input_ids"], mask, strict=True)]
+    return Row(list(example["input_ids"]), list(labels))
+
+
+def test_any_cut_of_a_step_is_the_same_tournament(train, float64):
+    """1×8 = 2×4 = 8×1, and chunks, over a whole tournament with shared rows."""
+    settings = {**TOURNAMENT, "comlora_rungs": "0.25:3,0.5:1", "comlora_rows": "shared"}
+    runs = []
+    for rows, accumulation, chunk in ((8, 1, None), (4, 2, None), (1, 8, None), (4, 2, 1)):
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        runs.append(train(comlora_branch_chunk=chunk, **settings, **options))
+    for run in runs[1:]:
+        assert run.comlora_model.competition_state.retired == runs[0].comlora_model.competition_state.retired
+        assert difference(parameters(run), parameters(runs[0])) < 1e-8
+
+
+def test_packed_lines_go_to_one_branch_whole(train):
+    options = {"packing": True, "max_length": 64, "per_device_train_batch_size": 4, "max_steps": 8}
+    settings = {**TOURNAMENT, **options, "comlora_rungs": "0.5:1", "comlora_rows": "shared"}
+    together, chunked = train(**settings), train(**settings, comlora_branch_chunk=1)
+    assert difference(parameters(together), parameters(chunked)) < 1e-5
+    assert together.comlora_model.competition_state.row_passes == 8 * 4
+
+
+@pytest.mark.parametrize("rows", ["all", "shared"])
+def test_resumed_in_any_rung_is_uninterrupted(train, rows, tmp_path):
+    settings = {**TOURNAMENT, "comlora_rungs": "0.3:2,0.6:1", "comlora_rows": rows, "lora": {"lora_dropout": 0.1}}
+    whole = train(save_strategy="steps", save_steps=2, **settings)
+    for step in (2, 4, 8):
+        checkpoint = Path(whole.args.output_dir) / f"checkpoint-{step}"
+        resumed = train(start=False, **settings)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert parameters(resumed).keys() == parameters(whole).keys()
+        assert all(torch.equal(value, parameters(whole)[name]) for name, value in parameters(resumed).items())
+        assert vars(resumed.comlora_model.competition_state) == vars(whole.comlora_model.competition_state)
+    loser = next(iter(whole.comlora_model.competition_state.retired))
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-12"
+    assert export_checkpoint(checkpoint, loser, tmp_path / "loser") == loser
+    kept = load_file(Path(whole.args.output_dir) / "retired" / f"branch_{loser}" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "loser" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+def test_the_best_checkpoints_leader_may_have_been_retired_since(train):
+    class Spoil(TrainerCallback):
+        """Ruins the leader of the first evaluation, so that a rung retires it."""
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                self.leader = model.competition_state.leader
+                for parameter in model.branch_parameters(self.leader):
+                    parameter.data.mul_(30)
+            if state.global_step == 6:
+                for branch in model.competition_state.living:
+                    for parameter in model.branch_parameters(branch):
+                        parameter.data.mul_(30)
+
+    spoil = Spoil()
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    given = {"trainer": {"callbacks": [spoil]}, **TOURNAMENT, **evaluated}
+    trainer = train(comlora_rungs="0.5:1", load_best_model_at_end=True, **given)
+    assert spoil.leader in trainer.comlora_model.competition_state.retired
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name in ("checkpoint-2", "checkpoint-4") and trainer.determine_winner() == spoil.leader
+    kept = load_file(best / f"branch_{spoil.leader}" / "adapter_model.safetensors")
+    found = load_file(Path(trainer.args.winner_dir) / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+def test_a_diverged_branch_is_out_before_its_rung(train):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.branch_parameters(0)[-1].data.fill_(math.inf)
+
+    trainer = train(comlora_rungs="0.5:3", trainer={"callbacks": [Poison()]}, **TOURNAMENT)
+    state = trainer.comlora_model.competition_state
+    assert state.disqualified == {0: 2} and not state.retired and len(state.living) == 3
+
+
+@pytest.mark.parametrize("by", ["selector", "validation_accuracy"])
+def test_rungs_with_a_selector_and_by_accuracy(train, by):
+    trainer = train(comlora_k=3, comlora_rungs="0.5:2", comlora_winner_by=by, max_steps=6)
+    state = trainer.comlora_model.competition_state
+    record, column = state.rungs[0], {"selector": "scores", "validation_accuracy": "validation_accuracy"}[by]
+    assert list(state.retired) == [min(range(3), key=lambda branch: (record[column][branch], -branch))]
+    assert {"comlora/probability_0", "comlora/living"} <= trainer.state.log_history[0].keys()
+
+
+def test_a_second_tournament_begins_with_all_branches(train):
+    trainer = train(comlora_rungs="0.25:1", **TOURNAMENT)
+    assert len(parameters(trainer)) == 20
+    trainer.train()
+    state = trainer.comlora_model.competition_state
+    assert len(state.retired) == 3 and len(state.rungs) == 1 and sum(state.wins) == 12
+
+
+def test_the_short_way(tmp_path):
+    config = ComLoRAConfig(**make_arguments(tmp_path, comlora_tournament=True, learning_rate=2e-3))
+    assert (config.comlora_k, config.comlora_selector, config.comlora_rows) == (4, False, "shared")
+    assert config.comlora_branch_learning_rates == [1e-3, 2e-3, 4e-3, 8e-3]
+    assert (config.comlora_rungs, config.winner_by) == ("0.1:2,0.25:1", "validation_loss")
+    given = {"comlora_k": 8, "comlora_rungs": "0.5:2", "comlora_selector": True}
+    own = ComLoRAConfig(**make_arguments(tmp_path, comlora_tournament=True, **given))
+    assert (own.comlora_rungs, own.comlora_rows, len(own.comlora_branch_learning_rates)) == ("0.5:2", "all", 8)
+    plain = ComLoRAConfig(**make_arguments(tmp_path))
+    assert (plain.comlora_k, plain.comlora_selector, plain.comlora_rows, plain.comlora_rungs) == (2, True, "all", None)
+    assert plain.winner_by == "selector" and not plain.independent
+
+
+BAD = {
+    "rungs not increasing": ({"comlora_rungs": "0.5:2,0.25:1"}, "the fractions of training must rise"),
+    "rungs past the end": ({"comlora_rungs": "0.5:2,1.0:1"}, "above 0 and below 1"),
+    "counts not falling": ({"comlora_rungs": "0.25:2,0.5:2"}, "must fall from below comlora_k=4"),
+    "counts of K": ({"comlora_rungs": "0.25:4"}, "must fall from below comlora_k=4"),
+    "no rung": ({"comlora_rungs": "half"}, "'half' is no FRACTION:BRANCHES"),
+    "rates not K": (
+        {"comlora_branch_learning_rates": [1e-3]},
+        "1 rates is not possible: it must be comlora_k=4",
+    ),
+    "a rate of 0": (
+        {"comlora_branch_learning_rates": [1e-3, 0.0, 1e-3, 1e-3]},
+        "0.0 is not possible",
+    ),
+    "one branch": (
+        {"comlora_k": 1, "comlora_tournament": True},
+        "it must be 2 or more in a tournament",
+    ),
+    "shared with a selector": ({"comlora_rows": "shared", "comlora_selector": True}, "eq. 5-9 compare the branches'"),
+    "shared how": ({"comlora_rows": "some"}, "one of all, shared"),
+    "a smaller batch": ({"comlora_rungs": "0.25:1", "auto_find_batch_size": True}, "a retry can't bring retired"),
+}
+
+
+@pytest.mark.parametrize("options, message", BAD.values(), ids=BAD)
+def test_bad_settings(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        ComLoRAConfig(**make_arguments(tmp_path, **{"comlora_k": 4, **options}))
+
+
+def test_more_rungs_than_steps(train):
+    with pytest.raises(ValueError, match=r"not possible with 2 optimizer steps: they fall on steps 1, 1 of 2"):
+        train(comlora_rungs="0.1:2,0.25:1", **{**TOURNAMENT, "max_steps": 2})
