@@ -5,6 +5,7 @@ the questions (a robin is a bird, people use a kettle to boil water, ...) are sp
 in train and validation, the rest only in test, so the test set measures what the base model knew before fine-tuning.
 
     python scripts/make_demo_data.py            # rewrites comlora_trl/demo/data/, byte for byte the same
+    python scripts/make_demo_data.py --train 750 --test 250 --out large         # the same world, more rows
 """
 
 import argparse
@@ -14,7 +15,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from demo_world import GENERATORS, TASKS
+from demo_world import DEPTHS, GENERATORS, TASKS
+
+DEPTH_WEIGHTS = (1, 1, 1)
 
 
 def split_facts(task: str, seed: int) -> tuple[list[str], list[str]]:
@@ -25,14 +28,17 @@ def split_facts(task: str, seed: int) -> tuple[list[str], list[str]]:
     return facts[:cut], facts[cut:]
 
 
-def draw_rows(task: str, facts: list[str], count: int, seen: set[str], rng: random.Random) -> list[dict[str, str]]:
+def draw_rows(
+    task: str, facts: list[str], count: int, seen: set[str], rng: random.Random, held_out: bool
+) -> list[dict[str, str]]:
     """`count` rows of one task with new instructions and balanced answers; ValueError when facts run out."""
     rows: list[dict[str, str]] = []
     per_answer: Counter[str] = Counter()
     for _ in range(500 * count):
-        item = GENERATORS[task][0](rng.choice(facts), rng)
+        item = GENERATORS[task][0](rng.choice(facts), rng.choices(DEPTHS, DEPTH_WEIGHTS)[0], rng)
         row = item.row()
-        if row["instruction"] not in seen and per_answer[row["answer"]] < math.ceil(count / len(item.keywords)):
+        new = item.held_out == held_out and row["instruction"] not in seen
+        if new and per_answer[row["answer"]] < math.ceil(count / len(item.keywords)):
             seen.add(row["instruction"])
             per_answer[row["answer"]] += 1
             rows.append(row)
@@ -47,9 +53,9 @@ def make_splits(train: int, validation: int, test: int, seed: int) -> dict[str, 
     for task in TASKS:
         rng, seen = random.Random(f"{seed} {task} rows"), set()
         asked, kept = split_facts(task, seed)
-        splits["test"] += draw_rows(task, kept, test, seen, rng)
-        splits["validation"] += draw_rows(task, asked, validation, seen, rng)
-        splits["train"] += draw_rows(task, asked, train, seen, rng)
+        splits["test"] += draw_rows(task, kept, test, seen, rng, held_out=True)
+        splits["validation"] += draw_rows(task, asked, validation, seen, rng, held_out=True)
+        splits["train"] += draw_rows(task, asked, train, seen, rng, held_out=False)
     for name in ("train", "validation"):
         random.Random(f"{seed} {name}").shuffle(splits[name])
     return splits
