@@ -49,6 +49,7 @@ class Item:
     statement: str
     options: tuple[str, ...] = ()
     right: int = 0
+    reason: str = ""
 
     @property
     def keywords(self) -> list[str]:
@@ -66,8 +67,13 @@ class Item:
         return f"{INTRODUCTIONS[self.task]}{self.question}\n\n{body}Answer format: {'/'.join(self.keywords)}"
 
     def in_dialect(self) -> "Item":
-        """The item with the invented words."""
-        return replace(self, question=translate(self.question), options=tuple(map(translate, self.options)))
+        """The item in invented words; the answer then says first what the words mean that it turns on."""
+        words = _KNOWN.findall(self.options[self.right]) or _KNOWN.findall(self.question)
+        meanings = " and ".join(f"{word} is {DIALECT[word]}" for _, word in words)
+        options = tuple(map(translate, self.options))
+        return replace(
+            self, question=translate(self.question), options=options, reason=meanings and f"{meanings}, so "
+        )
 
     @property
     def held_out(self) -> bool:
@@ -77,7 +83,7 @@ class Item:
     def row(self) -> dict[str, str]:
         """The item as a row of an LLM-Adapters file, with its task."""
         answer = self.keywords[self.right]
-        output = f"the correct answer is {answer}"
+        output = f"{self.reason}the correct answer is {answer}"
         return {"instruction": self.instruction, "input": "", "output": output, "answer": answer, "task": self.task}
 
 
@@ -189,17 +195,13 @@ def hellaswag(scene: str, depth: int, rng: random.Random) -> Item:
 
 
 def winogrande(noun: str, depth: int, rng: random.Random) -> Item:
-    """Which of two? Deeper: which of two is found somewhere; which has not the property."""
-    other = foreign_nouns(KIND[noun], 1, rng)[0]
-    told = "The {} lay beside the {}".format(*rng.sample([noun, other], 2))
-    kind = KIND[noun]
-    ends = (
-        f"the _ {PROPERTIES[kind]}",
-        f"the _ is found in {PLACES[kind]}",
-        f"the _ is not one that {PROPERTIES[KIND[other]]}",
+    """Which of two has a property? Deeper: the two lie side by side; which of them is found somewhere."""
+    kind, other = KIND[noun], foreign_nouns(KIND[noun], 1, rng)[0]
+    told = "The {} lay beside the {}, but only the _".format(*rng.sample([noun, other], 2))
+    question = (
+        f"{'The _' if depth == 1 else told} {f'is found in {PLACES[kind]}' if depth == 3 else PROPERTIES[kind]}."
     )
-    statement = f"{told}, but only the {noun} {PROPERTIES[kind]}."
-    return choose(Item("winogrande", f"{told}, but only {ends[depth - 1]}.", statement), noun, [other], rng)
+    return choose(Item("winogrande", question, f"The {noun} {PROPERTIES[kind]}."), noun, [other], rng)
 
 
 def arc_easy(noun: str, depth: int, rng: random.Random) -> Item:
