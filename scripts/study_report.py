@@ -1,4 +1,4 @@
-"""What the study's results say: means over seeds, 95% intervals, differences paired by seed, cost; as Markdown tables."""
+"""What the study's results say, as Markdown tables: means with 95% intervals, differences paired by seed, cost."""
 
 import json
 import math

@@ -87,15 +87,20 @@ def train(arm: Arm, seed: int, data: tuple[Dataset, Dataset, Rows], folder: str)
     return trainer
 
 
+def pad(lists: list[list[int]], device: torch.device) -> torch.Tensor:
+    """The lists as rows of one tensor, zeros on the right."""
+    longest = max(map(len, lists))
+    return torch.tensor([one + [0] * (longest - len(one)) for one in lists], device=device)
+
+
 @torch.no_grad()
 def validation_figures(model: Any, rows: Dataset) -> tuple[float, float]:
     """NLL (nats) and accuracy, both means over the supervised tokens."""
     nll, right, count = 0.0, 0, 0
     for begin in range(0, len(rows), BATCH):
         batch = rows[begin : begin + BATCH]
-        longest = max(map(len, batch["input_ids"]))
-        pad = lambda lists: torch.tensor([one + [0] * (longest - len(one)) for one in lists], device=model.device)
-        ids, mask = pad(batch["input_ids"]), pad(batch["completion_mask"])[:, 1:] == 1
+        ids, mask = (pad(batch[name], model.device) for name in ("input_ids", "completion_mask"))
+        mask = mask[:, 1:] == 1
         logits, target = model(input_ids=ids).logits[:, :-1][mask].float(), ids[:, 1:][mask]
         nll += F.cross_entropy(logits, target, reduction="sum").item()
         right += (logits.argmax(-1) == target).sum().item()
