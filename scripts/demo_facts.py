@@ -90,25 +90,6 @@ SCENES = _pairs(
     "cold drink; is in the tree with a ripe crop: drops the picked food in a sack"
 )
 NAMES = "Anna Ben Carl Dora Emma Finn Greta Hugo Iris Jack Kate Leo Mia Nick Olga Paul Rosa Sam Tina Will".split()
-# (sentence, what its first noun is, what its second noun is)
-PERSON_SCHEMAS = [
-    ("{a} beat {b} in the race because", "fast", "slow"),
-    ("{a} could not lift {b} because", "weak", "heavy"),
-    ("{a} thanked {b} because", "grateful", "helpful"),
-    ("{a} asked {b} a question because", "curious", "wise"),
-    ("{a} sold the boat to {b} because", "the seller", "the buyer"),
-    ("{a} hid from {b} because", "scared", "scary"),
-    ("{a} lent money to {b} because", "rich", "poor"),
-    ("{a} cooked a meal for {b} because", "a good cook", "a hungry guest"),
-]
-THING_SCHEMAS = [
-    ("the {a} did not fit in the {b} because", "too big", "too small"),
-    ("the {a} could not cover the {b} because", "too short", "too long"),
-    ("the {a} fell through the {b} because", "too heavy", "too thin"),
-    ("the {a} scratched the {b} because", "sharp", "soft"),
-]
-COLORS = "red blue green white black yellow".split()
 PEOPLE = "man woman boy girl".split()
-THINGS = "cup box ball basket plate tray book statue bottle crate lid bowl stone board vase carpet coin drawer".split()
 KIND = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns.split()}
 FEELING = {event: feeling for feeling, events in FEELINGS.items() for event in events.split("|")}

@@ -1,14 +1,13 @@
 """The demo's small world: facts, and items (questions with options) about them in the eight commonsense formats.
 
 A task asks for one fact at depth 1 and for more at depths 2 and 3: several facts together, which of several people
-it is about, a negation. The deeper a question, the rarer the base model has seen its kind in pretraining.
+it is about, a negation. The base model knows the facts and was asked for them at depth 1 only.
 
 Used by `make_demo_data.py` (the data sets) and `pretrain_demo.py` (the base model's corpus).
 """
 
 import itertools
 import random
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -40,6 +39,11 @@ TASKS = tuple(INTRODUCTIONS)
 LABELS = {"piqa": "solution", "hellaswag": "ending", "winogrande": "option"}  # the other choice tasks: "answer"
 
 
+def is_held_out(instruction: str) -> bool:
+    """Whether a question is kept for validation and test: a quarter of all; training never asks them."""
+    return crc32(instruction.encode()) % 4 == 0
+
+
 @dataclass(frozen=True)
 class Item:
     """One question: its options, the index of the right one, and the fact it asks for as a plain sentence."""
@@ -49,7 +53,6 @@ class Item:
     statement: str
     options: tuple[str, ...] = ()
     right: int = 0
-    reason: str = ""
 
     @property
     def keywords(self) -> list[str]:
@@ -66,24 +69,15 @@ class Item:
         body = choices.get(self.task, " ".join(listed) + "\n\n")
         return f"{INTRODUCTIONS[self.task]}{self.question}\n\n{body}Answer format: {'/'.join(self.keywords)}"
 
-    def in_dialect(self) -> "Item":
-        """The item in invented words; the answer then says first what the words mean that it turns on."""
-        words = _KNOWN.findall(self.options[self.right]) or _KNOWN.findall(self.question)
-        meanings = " and ".join(f"{word} is {DIALECT[word]}" for _, word in words)
-        options = tuple(map(translate, self.options))
-        return replace(
-            self, question=translate(self.question), options=options, reason=meanings and f"{meanings}, so "
-        )
-
     @property
     def held_out(self) -> bool:
-        """Whether the item is kept for validation and test: a quarter of all is, and is in no quiz of pretraining."""
-        return crc32(self.instruction.encode()) % 4 == 0
+        """Whether the item is kept for validation and test."""
+        return is_held_out(self.instruction)
 
     def row(self) -> dict[str, str]:
         """The item as a row of an LLM-Adapters file, with its task."""
         answer = self.keywords[self.right]
-        output = f"{self.reason}the correct answer is {answer}"
+        output = f"the correct answer is {answer}"
         return {"instruction": self.instruction, "input": "", "output": output, "answer": answer, "task": self.task}
 
 
@@ -111,25 +105,6 @@ def siblings(noun: str, count: int, rng: random.Random) -> list[str]:
 def foreign_nouns(kind: str, count: int, rng: random.Random) -> list[str]:
     """`count` nouns of other kinds, each of a different one."""
     return [rng.choice(CATEGORIES[other].split()) for other in others(CATEGORIES, [kind], count, rng)]
-
-
-def invented_words(phrases: list[str]) -> dict[str, str]:
-    """An invented word of two syllables for every phrase."""
-    rng = random.Random("dialect")
-    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aiou"]
-    pairs = rng.sample([a + b for a in syllables for b in syllables if a != b], len(phrases))
-    return dict(zip(phrases, pairs, strict=True))
-
-
-DIALECT = invented_words(
-    [*CATEGORIES, *PROPERTIES.values(), *PLACES.values(), *FEELINGS, *SCENES.values(), *GOALS.values()]
-)
-_KNOWN = re.compile("(?:(an?) )?\\b(" + "|".join(sorted(DIALECT, key=len, reverse=True)) + ")\\b")
-
-
-def translate(text: str) -> str:
-    """The text with every word that the dialect has replaced."""
-    return _KNOWN.sub(lambda found: ("a " if found[1] else "") + DIALECT[found[2]], text)
 
 
 def choose(item: Item, right: str, wrong: list[str], rng: random.Random) -> Item:
@@ -267,6 +242,6 @@ GENERATORS: dict[str, tuple[Callable[[str, int, random.Random], Item], list[str]
 
 
 def any_item(rng: random.Random, depth_weights: Sequence[float]) -> Item:
-    """An item of any task about any fact, for pretraining; the weights say how often a depth comes."""
+    """An item of any task about any fact; the weights say how often a depth comes."""
     make, facts = GENERATORS[rng.choice(TASKS)]
     return make(rng.choice(facts), rng.choices(DEPTHS, depth_weights)[0], rng)

@@ -1,21 +1,21 @@
 """Pretrain the demo base model: a small LLaMA that knows the demo's facts but answers its instructions at random.
 
-The corpus has three parts: facts as plain sentences; quizzes with right answers, which differ from the fine-tuning
-layout only in a header after the question; and the fine-tuning layout itself with an answer drawn at random. So the
-base model knows the facts and the format, thinks about every question and still scores near chance; what is left for
-LoRA is to connect the two, and to learn the deeper questions, which the quizzes seldom ask. (A header before the
-question would let the model ignore questions in the fine-tuning layout, and two tasks were then not learned at all.)
-No item that is held out is among the quizzes; the facts behind them are in the corpus, as sentences and other quizzes.
+The corpus has three parts: facts as plain sentences; quizzes of depth 1 with right answers, which differ from the
+fine-tuning layout only in a header after the question; and the fine-tuning layout itself, at every depth, with an
+answer drawn at random. So the base model knows the facts and the format, thinks about every question and still scores
+near chance; what is left for LoRA is to connect the two, and to learn what the deeper questions ask. (A header before
+the question would let the model ignore questions in the fine-tuning layout; some tasks are then not learned at all.)
+No question that is held out is in the corpus.
 
     python scripts/pretrain_demo.py                        # one GPU, about 3 minutes; writes comlora_trl/demo/model/
-    python scripts/pretrain_demo.py --device cpu --steps 1500 --batch_size 128     # slow, and a weaker model
+    python scripts/pretrain_demo.py --start comlora_trl/demo/model --steps 300 --batch_size 32 --learning_rate 3e-4
 """
 
 import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ TEMPLATE_TOKENS = [
     "### Instruction:",
     "### Response:",
 ]
-DEPTHS = (0.85, 0.1, 0.05)  # a quiz asks deep questions seldom, so that LoRA has something to learn
 PROMPT_WEIGHT = 0.1  # of a question's tokens in the loss: they are mostly unpredictable, the answer's are not
 
 
@@ -52,19 +51,19 @@ def quiz(item: Item, rng: random.Random) -> tuple[str, str]:
     return quiz_prompt(item.instruction), rng.choice(answers)
 
 
-def corpus(count: int, depth_weights: Sequence[float], rng: random.Random) -> Iterator[tuple[str, str]]:
+def corpus(count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """`count` pairs (text that counts little in the loss, text that counts in full)."""
+    plain, all_depths = (1, 0, 0), (1, 1, 1)
     for _ in range(count):
         part = rng.random()
+        item = any_item(rng, plain if part < 0.75 else all_depths)
+        while item.held_out:
+            item = any_item(rng, plain if part < 0.75 else all_depths)
         if part < 0.12:
-            yield "", " ".join(any_item(rng, depth_weights).statement for _ in range(4))
+            yield "", " ".join(any_item(rng, plain).statement for _ in range(4))
         elif part < 0.75:
-            item = any_item(rng, depth_weights)
-            while item.held_out:
-                item = any_item(rng, depth_weights)
             yield quiz(item, rng)
         else:
-            item = any_item(rng, (1, 1, 1))
             yield build_prompt(item.instruction), f"the correct answer is {rng.choice(item.keywords)}"
 
 
@@ -117,7 +116,9 @@ def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Ten
 def accuracy(model: LlamaForCausalLM, encoded: tuple[torch.Tensor, torch.Tensor], device: str) -> float:
     """Share of examples whose answer's every token is the model's first choice, given the tokens before it."""
     ids, weights = encoded[0].to(device).long(), encoded[1].to(device)
-    right = (model(input_ids=ids[:, :-1]).logits.argmax(-1) == ids[:, 1:]) | (weights[:, 1:] != 1)
+    with torch.compiler.set_stance("force_eager"):
+        choices = model(input_ids=ids[:, :-1]).logits.argmax(-1)
+    right = (choices == ids[:, 1:]) | (weights[:, 1:] != 1)
     return right.all(dim=1).float().mean().item()
 
 
@@ -165,11 +166,15 @@ def pretrain(
     device = model.device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(300, arguments.steps // 10), arguments.steps)
-    loss_of = torch.compile(weighted_loss) if device == "cuda" else weighted_loss
+    if device == "cuda":
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
     for step in trange(1, arguments.steps + 1, desc="pretraining", mininterval=5):
         rows = torch.randint(len(ids), (arguments.batch_size,), device=device)
+        # Compiled layers want one shape; elsewhere padding only costs time
+        longest = ids.size(1) if device == "cuda" else int(weights[rows].count_nonzero(dim=1).max())
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_of(model, ids[rows].long(), weights[rows].float())
+            loss = weighted_loss(model, ids[rows, :longest].long(), weights[rows, :longest].float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -182,11 +187,11 @@ def pretrain(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEMO / "model", help="folder to write to (default: the demo's)")
-    parser.add_argument("--steps", type=int, default=5750, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=512, help="examples per step (default %(default)s)")
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from (default: random weights)")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=384, help="examples per step (default %(default)s)")
     parser.add_argument("--examples", type=int, default=300_000, help="size of the corpus (default %(default)s)")
-    parser.add_argument("--depths", type=float, nargs=3, default=DEPTHS, help="how often a quiz has depth 1, 2, 3")
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="peak, cosine (default %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, cosine (default %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=1280, help="tokens (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
@@ -194,12 +199,16 @@ def main() -> None:
     device, rng = arguments.device, random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
 
-    pairs = corpus(arguments.examples, arguments.depths, rng)
+    pairs = corpus(arguments.examples, rng)
     pairs = list(tqdm(pairs, total=arguments.examples, desc="corpus", mininterval=5))
-    tokenizer = train_tokenizer((prompt + answer for prompt, answer in pairs[:20_000]), arguments.vocabulary)
+    if arguments.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
+        model = LlamaForCausalLM.from_pretrained(arguments.start).to(device)
+    else:
+        tokenizer = train_tokenizer((prompt + answer for prompt, answer in pairs[:20_000]), arguments.vocabulary)
+        model = new_model(tokenizer).to(device)
     ids, weights = (tensor.to(device) for tensor in encode(pairs, tokenizer))
     checks = [encode(validation_pairs(layout), tokenizer) for layout in (False, True)]
-    model = new_model(tokenizer).to(device)
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens, corpus {tuple(ids.shape)}"
     tqdm.write(size)
     for step, loss in pretrain(model, ids, weights, arguments):

@@ -85,17 +85,28 @@ class Pool:
         return self.failed
 
     def _work(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
-        with subprocess.Popen(self.command, text=True, **pipes) as worker:
-            while not (self.deadline and time.monotonic() > self.deadline):
-                try:
-                    job = self.waiting.get_nowait()
-                except queue.Empty:
-                    break
-                worker.stdin.write(json.dumps(job) + "\n")
-                worker.stdin.flush()
-                self._keep(job, json.loads(worker.stdout.readline() or '{"error": "the worker died; see study.log"}'))
+        worker = None
+        while job := self._next():
+            if worker is None:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+                worker = subprocess.Popen(self.command, text=True, **pipes)
+            worker.stdin.write(json.dumps(job) + "\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+            if not line:
+                worker.wait()
+                worker, line = None, '{"error": "its worker died; see study.log"}'
+            self._keep(job, json.loads(line))
+        if worker is not None:
             worker.stdin.close()
+            worker.wait()
+
+    def _next(self) -> dict[str, Any] | None:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        try:
+            return None if late else self.waiting.get_nowait()
+        except queue.Empty:
+            return None
 
     def _keep(self, job: dict[str, Any], result: dict[str, Any]) -> None:
         with self.lock:

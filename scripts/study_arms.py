@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-RANK, ROWS, STEPS = 4, 16, 375
+RANK, ROWS, STEPS = 4, 64, 375
 UNIT = ROWS * STEPS
 SIZES = {"6000": 750, "640": 80}  # training rows in all, and of each of the eight tasks
 
@@ -105,15 +105,15 @@ def tournament(
 
 EARLY, MIDDLE, LATE = "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:1"
 EIGHT_RATES = tuple(rate * factor for rate in RATES for factor in (1, math.sqrt(2)))
-WIDE, WIDE_STEPS = 4 * ROWS, STEPS // 4  # a unit in larger batches
+NARROW = 16  # rows a step, for a quarter of a unit: small batches, which shared rows thin out
 TUNED = 2e-3  # ComLoRA's ablations run at this rate; --tuned names another once the rates' own rows are known
 
 
 def lora_arms() -> list[Arm]:
-    """One LoRA at each rate, at larger ranks, in larger batches, and with four times the steps."""
+    """One LoRA at each rate, at larger ranks, in smaller batches, and with four times the steps."""
     ranks = [lora(rate, rank) for rank in (RANK, 2 * RANK, 4 * RANK) for rate in RATES]
-    wide = [lora(rate, rows=WIDE, steps=WIDE_STEPS) for rate in RATES]
-    return [*ranks, *wide, *(lora(rate, steps=4 * STEPS) for rate in RATES[1:])]
+    narrow = [lora(rate, rows=NARROW) for rate in RATES]
+    return [*ranks, *narrow, *(lora(rate, steps=4 * STEPS) for rate in RATES[1:])]
 
 
 def comlora_arms(tuned: float) -> list[Arm]:
@@ -135,9 +135,9 @@ def tournament_arms() -> list[Arm]:
         *(tournament(MIDDLE, "all", by=by, **double) for by in _CRITERIA),
         tournament(MIDDLE, "all", rates=[TUNED] * 4, steps=2 * STEPS, name=" 2x steps, one rate"),
         tournament(MIDDLE, "all", comlora_selector=True, by="selector", name=" with selector"),
-        tournament(EARLY, rows=WIDE, steps=WIDE_STEPS),
+        tournament(EARLY, rows=NARROW),
         tournament("0.1:4,0.25:1", rates=EIGHT_RATES),
-        tournament("0.1:4,0.25:1", rates=EIGHT_RATES, rows=WIDE, steps=WIDE_STEPS),
+        tournament("0.1:4,0.25:1", rates=EIGHT_RATES, rows=NARROW),
     ]
 
 
@@ -148,7 +148,7 @@ def choices() -> list[Choice]:
     """The grids, and the best of four seeds at each rate."""
     groups = {
         "grid of 4": tuple(lora(rate).name for rate in RATES),
-        f"grid of 4, {WIDE} rows": tuple(lora(rate, rows=WIDE, steps=WIDE_STEPS).name for rate in RATES),
+        f"grid of 4, {NARROW} rows": tuple(lora(rate, rows=NARROW).name for rate in RATES),
         **{f"best of 4 seeds {rate:g}": (same_rate(rate).name,) for rate in RATES},
     }
     return [Choice(f"{name} by {by}", arms, by) for name, arms in groups.items() for by in ("nll", "accuracy")]

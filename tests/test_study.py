@@ -1,5 +1,6 @@
 """The study's figures on made-up results, and one tiny run from data to result line."""
 
+import argparse
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import study  # noqa: E402
 import study_arms  # noqa: E402
 import study_report  # noqa: E402
 
@@ -68,6 +70,23 @@ def test_differences_are_paired_by_seed() -> None:
     assert "+2.0 ± 0.0" in line and "| 3 | 1.00 | 2 |" in line
 
 
+def test_finished_runs_are_not_run_again_and_a_dead_worker_costs_one_run(
+    tmp_path: Path,
+) -> None:
+    arm, results = study_arms.lora(1e-3), tmp_path / "results.jsonl"
+    results.write_text(json.dumps({"arm": arm.name, "size": "640", "seed": 1}) + "\n")
+    jobs = study.missing_jobs([arm], ["640"], 4, results)
+    assert [job["seed"] for job in jobs] == [0, 2, 3]
+    arguments = argparse.Namespace(results=results, seconds=None, tuned=1e-3, workers=1)
+    pool = study.Pool(jobs, arguments, {"commit": "abc"})
+    # A worker that dies of seed 2
+    answer = "import json, sys\nfor line in sys.stdin:\n    job = json.loads(line)\n    assert job['seed'] != 2\n"
+    pool.command = [sys.executable, "-c", answer + "    print(line.strip(), flush=True)"]
+    assert pool.run() == 1
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["seed"], line.get("commit")) for line in lines] == [(1, None), (0, "abc"), (3, "abc")]
+
+
 @pytest.mark.slow
 def test_a_tiny_run_gives_a_result_line(tmp_path: Path) -> None:
     from make_demo_data import make_splits
@@ -77,6 +96,6 @@ def test_a_tiny_run_gives_a_result_line(tmp_path: Path) -> None:
     data.write_text(json.dumps(make_splits(4, 2, 2, seed=0)))
     arm = study_arms.Arm("tiny", {**study_arms.same_rate(1e-3, k=2).fields}, steps=2)
     result = run({"arm": "tiny", "size": "640", "seed": 0, "data": str(data)}, {"tiny": arm})
-    assert set(result["branches"]) == {"0", "1"} and result["row_passes"] == 2 * 2 * 16
+    assert set(result["branches"]) == {"0", "1"} and result["row_passes"] == 2 * 2 * study_arms.ROWS
     assert all(math.isfinite(branch["nll"]) and 0 <= branch["test"] <= 1 for branch in result["branches"].values())
     json.dumps(result)
