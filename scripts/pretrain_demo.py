@@ -139,6 +139,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
     model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], "float32"
     model.config.save_pretrained(folder)
+    for name in ("is_local", "local_files_only"):  # how it was loaded with --start is nobody's business
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(folder)
 
 
