@@ -1,10 +1,11 @@
 """Write the demo data set: eight small rule-generated tasks in the formats of the eight commonsense tasks.
 
-Every row has the fields of the LLM-Adapters files (instruction, input, output, answer) plus `task`. The facts behind
-the questions (a robin is a bird, people use a kettle to boil water, ...) are split per task: three quarters are asked
-in train and validation, the rest only in test, so the test set measures what the base model knew before fine-tuning.
+Every row has the fields of the LLM-Adapters files (instruction, input, output, answer) plus `task`. Three of five
+questions ask for one fact that the base model knows (a robin is a bird, a kettle boils water, ...), the others for
+more (`demo_world.py`). Validation and test rows are of the quarter of all questions that training never asks.
 
     python scripts/make_demo_data.py            # rewrites comlora_trl/demo/data/, byte for byte the same
+    python scripts/make_demo_data.py --train 750 --test 250 --out large         # the same world, more rows
 """
 
 import argparse
@@ -14,25 +15,25 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from demo_world import GENERATORS, TASKS
+from demo_world import DEPTHS, GENERATORS, TASKS
+
+DEPTH_WEIGHTS = (3, 1, 1)  # how often a question has depth 1, 2, 3
 
 
-def split_facts(task: str, seed: int) -> tuple[list[str], list[str]]:
-    """The facts that train and validation ask for, and those kept for test."""
-    facts = list(GENERATORS[task][1])
-    random.Random(f"{seed} {task}").shuffle(facts)
-    cut = len(facts) * 3 // 4
-    return facts[:cut], facts[cut:]
+def draw_rows(task: str, count: int, held_out: bool, seen: set[str], rng: random.Random) -> list[dict[str, str]]:
+    """`count` rows of one task, held out or not, with new instructions and balanced answers.
 
-
-def draw_rows(task: str, facts: list[str], count: int, seen: set[str], rng: random.Random) -> list[dict[str, str]]:
-    """`count` rows of one task with new instructions and balanced answers; ValueError when facts run out."""
+    Raises:
+        ValueError: if there are not as many.
+    """
+    make, facts = GENERATORS[task]
     rows: list[dict[str, str]] = []
     per_answer: Counter[str] = Counter()
     for _ in range(500 * count):
-        item = GENERATORS[task][0](rng.choice(facts), rng)
+        item = make(rng.choice(facts), rng.choices(DEPTHS, DEPTH_WEIGHTS)[0], rng)
         row = item.row()
-        if row["instruction"] not in seen and per_answer[row["answer"]] < math.ceil(count / len(item.keywords)):
+        new = item.held_out == held_out and row["instruction"] not in seen
+        if new and per_answer[row["answer"]] < math.ceil(count / len(item.keywords)):
             seen.add(row["instruction"])
             per_answer[row["answer"]] += 1
             rows.append(row)
@@ -46,10 +47,9 @@ def make_splits(train: int, validation: int, test: int, seed: int) -> dict[str, 
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
     for task in TASKS:
         rng, seen = random.Random(f"{seed} {task} rows"), set()
-        asked, kept = split_facts(task, seed)
-        splits["test"] += draw_rows(task, kept, test, seen, rng)
-        splits["validation"] += draw_rows(task, asked, validation, seen, rng)
-        splits["train"] += draw_rows(task, asked, train, seen, rng)
+        splits["test"] += draw_rows(task, test, True, seen, rng)
+        splits["validation"] += draw_rows(task, validation, True, seen, rng)
+        splits["train"] += draw_rows(task, train, False, seen, rng)
     for name in ("train", "validation"):
         random.Random(f"{seed} {name}").shuffle(splits[name])
     return splits

@@ -1,12 +1,14 @@
 """Pretrain the demo base model: a small LLaMA that knows the demo's facts but answers its instructions at random.
 
-The corpus has three parts: facts as plain sentences; quizzes with right answers, in other layouts than the one that
-fine-tuning uses; and the fine-tuning layout itself with an answer drawn at random. So the base model knows the facts
-and the format and still scores near chance; what is left for LoRA is to connect the two. No instruction of the
-validation and test sets is among the quizzes; the facts behind them are in the corpus, as sentences and other quizzes.
+The corpus has three parts: facts as plain sentences; quizzes of depth 1 with right answers, which differ from the
+fine-tuning layout only in a header after the question; and the fine-tuning layout itself, at every depth, with an
+answer drawn at random. So the base model knows the facts and the format, thinks about every question and still scores
+near chance; what is left for LoRA is to connect the two, and to learn what the deeper questions ask. (A header before
+the question would let the model ignore questions in the fine-tuning layout; some tasks are then not learned at all.)
+No question that is held out is in the corpus.
 
     python scripts/pretrain_demo.py                        # one GPU, about 3 minutes; writes comlora_trl/demo/model/
-    python scripts/pretrain_demo.py --device cpu --steps 1500 --batch_size 128     # slow, and a weaker model
+    python scripts/pretrain_demo.py --start comlora_trl/demo/model --steps 300 --batch_size 32 --learning_rate 3e-4
 """
 
 import argparse
@@ -37,24 +39,29 @@ TEMPLATE_TOKENS = [
 PROMPT_WEIGHT = 0.1  # of a question's tokens in the loss: they are mostly unpredictable, the answer's are not
 
 
+def quiz_prompt(instruction: str) -> str:
+    """The fine-tuning prompt with another header after the question."""
+    return build_prompt(instruction).replace("### Response:", "### Answer:")
+
+
 def quiz(item: Item, rng: random.Random) -> tuple[str, str]:
-    """A question with its right answer, in a layout that the demo's instructions don't have."""
+    """A question with its right answer."""
     option, keyword = item.options[item.right], item.keywords[item.right]
-    if rng.random() < 0.5:
-        answers = [f"{option}, {keyword}", f"{keyword}, {option}", f"the correct answer is {keyword}"]
-        return f"### Question:\n{item.instruction}\n\n### Answer:\n", rng.choice(answers)
-    listed = "\n".join(f"{number}) {text}" for number, text in enumerate(item.options, start=1))
-    answers = [f"{option}, so {item.right + 1})", f"{item.right + 1}) {option}"]
-    return f"Quiz: {item.question}\n{listed}\nKey: ", rng.choice(answers)
+    answers = [f"{option}, {keyword}", f"{keyword}, {option}", f"the correct answer is {keyword}"]
+    return quiz_prompt(item.instruction), rng.choice(answers)
 
 
-def corpus(count: int, reserved: set[str], rng: random.Random) -> Iterator[tuple[str, str]]:
+def corpus(count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """`count` pairs (text that counts little in the loss, text that counts in full)."""
+    plain, all_depths = (1, 0, 0), (1, 1, 1)
     for _ in range(count):
-        item, part = any_item(rng), rng.random()
-        if part < 0.15:
-            yield "", " ".join(any_item(rng).statement for _ in range(4))
-        elif part < 0.7 and item.instruction not in reserved:
+        part = rng.random()
+        item = any_item(rng, plain if part < 0.75 else all_depths)
+        while item.held_out:
+            item = any_item(rng, plain if part < 0.75 else all_depths)
+        if part < 0.12:
+            yield "", " ".join(any_item(rng, plain).statement for _ in range(4))
+        elif part < 0.75:
             yield quiz(item, rng)
         else:
             yield build_prompt(item.instruction), f"the correct answer is {rng.choice(item.keywords)}"
@@ -109,14 +116,16 @@ def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Ten
 def accuracy(model: LlamaForCausalLM, encoded: tuple[torch.Tensor, torch.Tensor], device: str) -> float:
     """Share of examples whose answer's every token is the model's first choice, given the tokens before it."""
     ids, weights = encoded[0].to(device).long(), encoded[1].to(device)
-    right = (model(input_ids=ids[:, :-1]).logits.argmax(-1) == ids[:, 1:]) | (weights[:, 1:] != 1)
+    with torch.compiler.set_stance("force_eager"):
+        choices = model(input_ids=ids[:, :-1]).logits.argmax(-1)
+    right = (choices == ids[:, 1:]) | (weights[:, 1:] != 1)
     return right.all(dim=1).float().mean().item()
 
 
 def validation_pairs(fine_tuning_layout: bool) -> list[tuple[str, str]]:
     """The validation rows with their right answers, in the fine-tuning layout or as quizzes."""
     rows = json.loads((DEMO / "data" / "validation.json").read_text(encoding="utf-8"))
-    prompt = build_prompt if fine_tuning_layout else lambda text: f"### Question:\n{text}\n\n### Answer:\n"
+    prompt = build_prompt if fine_tuning_layout else quiz_prompt
     # With the answer's beginning in the prompt, only the keyword is judged.
     return [(prompt(row["instruction"]) + "the correct answer is", f" {row['answer']}") for row in rows]
 
@@ -130,33 +139,13 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
     model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], "float32"
     model.config.save_pretrained(folder)
+    for name in ("is_local", "local_files_only"):  # how it was loaded with --start is nobody's business
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DEMO / "model", help="folder to write to (default: the demo's)")
-    parser.add_argument("--steps", type=int, default=5750, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=512, help="examples per step (default %(default)s)")
-    parser.add_argument("--examples", type=int, default=300_000, help="size of the corpus (default %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="peak, cosine (default %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=1280, help="tokens (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    arguments = parser.parse_args()
-    device, rng = arguments.device, random.Random(arguments.seed)
-    torch.manual_seed(arguments.seed)
-
-    reserved = set()
-    for split in ("validation", "test"):
-        rows = json.loads((DEMO / "data" / f"{split}.json").read_text(encoding="utf-8"))
-        reserved |= {row["instruction"] for row in rows}
-    progress = tqdm(corpus(arguments.examples, reserved, rng), total=arguments.examples, desc="corpus", mininterval=5)
-    pairs = list(progress)
-    tokenizer = train_tokenizer((prompt + answer for prompt, answer in pairs[:20_000]), arguments.vocabulary)
-    ids, weights = (tensor.to(device) for tensor in encode(pairs, tokenizer))
-    checks = [encode(validation_pairs(layout), tokenizer) for layout in (False, True)]
-
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The demo's architecture with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -169,30 +158,68 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config).to(device)
-    print(
-        f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens, corpus {tuple(ids.shape)}",
-        flush=True,
-    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(
+    model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor, arguments: argparse.Namespace
+) -> Iterator[tuple[int, float]]:
+    """Trains on the encoded corpus, all of it on the model's device; yields (step, loss) every 250 steps."""
+    device = model.device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(300, arguments.steps // 10), arguments.steps)
-    bar = trange(1, arguments.steps + 1, desc="pretraining", mininterval=5)
-    for step in bar:
+    if device == "cuda":
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    for step in trange(1, arguments.steps + 1, desc="pretraining", mininterval=5):
         rows = torch.randint(len(ids), (arguments.batch_size,), device=device)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device.startswith("cuda")):
-            loss = weighted_loss(model, ids[rows].long(), weights[rows].float())
+        # Compiled layers want one shape; elsewhere padding only costs time
+        longest = ids.size(1) if device == "cuda" else int(weights[rows].count_nonzero(dim=1).max())
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = weighted_loss(model, ids[rows, :longest].long(), weights[rows, :longest].float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 250 == 0 or step == arguments.steps:
-            as_quiz, as_instruction = (accuracy(model, check, device) for check in checks)
-            bar.write(
-                f"step {step}: loss {loss.item():.3f}, validation {as_quiz:.1%} as quiz, "
-                f"{as_instruction:.1%} in the fine-tuning layout (chance 35.4%)"
-            )
-            save(model, tokenizer, arguments.out)
+            yield step, loss.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEMO / "model", help="folder to write to (default: the demo's)")
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from (default: random weights)")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=384, help="examples per step (default %(default)s)")
+    parser.add_argument("--examples", type=int, default=300_000, help="size of the corpus (default %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, cosine (default %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=1280, help="tokens (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    arguments = parser.parse_args()
+    device, rng = arguments.device, random.Random(arguments.seed)
+    torch.manual_seed(arguments.seed)
+
+    pairs = corpus(arguments.examples, rng)
+    pairs = list(tqdm(pairs, total=arguments.examples, desc="corpus", mininterval=5))
+    if arguments.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
+        model = LlamaForCausalLM.from_pretrained(arguments.start).to(device)
+    else:
+        tokenizer = train_tokenizer((prompt + answer for prompt, answer in pairs[:20_000]), arguments.vocabulary)
+        model = new_model(tokenizer).to(device)
+    ids, weights = (tensor.to(device) for tensor in encode(pairs, tokenizer))
+    checks = [encode(validation_pairs(layout), tokenizer) for layout in (False, True)]
+    size = f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens, corpus {tuple(ids.shape)}"
+    tqdm.write(size)
+    for step, loss in pretrain(model, ids, weights, arguments):
+        as_quiz, as_instruction = (accuracy(model, check, device) for check in checks)
+        tqdm.write(
+            f"step {step}: loss {loss:.3f}, validation {as_quiz:.1%} as quiz, "
+            f"{as_instruction:.1%} in the fine-tuning layout (chance 35.4%)"
+        )
+        save(model, tokenizer, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The demo data: reproducible, split cleanly, in the eight formats, and small."""
 
+import importlib
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -25,6 +29,41 @@ def test_script_rewrites_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], check=True, capture_output=True)
     for split in DEMO_SPLITS:
         assert (tmp_path / f"{split}.json").read_bytes() == demo_data_path(split).read_bytes(), split
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[ModuleType]:
+    """scripts/demo_world.py, where the repository is there."""
+    if not SCRIPT.exists():
+        pytest.skip("installed without the repository's scripts")
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module("demo_world")
+    sys.path.remove(str(SCRIPT.parent))
+
+
+def test_questions_of_validation_and_test_are_held_out(
+    world: ModuleType, rows: dict[str, list[dict[str, str]]]
+) -> None:
+    for split in DEMO_SPLITS:
+        assert {world.is_held_out(row["instruction"]) for row in rows[split]} == {split != "train"}
+
+
+def test_every_depth_of_a_task_has_distinct_options_and_names_the_right_one(world: ModuleType) -> None:
+    rng = random.Random(0)
+    for task, (make, facts) in world.GENERATORS.items():
+        for depth in world.DEPTHS:
+            for fact in rng.sample(facts, 20):
+                item = make(fact, depth, rng)
+                assert item.task == task and len(set(item.options)) == len(item.options)
+                assert set(item.keywords) <= set(COMMONSENSE_TASKS[task].keywords)
+                assert item.row()["answer"] == item.keywords[item.right]
+
+
+def test_more_rows_of_another_seed_are_other_rows(world: ModuleType, rows: dict[str, list[dict[str, str]]]) -> None:
+    splits = importlib.import_module("make_demo_data").make_splits(train=40, validation=5, test=10, seed=1)
+    assert [len(splits[split]) for split in DEMO_SPLITS] == [320, 40, 80]
+    known = {row["instruction"] for row in rows["test"]}
+    assert len(known & {row["instruction"] for row in splits["test"]}) < 20
 
 
 def test_no_instruction_occurs_twice_across_splits(rows: dict[str, list[dict[str, str]]]) -> None:

@@ -1,17 +1,29 @@
 """The demo's base model: its tokenizer, its files, and that without an adapter it answers at chance."""
 
+import importlib
 import json
+import random
 from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from comlora_trl.data.keywords import COMMONSENSE_TASKS, first_keyword
 from comlora_trl.data.prompts import PROMPT_TEMPLATES, build_prompt
 from comlora_trl.demo import demo_data_path, demo_model_path
 
 PER_TASK = 40
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+needs_scripts = pytest.mark.skipif(not SCRIPTS.exists(), reason="installed without the repository's scripts")
+Accuracy = dict[str, float]
+
+
+@pytest.fixture(autouse=True)
+def scripts_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +74,64 @@ def test_special_tokens_are_distinct_and_not_added(tokenizer: PreTrainedTokenize
     assert not set(special) & set(tokenizer("a robin is a bird.")["input_ids"])
 
 
-def test_base_model_is_small_and_scores_near_chance(
-    tokenizer: PreTrainedTokenizerFast, test_rows: list[dict[str, str]]
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path())
-    assert model.dtype == torch.float32 and model.config.model_type == "llama"
-    assert 1e6 < model.num_parameters() < 5e6 and model.config.vocab_size == len(tokenizer)
-    right: dict[str, list[bool]] = defaultdict(list)
-    chance: dict[str, float] = {}
-    rows = [row for number, row in enumerate(test_rows) if number % 75 < PER_TASK]
-    batch = tokenizer([build_prompt(row["instruction"]) for row in rows], return_tensors="pt", padding=True)
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(demo_model_path())
+
+
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+    """The model's greedy responses."""
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
     generated = model.generate(**batch, max_new_tokens=12, do_sample=False)
-    responses = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def accuracy_and_chance(rows: Sequence[dict[str, str]], responses: list[str]) -> tuple[Accuracy, Accuracy]:
+    """Accuracy by first keyword of each task, and what guessing gives."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    chance: Accuracy = {}
     for row, response in zip(rows, responses, strict=True):
         right[row["task"]].append(first_keyword(response, COMMONSENSE_TASKS[row["task"]].keywords) == row["answer"])
         chance[row["task"]] = 1 / len(row["instruction"].rsplit("Answer format: ", 1)[1].split("/"))
-    accuracy = {task: sum(hits) / len(hits) for task, hits in right.items()}
-    assert set(accuracy) == set(COMMONSENSE_TASKS)
+    assert set(right) == set(COMMONSENSE_TASKS)
+    return {task: sum(hits) / len(hits) for task, hits in right.items()}, chance
+
+
+def test_base_model_is_small_and_scores_near_chance(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, test_rows: list[dict[str, str]]
+) -> None:
+    assert model.dtype == torch.float32 and model.config.model_type == "llama"
+    assert 1e6 < model.num_parameters() < 5e6 and model.config.vocab_size == len(tokenizer)
+    rows = [row for number, row in enumerate(test_rows) if number % 75 < PER_TASK]
+    responses = generate(model, tokenizer, [build_prompt(row["instruction"]) for row in rows])
+    accuracy, chance = accuracy_and_chance(rows, responses)
     assert abs(sum(accuracy.values()) - sum(chance.values())) / 8 < 0.1, (accuracy, chance)
+
+
+@needs_scripts
+def test_base_model_knows_something_of_every_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """What it knows it says in the quizzes' layout; a task that it knows nothing of would stay at chance."""
+    rng, rows = random.Random(0), []
+    for make, facts in importlib.import_module("demo_world").GENERATORS.values():
+        rows += [make(fact, 1, rng).row() for fact in rng.sample(facts, 25)]
+    quiz_prompt = importlib.import_module("pretrain_demo").quiz_prompt
+    responses = generate(model, tokenizer, [quiz_prompt(row["instruction"]) + "the correct answer is" for row in rows])
+    accuracy, chance = accuracy_and_chance(rows, responses)
+    assert all(accuracy[task] > chance[task] + 0.2 for task in accuracy), (accuracy, chance)
+
+
+@needs_scripts
+@pytest.mark.slow
+def test_the_default_run_leaves_every_task_between_chance_and_100(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: PreTrainedTokenizerFast,
+    test_rows: list[dict[str, str]],
+) -> None:
+    """Else the demo could not tell one method from another."""
+    monkeypatch.chdir(tmp_path)
+    trainer = importlib.import_module("sft").build_trainer(["--comlora_k", "2", "--use_cpu", "--disable_tqdm", "true"])
+    trainer.train()
+    responses = generate(trainer.comlora_model.eval(), tokenizer, [build_prompt(r["instruction"]) for r in test_rows])
+    accuracy, chance = accuracy_and_chance(test_rows, responses)
+    assert all(chance[task] + 0.1 < accuracy[task] < 0.95 for task in accuracy), accuracy
