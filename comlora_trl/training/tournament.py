@@ -10,6 +10,7 @@ from comlora_trl.branches.model import branch_name
 from comlora_trl.competition.rungs import Rung, parse_rungs, retired_at, rung_record, rung_steps
 from comlora_trl.training.export import RETIRED
 from comlora_trl.training.gradients import revive
+from comlora_trl.training.lora_fa import pair_branches
 from comlora_trl.training.report import print_rung
 
 _OWNER = "comlora_owner"
@@ -22,6 +23,7 @@ class Tournament:
         """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
         existed = self.optimizer is not None
         optimizer = super().create_optimizer(model)
+        pair_branches(optimizer)
         if existed or not self._rates_differ:
             return optimizer
         owners = self._parameter_owners()
