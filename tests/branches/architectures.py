@@ -124,24 +124,23 @@ class Architecture:
 
 
 def table() -> str:
-    """The README's table, each line from a run of this family."""
-    lines = ["| family | adapted by default | the batch widens | router loss | largest error | packed |"]
-    lines.append("|---|---|---|---|---|---|")
+    """The README's table, each line from runs of this family."""
+    lines = ["| family | adapted by default | the batch widens | error | packed |", "|---|---|---|---|---|"]
     for family in FAMILIES:
         try:
             one = Architecture(family)
         except ValueError as error:
-            lines.append(f"| {family} | – | – | – | – | {error} |")
+            lines.append(f"| {family} | {str(error).rpartition(': ')[2].rstrip('.')} | | | |")
             continue
-        errors = one.errors().values()
-        router = "each branch's own" if one.has_router else "–"
+        targets = ", ".join(sorted(one.lora.target_modules))
+        errors = [f"{max(one.errors().values()):.0e}"]
         try:
-            packed = f"{max(Architecture(family, packed=True).errors().values()):.0e}"
+            errors.append(f"{max(Architecture(family, packed=True).errors().values()):.0e}")
         except ValueError as error:
-            packed = f"needs {str(error.__cause__).rpartition('Install `')[2].partition('`')[0]}"
-        targets = ", ".join(default_targets(one._base()))
-        lines.append(f"| {family} | {targets} | {one.place} | {router} | {max(errors):.0e} | {packed} |")
-    return "\n".join(lines)
+            errors.append(f"needs {str(error).partition('Install `')[2].partition('`')[0]}")
+        name = f"{family}, router loss" if one.has_router else family
+        lines.append(f"| {name} | {targets} | {one.place} | {' | '.join(errors)} |")
+    return "\n".join(lines).replace("0e+00", "0")
 
 
 if __name__ == "__main__":
