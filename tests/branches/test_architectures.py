@@ -5,7 +5,7 @@ import torch
 from architectures import Architecture
 from conftest import make_arguments, make_dataset, make_lora, make_tokenizer
 from families import FAMILIES, make_family
-from peft import AdaLoraConfig, LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
@@ -189,6 +189,19 @@ def test_default_targets_fit_and_are_said(tmp_path, caplog):
     for given in (LoraConfig(), make_lora(), make_lora(target_modules=["o_proj"])):
         assert complete_lora_config(given, make_family("Llama")) is given
     assert not caplog.text
+
+
+def test_a_winner_on_experts_loads_in_peft(tmp_path):
+    lora = make_lora(target_modules=["gate_proj", "up_proj", "down_proj"])
+    trainer = construct(tmp_path, "Qwen3-MoE", lora, max_steps=2)
+    trainer.train()
+    winner = PeftModel.from_pretrained(make_family("Qwen3-MoE"), trainer.args.winner_dir).eval()
+    ids = torch.randint(3, 99, (4, 6))
+    with torch.no_grad():
+        found, expected = winner(ids).logits, trainer.comlora_model.eval()(ids).logits
+        base = make_family("Qwen3-MoE").eval()(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, base, atol=1e-3)
 
 
 def test_the_start_line_says_where_the_batch_widens(tmp_path, capsys):
