@@ -13,8 +13,10 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import comlora_lm_eval_hook  # noqa: E402
 from comlora_trl.data import COMMONSENSE_TASKS, build_prompt, first_keyword  # noqa: E402
+from comlora_trl.data.keywords import first_letter  # noqa: E402
 from comlora_trl.evaluation import tasks  # noqa: E402
-from comlora_trl.evaluation.hook import tasks_folder  # noqa: E402
+from comlora_trl.data.files import tasks_folder  # noqa: E402
+from comlora_trl.evaluation.harness import check_tasks  # noqa: E402
 
 comlora_lm_eval_hook.install()
 
@@ -220,6 +222,29 @@ def test_letters_stand_alone():
     assert first_keyword("Bad", "ABCD", whole_word=True) == ""
 
 
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("A good answer would be B", "B"),
+        ("A Roman legion. C", "C"),
+        ("A 5-year plan: (D)", "D"),
+        ("A", "A"),
+        ("A.", "A"),
+        ("(A) a good one", "A"),
+        ("A: gold", "A"),
+        ("A\nBecause it is", "A"),
+        ("A is correct, not B", "A"),
+        ("A because of B", "A"),
+        ("A or B", "A"),
+        ("the correct answer is A", "A"),
+        ("A gas. A solid.", ""),
+    ],
+)
+def test_an_article_is_no_answer(response, letter):
+    assert first_letter(response, "ABCD") == letter
+    assert tasks.score_letter({"answer": letter or "A"}, [response])["acc"] == float(letter != "")
+
+
 @pytest.fixture
 def dialogue_dir(tmp_path, monkeypatch):
     lines = ["1 your persona: i swim.", "2 hi\thello there friend", "3 swim ?\tyes i do", "3 swim ?\tsometimes"]
@@ -242,7 +267,7 @@ def dialogue_dir(tmp_path, monkeypatch):
 
 def test_convai2_scores_once_and_names_the_model(dialogue_dir):
     folder, seen = dialogue_dir
-    result, model = evaluate(lambda doc: doc["answer"] + " Q: more", ["comlora_convai2"], folder)
+    result, model = evaluate(lambda doc: doc["output"] + "\nQ: more", ["comlora_convai2"], folder)
     scored = [entry for entry in seen if entry != "checked"]
     assert seen[0] == "checked" and len(scored) == 1, "requirements first, and all metrics from one scoring"
     assert scored[0][0][0] == "hello there friend"
@@ -254,28 +279,32 @@ def test_convai2_scores_once_and_names_the_model(dialogue_dir):
 
 def test_processes_may_hand_in_documents_in_any_order(dialogue_dir):
     _, seen = dialogue_dir
-    tasks.aggregate_bleu([(1, "p", "one", "b"), (2, "q", "two", "c"), (0, "p", "zero", "a")])
+    tasks.aggregate_bleu([(1, 0, "one", "b"), (2, 1, "two", "c"), (0, 0, "zero", "a")])
     assert seen == [(["zero", "two"], [["a", "b"], ["c"]])]
 
 
+def check(names, metadata, **given):
+    check_tasks(manager_of(metadata), names, **{"predict_only": False, "num_fewshot": None, **given})
+
+
 def test_missing_data_is_told_before_the_model_loads(tmp_path, data_dir):
-    manager = manager_of({"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="boolq/test.json: no such file, but .* was named as the data folder"):
-        manager.match_tasks(["comlora_boolq"])
+        check(["comlora_boolq"], {"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="no stable public file"):
-        manager.match_tasks(["comlora_convai2"])
+        check(["comlora_convai2"], {"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="unknown key 'comlora_promt'"):
-        manager_of({"comlora_data_dir": str(data_dir), "comlora_promt": "hira"}).match_tasks(["comlora_piqa"])
+        check(["comlora_piqa"], {"comlora_data_dir": str(data_dir), "comlora_promt": "hira"})
+    with pytest.raises(ValueError, match="unknown prompt template 'alpaca': choose one of comlora, "):
+        check(["comlora_piqa"], {"comlora_data_dir": str(data_dir), "comlora_prompt": "alpaca"})
 
 
 def test_an_incomplete_mmlu_names_what_is_there(tmp_path):
     (tmp_path / "mmlu").mkdir()
     row = {"question": "Q", "subject": "anatomy", "choices": list("wxyz"), "answer": 0}
     (tmp_path / "mmlu" / "test.jsonl").write_text(json.dumps(row))
-    manager = manager_of({"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="no question on .*expected all 57 subjects.*comlora_mmlu_anatomy"):
-        manager.match_tasks(["comlora_mmlu"])
-    assert manager.match_tasks(["comlora_mmlu_anatomy"]) == ["comlora_mmlu_anatomy"]
+        check(["comlora_mmlu"], {"comlora_data_dir": str(tmp_path)})
+    check(["comlora_mmlu_anatomy"], {"comlora_data_dir": str(tmp_path)})
 
 
 def test_mmlu_subjects_run_by_name(shared_data):
