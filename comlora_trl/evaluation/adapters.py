@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from comlora_trl.data.files import file_state
+from comlora_trl.data.keywords import COMMONSENSE_TASKS
 from comlora_trl.demo import DEMO_BASE, base_name, demo_model_path, resolve_base
 
 TRAINING_FILE = "training.json"
@@ -19,7 +20,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Ranks vLLM accepts for max_lora_rank
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_TASKS_FOR = {"demo": "comlora_demo", "mmlu": "comlora_mmlu", "convai2": "comlora_convai2"}
 _SMALL_AND_WEIGHTS = ["*.json", "*.safetensors", "*.bin", "*.jinja", "*.model", "*.txt"]
+
+
+def tasks_for(data: str | None) -> list[str]:
+    """The tasks that score an adapter trained on a data set: a preset's own, else the commonsense ones."""
+    if data in COMMONSENSE_TASKS:
+        return [f"comlora_{data.lower().replace('-', '_')}"]
+    return [_TASKS_FOR.get(data or "", "comlora_commonsense")]
 
 
 @lru_cache
@@ -205,7 +214,11 @@ def vllm_arguments(adapter: str, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `--model vllm` that the adapter knows and the user has not given; see [`hf_arguments`]."""
     filled = hf_arguments(adapter, given, "lora_local_path")
     if "max_lora_rank" not in given:
-        config = read_json(adapter_folder(adapter) / "adapter_config.json")
-        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-        filled["max_lora_rank"] = min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)
+        filled["max_lora_rank"] = vllm_rank(read_json(adapter_folder(adapter) / "adapter_config.json"))
     return filled
+
+
+def vllm_rank(config: dict[str, Any]) -> int:
+    """The `max_lora_rank` that vLLM needs for an adapter's configuration."""
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)

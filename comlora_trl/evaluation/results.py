@@ -1,9 +1,10 @@
-"""Reading lm_eval's result files: which adapter each one measured, by which method it was made, and the figures.
+"""Reading lm_eval's result files: what was measured, of which adapter, and under which conditions.
 
 Nothing heavy is imported, so that reading results takes no longer than reading their files.
 """
 
 import glob
+import hashlib
 import json
 import math
 import re
@@ -12,8 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from comlora_trl.data.convai2 import VALIDATION_ROWS
 from comlora_trl.data.keywords import COMMONSENSE_TASKS
-from comlora_trl.data.mmlu import TEST_ROWS as MMLU_TEST_ROWS
+from comlora_trl.data.mmlu import SUBJECT_ROWS
+from comlora_trl.evaluation.adapters import adapter_folder, describe
 from comlora_trl.evaluation.metrics import DEFAULT_MODEL
 
 PAPER_FILE = Path(__file__).with_name("paper_tables.json")
@@ -21,14 +24,16 @@ PAPER_FILE = Path(__file__).with_name("paper_tables.json")
 _RESULT_NAME = re.compile(r"_\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?\.json$")
 # What names the evaluated weights in --model_args, the most particular first
 _MODEL_KEYS = ("peft", "lora_local_path", "delta", "pretrained", "model", "path")
+_PROTOCOLS = ("llm_adapters", "hira")
 
 # Tasks in lm_eval, and the sizes of the paper's test sets
 COMMONSENSE = {name.lower().replace("-", "_"): task.test_rows for name, task in COMMONSENSE_TASKS.items()}
-_TEST_ROWS = {"comlora_mmlu": MMLU_TEST_ROWS} | {f"comlora_{name}": rows for name, rows in COMMONSENSE.items()}
-_MMLU = {"accuracy": "comlora_mmlu"} | {
-    category: f"comlora_mmlu_{category}" for category in ("stem", "humanities", "social_sciences", "other")
+_MMLU = {"comlora_mmlu": "accuracy"} | {
+    f"comlora_mmlu_{category}": category for category in ("stem", "humanities", "social_sciences", "other")
 }
 _CONVAI2 = ("bleu", "meteor", "rouge_l", "bertscore_f1", "bertscore_recall", "bertscore_precision", "average")
+# What the paper's figures are taken for; anything else is remarked
+_USUAL = {"prompt": "comlora", "decoding": "greedy, 32 tokens"}
 
 
 @cache
@@ -38,28 +43,48 @@ def paper() -> dict[str, Any]:
 
 
 @dataclass
-class Run:
-    """One trained adapter (one seed) and what was measured of it, from one or several result files.
+class Measure:
+    """The figures of one task of one run.
 
     Attributes:
-        method: how it was made, such as "ComLoRA K=2 r=8".
-        model: what was evaluated, as far as it is known: the adapter's folder, else what --model_args said.
-        base: the base model that the adapter names, or None.
-        values: table number to column to figure in percent.
-        remarks: table number to task to what makes its figure incomparable with the paper's.
+        table: the paper's table that has it.
+        task: lm_eval's name of the task, without a protocol's suffix.
+        values: column to figure in percent.
+        shared: conditions that a whole run has in common (prompt, decoding, ...), by name; the unknown are left out.
+        own: the task's own (rows, data, BERTScore's model).
+        remarks: what sets its figures apart from the paper's.
+    """
+
+    table: str
+    task: str
+    values: dict[str, float]
+    shared: dict[str, str] = field(default_factory=dict)
+    own: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ResultFile:
+    """What one result file holds.
+
+    Attributes:
+        method: how the adapter was made, such as "ComLoRA K=2 r=8".
+        identity: what tells its weights from others: their hash, else the folder they are in.
+        place: the adapter's folder, else what --model_args said.
+        about: what is known of it, see [`comlora_trl.evaluation.adapters.describe`].
+        notes: what is doubtful about whose figures these are.
     """
 
     method: str
-    model: str
-    base: str | None = None
-    values: dict[str, dict[str, float]] = field(default_factory=lambda: {"2": {}, "3": {}, "4": {}})
-    remarks: dict[str, dict[str, str]] = field(default_factory=lambda: {"2": {}, "3": {}, "4": {}})
+    identity: str
+    place: str
+    about: dict[str, Any]
+    measures: list[Measure]
+    notes: list[str] = field(default_factory=list)
 
 
-def read_runs(arguments: list[str]) -> list[Run]:
-    """Reads every result file that the arguments name.
-
-    Files of one adapter make one run; where two of them measured the same, the newer counts.
+def read_results(arguments: list[str]) -> list[ResultFile]:
+    """Reads every result file that the arguments name, the oldest first.
 
     Args:
         arguments: files, folders (searched for lm_eval's result files) or patterns, each with or without `NAME=`
@@ -79,11 +104,9 @@ def read_runs(arguments: list[str]) -> list[Run]:
         for file in found:
             # a file named twice is one file; a name given to it stays
             files[file.resolve()] = name or files.get(file.resolve())
-    runs: dict[tuple[str, str], Run] = {}
     read = [(_load(file), file, name) for file, name in files.items()]
-    for content, file, name in sorted(read, key=lambda entry: (entry[0].get("date") or 0, str(entry[1]))):
-        _add(runs, content, file, name)
-    return list(runs.values())
+    read.sort(key=lambda entry: (entry[0].get("date") or 0, str(entry[1])))
+    return [_read(content, file, name) for content, file, name in read]
 
 
 def _split_argument(argument: str) -> tuple[str | None, list[Path]]:
@@ -113,24 +136,28 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _add(runs: dict[tuple[str, str], Run], content: dict[str, Any], file: Path, name: str | None) -> None:
+def _read(content: dict[str, Any], file: Path, name: str | None) -> ResultFile:
     model = _model(content)
-    adapter = _adapter_folder(model, file)
-    # Without the adapter at hand, equal names (such as `winner`) in two folders of results are two runs
-    identity = str(adapter) if adapter else f"{model} ({file.parent})"
-    config = _adapter_config(adapter)
-    method = name or _method(adapter, config) or model.rstrip("/")
-    run = runs.setdefault((method, identity), Run(method, identity, config.get("base_model_name_or_path")))
-    measured = {"2": _mmlu(content, file), "3": _commonsense(content, file), "4": _convai2(content, file)}
-    for table, values in measured.items():
-        run.values[table] |= values
-    for task in (*_TEST_ROWS, "comlora_convai2"):
-        if task in content["results"]:
-            table = {"comlora_mmlu": "2", "comlora_convai2": "4"}.get(task, "3")
-            # an older file's remark goes with the figure that it was about
-            run.remarks[table].pop(task, None)
-            if remark := _remark(content, task):
-                run.remarks[table][task] = remark
+    folder = _folder_upwards(model, file)
+    now = describe(folder) if folder else {}
+    recorded = next((record["adapter"] for record in _records(content) if record.get("adapter")), None) or {}
+    about, notes = (recorded if recorded.get("sha256") else now), []
+    place = str(folder or model)
+    if recorded.get("sha256"):
+        identity = recorded["sha256"]
+        if folder and now["sha256"] != identity:
+            notes.append(f"{place} now holds another adapter (weights {_short(now['sha256'])}) than the one measured")
+    else:
+        # without its weights' hash, equal names (such as `winner`) in two folders of results are two runs
+        identity = place if folder else f"{model} ({file.parent})"
+        if folder:
+            notes.append("its results name no weights, so they are taken for those of the adapter there now")
+    method = name or about.get("method") or model.rstrip("/")
+    return ResultFile(method, identity, place, about, _measures(content, file), notes)
+
+
+def _short(sha256: str | None) -> str:
+    return sha256[:8] if sha256 else "unknown"
 
 
 def _model(content: dict[str, Any]) -> str:
@@ -143,37 +170,42 @@ def _model(content: dict[str, Any]) -> str:
     return str(content.get("model_name") or "unnamed model")
 
 
-def _adapter_folder(model: str, file: Path) -> Path | None:
+def _folder_upwards(model: str, file: Path) -> Path | None:
     """The adapter's folder: a relative one is looked for upwards from the results, then in the current folder."""
     for parent in (*file.parents, Path.cwd()):
-        folder = parent / Path(model).expanduser()
-        if (folder / "adapter_config.json").is_file():
-            return folder.resolve()
+        try:
+            return adapter_folder(str(parent / Path(model).expanduser())).resolve()
+        except ValueError:
+            continue
     return None
 
 
-def _adapter_config(adapter: Path | None) -> dict[str, Any]:
-    return _json(adapter / "adapter_config.json") if adapter else {}
+def _records(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Our record of each task, see [`comlora_trl.evaluation.harness`]."""
+    return [record for task in content.get("configs") or {} if (record := _record(content, task))]
 
 
-def _method(adapter: Path | None, config: dict[str, Any]) -> str | None:
-    """The paper's name of what an adapter is: by rank, and by `competition.json` if it won a competition."""
-    if adapter is None or "r" not in config:
-        return None
-    competition = _json(adapter / "competition.json")
-    if not competition.get("k"):
-        return f"LoRA r={config['r']}"
-    name = f"ComLoRA K={competition['k']} r={config['r']}"
-    exported = competition.get("exported_branch")
-    return name if exported in (None, competition.get("winner")) else f"{name}, branch {exported}"
+def _record(content: dict[str, Any], task: str) -> dict[str, Any]:
+    config = (content.get("configs") or {}).get(task) or {}
+    return (config.get("metadata") or {}).get("comlora") or {}
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _measures(content: dict[str, Any], file: Path) -> list[Measure]:
+    measures = []
+    for task in content["results"]:
+        plain = next((task.removesuffix(f"_{p}") for p in _PROTOCOLS if task.endswith(f"_{p}")), task)
+        if plain in _MMLU:
+            table, values = "2", _accuracy(content, task, _MMLU[plain], file)
+        elif plain.removeprefix("comlora_") in COMMONSENSE:
+            table, values = "3", _accuracy(content, task, plain.removeprefix("comlora_"), file)
+        elif plain == "comlora_convai2":
+            found = {name: _value(content, task, name, file) for name in _CONVAI2}
+            table, values = "4", {name: value for name, value in found.items() if value is not None}
+        else:
+            continue
+        if values:
+            measures.append(_with_conditions(Measure(table, plain, values), content, task))
+    return measures
 
 
 def _value(content: dict[str, Any], task: str, metric: str, file: Path) -> float | None:
@@ -188,42 +220,95 @@ def _value(content: dict[str, Any], task: str, metric: str, file: Path) -> float
     return next(iter(found.values()), None)
 
 
-def _percent(content: dict[str, Any], tasks: dict[str, str], file: Path) -> dict[str, float]:
-    values = {column: _value(content, task, "acc", file) for column, task in tasks.items()}
-    for column, value in values.items():
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{file}: {tasks[column]} has acc {value}: an accuracy of lm_eval is from 0 to 1.")
-    return {column: 100 * value for column, value in values.items() if value is not None}
-
-
-def _mmlu(content: dict[str, Any], file: Path) -> dict[str, float]:
-    return _percent(content, _MMLU, file)
-
-
-def _commonsense(content: dict[str, Any], file: Path) -> dict[str, float]:
-    return _percent(content, {name: f"comlora_{name}" for name in COMMONSENSE}, file)
-
-
-def _convai2(content: dict[str, Any], file: Path) -> dict[str, float]:
-    values = {name: _value(content, "comlora_convai2", name, file) for name in _CONVAI2}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _remark(content: dict[str, Any], task: str) -> str | None:
-    """What sets a task's figure apart from the paper's: another number of rows, another model for BERTScore."""
-    if task == "comlora_convai2":
-        limit = (content.get("config") or {}).get("limit")
-        model = content["results"][task].get("bertscore_model,none", DEFAULT_MODEL)
-        parts = [f"--limit {limit:g}"] if limit else []
-        parts += [f"BERTScore by {model} instead of {DEFAULT_MODEL}"] if Path(str(model)).name != DEFAULT_MODEL else []
-        return f"{task} with {' and '.join(parts)}" if parts else None
-    samples = content.get("n-samples") or {}
-    counts = [
-        samples[leaf]["effective"] for leaf in _leaves(task, content.get("group_subtasks") or {}) if leaf in samples
-    ]
-    expected = _TEST_ROWS[task]
-    return f"{task} on {sum(counts):,} of {expected:,} rows" if counts and sum(counts) != expected else None
+def _accuracy(content: dict[str, Any], task: str, column: str, file: Path) -> dict[str, float]:
+    value = _value(content, task, "acc", file)
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{file}: {task} has acc {value}: an accuracy of lm_eval is from 0 to 1.")
+    return {} if value is None else {column: 100 * value}
 
 
 def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:
     return [leaf for child in groups[task] for leaf in _leaves(child, groups)] if groups.get(task) else [task]
+
+
+def _with_conditions(measure: Measure, content: dict[str, Any], task: str) -> Measure:
+    leaves = _leaves(task, content.get("group_subtasks") or {})
+    records = [record for leaf in leaves if (record := _record(content, leaf))]
+    measure.shared = _shared(content, leaves[0], records[0] if records else {})
+    measure.remarks = [f"{name} {measure.shared[name]}" for name, usual in _USUAL.items() if _differs(measure, name)]
+    measure.remarks += [f"{name} {value}" for name, value in measure.shared.items() if name not in _USUAL]
+    samples = content.get("n-samples") or {}
+    counts = [samples[leaf]["effective"] for leaf in leaves if leaf in samples]
+    expected = sum(record["expected_rows"] for record in records) or _expected(measure.task, leaves)
+    limit = (content.get("config") or {}).get("limit")
+    if counts:
+        measure.own["rows"] = f"{sum(counts):,} of {expected:,}"
+        measure.remarks += [f"on {measure.own['rows']} rows"] if sum(counts) != expected else []
+    elif limit:
+        measure.own["rows"] = f"--limit {limit:g}"
+        measure.remarks.append(f"with --limit {limit:g}")
+    if records:
+        hashes = " ".join(record["data_sha256"] for record in records)
+        measure.own["data"] = _short(records[0]["data_sha256"] if len(records) == 1 else _sha256(hashes))
+    if versions := {str((content.get("versions") or {}).get(leaf)) for leaf in leaves} - {"None"}:
+        measure.own["version"] = "/".join(sorted(versions))
+    if measure.table == "4":
+        _add_bertscore(measure, content, task, records)
+    return measure
+
+
+def _differs(measure: Measure, name: str) -> bool:
+    return measure.shared.get(name, _USUAL[name]) != _USUAL[name]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _expected(task: str, leaves: list[str]) -> int:
+    """Rows of the public test set."""
+    if task == "comlora_convai2":
+        return VALIDATION_ROWS
+    if task == "comlora_mmlu":
+        return sum(SUBJECT_ROWS.values())
+    subjects = (leaf.removeprefix("comlora_mmlu_") for leaf in leaves)
+    return COMMONSENSE.get(task.removeprefix("comlora_")) or sum(SUBJECT_ROWS.get(subject, 0) for subject in subjects)
+
+
+def _shared(content: dict[str, Any], leaf: str, record: dict[str, Any]) -> dict[str, str]:
+    config = (content.get("configs") or {}).get(leaf) or {}
+    shared = {}
+    if record.get("prompt"):
+        shared["prompt"] = record["prompt"]
+    kwargs = record.get("decoding") or config.get("generation_kwargs")
+    if kwargs:
+        shared["decoding"] = describe_decoding(kwargs)
+    if record.get("protocol", "comlora") != "comlora":
+        shared["protocol"] = record["protocol"]
+    if chat := record.get("chat_template_sha256") or content.get("chat_template_sha"):
+        shared["chat template"] = _short(chat)
+    if instruction := content.get("system_instruction_sha"):
+        shared["system instruction"] = _short(instruction)
+    if shots := (content.get("n-shot") or {}).get(leaf):
+        shared["few-shot examples"] = str(shots)
+    return shared
+
+
+def describe_decoding(kwargs: dict[str, Any]) -> str:
+    """Generation settings in words: "greedy, 32 tokens", "4 beams, 32 tokens", "sampling (temperature 0.1), ..."."""
+    rest = {key: value for key, value in kwargs.items() if key != "until" and value is not None}
+    sampling, beams, tokens = rest.pop("do_sample", False), rest.pop("num_beams", 1), rest.pop("max_gen_toks", None)
+    kinds = {key: rest.pop(key) for key in ("temperature", "top_p", "top_k") if key in rest}
+    parts = [f"sampling ({', '.join(f'{k} {v:g}' for k, v in kinds.items())})" if kinds else "sampling"] * sampling
+    parts += [f"{beams} beams"] if beams > 1 else []
+    parts = parts or ["greedy"]
+    parts += [f"{key} {value}" for key, value in sorted(rest.items())]
+    return ", ".join([*parts, f"{tokens} tokens"] if tokens else parts)
+
+
+def _add_bertscore(measure: Measure, content: dict[str, Any], task: str, records: list[dict[str, Any]]) -> None:
+    model = str(content["results"][task].get("bertscore_model,none", DEFAULT_MODEL))
+    layers = records[0].get("bertscore_layers") if records else None
+    measure.own["BERTScore"] = f"{model}, layer {layers}" if layers else model
+    if Path(model).name != DEFAULT_MODEL:
+        measure.remarks.append(f"with BERTScore by {measure.own['BERTScore']} instead of {DEFAULT_MODEL}")

@@ -8,14 +8,12 @@ import pytest
 
 lm_eval = pytest.importorskip("lm_eval")
 
-from lm_eval.api.model import LM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+from replaying import evaluate, manager_of  # noqa: E402
 
 import comlora_lm_eval_hook  # noqa: E402
 from comlora_trl.data import COMMONSENSE_TASKS, build_prompt, first_keyword  # noqa: E402
 from comlora_trl.data.keywords import first_letter  # noqa: E402
 from comlora_trl.evaluation import tasks  # noqa: E402
-from comlora_trl.data.files import tasks_folder  # noqa: E402
 from comlora_trl.evaluation.harness import check_tasks  # noqa: E402
 
 comlora_lm_eval_hook.install()
@@ -33,43 +31,11 @@ REFERENCE = {
 NAMES = {name: f"comlora_{name.lower().replace('-', '_')}" for name in COMMONSENSE_TASKS}
 
 
-def manager_of(metadata):
-    """Our tasks alone: indexing all of lm_eval's takes seconds."""
-    return TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata)
-
-
 def reference_answer(task: str, output: str) -> str:
     """LLM-Adapters' extraction: what stands between the first two response marks, and the first match in it."""
     sentence = output.split("### Response:")[1].strip()
     found = re.findall(REFERENCE[task], sentence)
     return found[0] if found else ""
-
-
-class Replay(LM):
-    """Answers with what it is told, by prompt."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer, self.seen = answer, []
-
-    def generate_until(self, requests, disable_tqdm=False):
-        self.seen += [request.args for request in requests]
-        return [self.answer(request.doc) for request in requests]
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
-
-
-def evaluate(answer, names, data_dir, **metadata):
-    model = Replay(answer)
-    metadata = {"comlora_data_dir": str(data_dir), **metadata}
-    manager = manager_of(metadata)
-    result = lm_eval.simple_evaluate(
-        model=model, tasks=names, task_manager=manager, bootstrap_iters=0, metadata=metadata
-    )
-    return result, model
 
 
 @pytest.fixture(scope="module")

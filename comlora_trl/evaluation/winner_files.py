@@ -1,0 +1,88 @@
+"""What an exported winner carries besides PEFT's files, so that others can use it without asking how it was made.
+
+- `training.json`: base model and revision, tokenizer, prompt template, data, settings, seed; the evaluation reads it.
+- `lm_eval.yaml`: `lm_eval run --config winner/lm_eval.yaml` needs neither our hook nor any other argument.
+- `README.md`: the model card, see [`comlora_trl.evaluation.card`].
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from comlora_trl.data.files import tasks_folder
+from comlora_trl.data.prompts import check_template
+from comlora_trl.demo import DEMO_BASE, base_name, resolve_base
+from comlora_trl.evaluation.adapters import TOKENIZER_FILES, TRAINING_FILE, demo_base_sha256, tasks_for
+from comlora_trl.evaluation.card import write_card
+
+LM_EVAL_FILE = "lm_eval.yaml"
+
+
+def write_winner_files(
+    folder: str | Path,
+    *,
+    target: str | Path,
+    base: str,
+    base_revision: str | None = None,
+    tokenizer: str | None = None,
+    prompt_template: str | None = None,
+    data: str | None = None,
+    settings: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> None:
+    """Writes `training.json`, `lm_eval.yaml` and `README.md` into an exported adapter's folder.
+
+    Call it when `adapter_config.json`, `competition.json` and the tokenizer are there.
+
+    Args:
+        folder: where the adapter is written now (a temporary folder, until it is renamed).
+        target: where it will be, which `lm_eval.yaml` names.
+        base: the base model's hub id or folder, as it was loaded.
+        base_revision: its revision on the hub, if one was asked for.
+        tokenizer: the tokenizer's name, where it is not saved in the folder and not the base's.
+        prompt_template: the template of the training prompts; None for data that had its own (TRL's formats).
+        data: what was trained on: a preset's name, a hub id or a path.
+        settings: further settings under their flags' names, JSON values; those at their default may be left out.
+        seed: the run's seed.
+
+    Raises:
+        ValueError: the template is unknown.
+    """
+    folder, target = Path(folder), Path(target).expanduser().absolute()
+    if prompt_template is not None:
+        check_template(prompt_template)
+    named: dict[str, Any] = {"name": base_name(str(base)), "revision": base_revision}
+    if named["name"] == DEMO_BASE:
+        named["sha256"] = demo_base_sha256()
+    record = {
+        "base": named,
+        "tokenizer": tokenizer,
+        "prompt_template": prompt_template,
+        "data": data,
+        "seed": seed,
+        "settings": settings or {},
+    }
+    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _write_lm_eval_config(folder, target, resolve_base(str(base)), record)
+    write_card(folder)
+
+
+def _write_lm_eval_config(folder: Path, target: Path, base: str, record: dict[str, Any]) -> None:
+    arguments = {"pretrained": base, "peft": str(target)}
+    if revision := record["base"]["revision"]:
+        arguments["revision"] = revision
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        arguments["tokenizer"] = str(target)
+    elif record["tokenizer"]:
+        arguments["tokenizer"] = resolve_base(record["tokenizer"])
+    config = {
+        "model": "hf",
+        "model_args": arguments,
+        "tasks": tasks_for(record["data"]),
+        "include_path": str(tasks_folder()),
+        "batch_size": 32,
+    }
+    head = "# lm_eval run --config lm_eval.yaml; its paths are those of the machine on which the winner was exported\n"
+    (folder / LM_EVAL_FILE).write_text(head + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
