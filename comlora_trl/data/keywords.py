@@ -50,7 +50,7 @@ def first_keyword(response: str, keywords: Sequence[str], whole_word: bool = Fal
 
 # Words that can follow the letter A as an answer; an article is followed by a noun or what describes one
 _AFTER_ANSWER = (
-    "is was are were be am has have had does do did will would can could may might must should shall seems seemed looks "
+    "is was are were be am has have had does do did will would can could may might must should shall seems looks "
     "because since as for so if when while though although and or but nor not than then that which who whose where "
     "in on at by of to from with without over under before after only alone also too instead rather"
 )

@@ -4,13 +4,17 @@ Every command in it works as it stands beside the adapter's folder. Nothing here
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from comlora_trl.demo import DEMO_BASE, resolve_base
 from comlora_trl.evaluation.adapters import COMPETITION_FILE, TRAINING_FILE, method_of, read_json, tasks_for, vllm_rank
+
+if TYPE_CHECKING:
+    from comlora_trl.evaluation.scores import Score
 
 CARD_FILE = "README.md"
 # Pictures that the training may leave in the folder
@@ -18,12 +22,12 @@ PICTURES = ("competition.png", "competition.svg")
 _HUB_NAMES = {"commonsense_170k": "commonsense_170k (LLM-Adapters)", "mmlu": "cais/mmlu"}
 
 
-def write_card(folder: str | Path, scores: dict[str, dict[str, Any]] | None = None) -> Path:
+def write_card(folder: str | Path, scores: "Sequence[Score]" = ()) -> Path:
     """Writes the card of an adapter's folder, in the place of one that is there.
 
     Args:
         folder: the adapter's folder.
-        scores: what was measured of exactly these weights: task to {"metrics": {name: value}, "conditions": text}.
+        scores: what was measured of exactly these weights.
 
     Returns:
         the card's path.
@@ -34,12 +38,12 @@ def write_card(folder: str | Path, scores: dict[str, dict[str, Any]] | None = No
     competition = read_json(folder / COMPETITION_FILE)
     method = method_of(folder) or "adapter"
     base = (record.get("base") or {}).get("name") or config.get("base_model_name_or_path") or ""
-    metadata = yaml.safe_dump(_metadata(record, base, method, scores or {}), sort_keys=False, allow_unicode=True)
+    metadata = yaml.safe_dump(_metadata(record, base, method, scores), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{metadata}---\n",
         f"# {method}\n\n{_summary(record, config, base)}",
         _competition(folder, competition),
-        _scores(scores or {}),
+        _scores(scores),
         _use(record, config, base),
         _settings(record, config),
     ]
@@ -48,7 +52,7 @@ def write_card(folder: str | Path, scores: dict[str, dict[str, Any]] | None = No
     return path
 
 
-def _metadata(record: dict[str, Any], base: str, method: str, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _metadata(record: dict[str, Any], base: str, method: str, scores: "Sequence[Score]") -> dict[str, Any]:
     """The card's YAML head, as the hub reads it. A base that is no hub id is left out, for the hub refuses it."""
     data: dict[str, Any] = {}
     if _is_hub_id(base):
@@ -60,10 +64,10 @@ def _metadata(record: dict[str, Any], base: str, method: str, scores: dict[str, 
         results = [
             {
                 "task": {"type": "text-generation"},
-                "dataset": {"name": task, "type": task},
-                "metrics": [{"type": name, "value": value, "name": name} for name, value in entry["metrics"].items()],
+                "dataset": {"name": score.task, "type": score.task},
+                "metrics": [{"type": name, "value": value, "name": name} for name, value in score.metrics.items()],
             }
-            for task, entry in scores.items()
+            for score in scores
         ]
         data["model-index"] = [{"name": method, "results": results}]
     return data
@@ -110,13 +114,13 @@ def _number(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
-def _scores(scores: dict[str, dict[str, Any]]) -> str:
+def _scores(scores: "Sequence[Score]") -> str:
     if not scores:
         return ""
     lines = ["## Scores", "", "| task | | conditions |", "| --- | --- | --- |"]
-    for task, entry in scores.items():
-        metrics = ", ".join(f"{name} {value:.2f}" for name, value in entry["metrics"].items())
-        lines.append(f"| `{task}` | {metrics} | {entry['conditions']} |")
+    for score in scores:
+        metrics = ", ".join(f"{name} {value:.2f}" for name, value in score.metrics.items())
+        lines.append(f"| `{score.task}` | {metrics} | {score.conditions} |")
     return "\n".join(lines)
 
 

@@ -98,7 +98,7 @@ class InstructionTask(ConfigurableTask):
         """Raises a DataError for more than 0 examples."""
         if number:
             raise DataError(
-                f"{self.task_name} takes no few-shot examples, got num_fewshot={number}: its instruction stands alone, "
+                f"{self.task_name} takes no few-shot examples, got num_fewshot={number}: its instruction stands alone "
                 "as in training; leave --num_fewshot out"
             )
 

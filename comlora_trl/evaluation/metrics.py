@@ -119,7 +119,7 @@ def bertscore_layers() -> int:
 
 
 def bertscore_identity() -> tuple:
-    """What BERTScore's figures depend on: the model's name, the layer asked for, the model's files if it is a folder."""
+    """What BERTScore's figures depend on: the model's name, the layer asked for, the files of a model's folder."""
     name = bertscore_model_name()
     folder = Path(name).expanduser()
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []

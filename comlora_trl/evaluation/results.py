@@ -84,7 +84,12 @@ class ResultFile:
 
 
 def read_results(arguments: list[str]) -> list[ResultFile]:
-    """Reads every result file that the arguments name, the oldest first.
+    """What the result files hold that the arguments name, see [`load_results`]."""
+    return [_read(content, file, name) for content, file, name in load_results(arguments)]
+
+
+def load_results(arguments: list[str]) -> list[tuple[dict[str, Any], Path, str | None]]:
+    """Every result file that the arguments name, the oldest first: (content, file, the method's given name).
 
     Args:
         arguments: files, folders (searched for lm_eval's result files) or patterns, each with or without `NAME=`
@@ -105,8 +110,7 @@ def read_results(arguments: list[str]) -> list[ResultFile]:
             # a file named twice is one file; a name given to it stays
             files[file.resolve()] = name or files.get(file.resolve())
     read = [(_load(file), file, name) for file, name in files.items()]
-    read.sort(key=lambda entry: (entry[0].get("date") or 0, str(entry[1])))
-    return [_read(content, file, name) for content, file, name in read]
+    return sorted(read, key=lambda entry: (entry[0].get("date") or 0, str(entry[1])))
 
 
 def _split_argument(argument: str) -> tuple[str | None, list[Path]]:
@@ -231,9 +235,27 @@ def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:
     return [leaf for child in groups[task] for leaf in _leaves(child, groups)] if groups.get(task) else [task]
 
 
+def leaf_records(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
+    """Our records of a task, or of all tasks of a group."""
+    leaves = _leaves(task, content.get("group_subtasks") or {})
+    return [record for leaf in leaves if (record := _record(content, leaf))]
+
+
+def describe_conditions(content: dict[str, Any], task: str) -> str:
+    """A recorded task's conditions in words: "600 of 600 rows, prompt comlora, greedy, 32 tokens"."""
+    records, leaves = leaf_records(content, task), _leaves(task, content.get("group_subtasks") or {})
+    rows, expected = (sum(record[name] for record in records) for name in ("rows", "expected_rows"))
+    shared = _shared(content, leaves[0], records[0])
+    parts = [f"{rows:,} of {expected:,} rows", *(f"{k} {v}" for k, v in shared.items() if k != "decoding")]
+    parts += [shared["decoding"]] if "decoding" in shared else []
+    if model := records[0].get("bertscore_model"):
+        parts.append(f"BERTScore by {model}")
+    return ", ".join(parts)
+
+
 def _with_conditions(measure: Measure, content: dict[str, Any], task: str) -> Measure:
     leaves = _leaves(task, content.get("group_subtasks") or {})
-    records = [record for leaf in leaves if (record := _record(content, leaf))]
+    records = leaf_records(content, task)
     measure.shared = _shared(content, leaves[0], records[0] if records else {})
     measure.remarks = [f"{name} {measure.shared[name]}" for name, usual in _USUAL.items() if _differs(measure, name)]
     measure.remarks += [f"{name} {value}" for name, value in measure.shared.items() if name not in _USUAL]

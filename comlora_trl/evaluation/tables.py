@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comlora_trl.evaluation.results import COMMONSENSE, paper, read_results
 from comlora_trl.evaluation.runs import Run, clashes, group_seeds, make_runs, method_key
+from comlora_trl.evaluation.scores import put_on_card
 from comlora_trl.evaluation.tables_render import FORMATS, Cell, Row, Table
 
 _DESCRIPTION = """\
@@ -33,6 +34,7 @@ Examples:
   lm_eval --model hf --model_args peft=seed1/winner/ --tasks comlora_commonsense --output_path results/
   comlora-tables results/
   comlora-tables results/ --table 3 --format latex --output table3.tex
+  comlora-tables results/ --card winner/
   comlora-tables "ComLoRA K=2 r=8=runs/*/results" "LoRA r=8=lora/results" "mine=other/results"
 """
 
@@ -155,10 +157,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "results",
-        nargs="+",
+        nargs="*",
+        default=["."],
         metavar="RESULTS",
         help="a result file of lm_eval, a folder searched for them (what --output_path named) or a quoted pattern; "
-        "NAME=RESULTS names the method",
+        "NAME=RESULTS names the method (default: the current folder)",
+    )
+    parser.add_argument(
+        "--card",
+        metavar="ADAPTER",
+        help="instead of tables: write the results of this adapter's weights on its card, ADAPTER/README.md",
     )
     parser.add_argument("--table", choices=["2", "3", "4", "all"], default="all", help="which table (default: all)")
     parser.add_argument(
@@ -180,6 +188,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     numbers = ["2", "3", "4"] if options.table == "all" else [options.table]
     try:
+        if options.card:
+            path, scores = put_on_card(options.card, options.results)
+            for score in scores:
+                said = ", ".join(f"{name} {value:.2f}" for name, value in score.metrics.items())
+                print(f"{path}: {score.task} {said} ({score.conditions})")
+            return 0
         tables = build_tables(read_runs(options.results), numbers)
         text = FORMATS[options.format](tables)
         if options.output:

@@ -266,7 +266,8 @@ def test_missing_things_get_one_line(tmp_path, monkeypatch):
 def test_prompts_and_evaluation_import_no_torch():
     code = (
         "import sys, comlora_trl.data, comlora_trl.evaluation.hook, comlora_trl.evaluation.tasks;"
-        "comlora_trl.data.build_prompt('I'); sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'datasets', 'transformers')))"
+        "comlora_trl.data.build_prompt('I');"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'datasets', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -1,6 +1,7 @@
 """The hook in folders and environments that are in its way: lm_eval runs as if it were not there.
 
-A few lines stand in for lm_eval here, so that a process takes no seconds; `test_fresh_environments.py` has the real one.
+A few lines stand in for lm_eval here, so that a process takes no seconds; `test_fresh_environments.py` has the real
+one.
 """
 
 import types

@@ -226,3 +226,41 @@ def test_the_named_protocols_prompt_and_decoding(tmp_path, task):
     assert prompt == build_prompt("question 0?", protocol) and record_of(result, task)["protocol"] == protocol
     assert decoding["num_beams"] == 4 and decoding["do_sample"] == (protocol == "hira")
     assert decoding["max_gen_toks"] == {"hira": 16, "llm_adapters": 32}[protocol]
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_chat_model_without_an_adapter_is_scored_by_the_same_tasks(tmp_path, monkeypatch, capsys):
+    """The user's turn is the instruction; the record has the chat template."""
+    from conftest import make_model, make_tokenizer
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    lm = HFLM(pretrained=make_model(max_position_embeddings=1024).eval(), tokenizer=tokenizer, batch_size=4)
+    seen = []
+    generate = lm._model_generate
+    monkeypatch.setattr(
+        lm, "_model_generate", lambda context, **given: seen.append(context) or generate(context, **given)
+    )
+    write_boolq(tmp_path, 4)
+
+    results = []
+    for settings, metadata in (({"apply_chat_template": True}, {}), ({}, {}), ({"apply_chat_template": True}, "hira")):
+        named = {"comlora_prompt": metadata} if metadata else {}
+        result, _ = evaluate(None, ["comlora_boolq"], tmp_path, settings, model=lm, **named)
+        results.append(record_of(result))
+    prompts = [tokenizer.decode(context[0]).removeprefix("<s>") for context in seen]
+    assert prompts[0] == "<user>question 0?<assistant>"
+    assert prompts[1] == build_prompt("question 0?")
+    assert prompts[2] == f"<user>{build_prompt('question 0?', 'hira')}<assistant>"
+    assert [record["prompt"] for record in results] == ["plain", "comlora", "hira"]
+    assert (
+        results[0]["chat_template_sha256"] == results[2]["chat_template_sha256"] != results[1]["chat_template_sha256"]
+    )
+    assert results[1]["chat_template_sha256"] is None and results[0]["adapter"] is None
+    assert "the instruction stands alone in the user's turn (prompt plain)" in capsys.readouterr().err
