@@ -6,6 +6,7 @@
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,25 @@ from comlora_trl.evaluation.adapters import TOKENIZER_FILES, TRAINING_FILE, demo
 from comlora_trl.evaluation.card import write_card
 
 LM_EVAL_FILE = "lm_eval.yaml"
+# Settings of TRL's that decide what comes out, in the order in which the card shows them
+_TOLD = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "weight_decay",
+)
+_TOLD += (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "max_length",
+    "packing",
+    "bf16",
+)
+_PATHS = ("comlora_winner_dir", "comlora_overwrite_winner")
 
 
 def write_winner_files(
@@ -67,6 +87,19 @@ def write_winner_files(
     (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _write_lm_eval_config(folder, target, resolve_base(str(base)), record)
     write_card(folder)
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The settings of a run worth telling, from its training arguments: ours, and the optimization's.
+
+    Args:
+        args: a dataclass of TRL's or ours (`ComLoRAConfig`).
+    """
+    names = [field.name for field in fields(args) if field.name.startswith("comlora_")]
+    settings = {name: getattr(args, name) for name in [*names, *_TOLD] if hasattr(args, name)}
+    settings = {name: getattr(value, "value", value) for name, value in settings.items() if name not in _PATHS}
+    plain = str | int | float | bool | list | tuple
+    return {name: value for name, value in settings.items() if isinstance(value, plain)}
 
 
 def _write_lm_eval_config(folder: Path, target: Path, base: str, record: dict[str, Any]) -> None:

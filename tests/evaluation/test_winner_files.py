@@ -13,7 +13,7 @@ from comlora_trl.demo import DEMO_BASE, base_name, demo_model_path, resolve_base
 from comlora_trl.evaluation import adapters
 from comlora_trl.evaluation.card import write_card
 from comlora_trl.evaluation.tables import main
-from comlora_trl.evaluation.winner_files import write_winner_files
+from comlora_trl.evaluation.winner_files import settings_of, write_winner_files
 
 BRANCHES = [
     {"branch": 0, "validation_nll": 1.25, "score": 3.5, "share_of_wins": 0.75, "disqualified_at_step": None},
@@ -44,6 +44,16 @@ def test_the_record(tmp_path):
     assert adapters.recorded_prompt(str(folder)) == "comlora"
     with pytest.raises(ValueError, match="unknown prompt template 'x'"):
         export(tmp_path / "other", prompt_template="x")
+
+
+def test_the_settings_are_those_that_decide(tmp_path):
+    from comlora_trl import ComLoRAConfig
+
+    settings = settings_of(ComLoRAConfig(str(tmp_path), comlora_k=4, learning_rate=1e-3, bf16=False, use_cpu=True))
+    assert settings["comlora_k"] == 4 and settings["learning_rate"] == 1e-3
+    assert settings["lr_scheduler_type"] == "linear" and settings["comlora_selector"] is True
+    assert "output_dir" not in settings and "comlora_winner_dir" not in settings
+    json.dumps(settings)
 
 
 def test_lm_evals_own_configuration(tmp_path):
