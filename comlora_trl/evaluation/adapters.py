@@ -131,7 +131,7 @@ def _variant(settings: dict[str, Any], k: int, selector: bool) -> list[str]:
     if not selector:
         return ["w/o selector"]
     parts = []
-    for name, loss in (("lm", "L_LM"), ("alignment", "L_align"), ("pairwise", "L_pair")):
+    for name, loss in (("lm", "L_LM"), ("alignment", "L_align"), ("pairwise", "L_pairwise")):
         weight = settings.get(f"comlora_{name}_weight", 1)
         parts += [f"w/o {loss}" if weight == 0 else f"{weight:g} {loss}"] if weight != 1 else []
     parts += [f"N={n}"] if (n := settings.get("comlora_top_n")) not in (None, k) else []

@@ -38,7 +38,7 @@ _USUAL = {"prompt": "comlora", "decoding": "greedy, 32 tokens"}
 
 @cache
 def paper() -> dict[str, Any]:
-    """The paper's Tables 2 to 4."""
+    """The paper's Tables 2 to 10."""
     return json.loads(PAPER_FILE.read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""`comlora-tables`: the paper's Tables 2, 3 and 4 with what lm_eval measured beside the paper's figures."""
+"""`comlora-tables`: the paper's Tables 2 to 10 with what lm_eval measured beside the paper's figures."""
 
 import argparse
 import sys
@@ -10,8 +10,10 @@ from comlora_trl.evaluation.runs import Run, clashes, group_seeds, make_runs, me
 from comlora_trl.evaluation.scores import put_on_card
 from comlora_trl.evaluation.tables_render import FORMATS, Cell, Row, Table
 
+# The tables of a data set's results; the others are commonsense accuracies of certain methods
+MEASURED = ("2", "3", "4")
 _DESCRIPTION = """\
-Prints the paper's Table 2 (MMLU), Table 3 (commonsense) and Table 4 (CONVAI2) from lm_eval's result files:
+Prints the paper's Table 2 (MMLU), 3 (commonsense), 4 (CONVAI2) or an ablation (5 to 10) from lm_eval's result files:
 under each method of the paper its figures (LLaMA-3-8B, means of 5 seeds) and the measured ones,
 mean ± standard deviation over seeds, the best of each column bold and the second underlined."""
 
@@ -44,9 +46,13 @@ def build_tables(runs: list[Run], numbers: list[str]) -> list[Table]:
 
     Args:
         runs: what was measured, see [`comlora_trl.evaluation.runs.make_runs`].
-        numbers: which tables, of "2", "3" and "4".
+        numbers: which tables, of "2" to "10". From 5 on they are commonsense accuracies of certain methods only.
     """
-    return [_build_table([run for run in runs if run.table == number], number) for number in numbers]
+    tables = []
+    for number in numbers:
+        table = number if number in MEASURED else "3"
+        tables.append(_build_table([run for run in runs if run.table == table], number))
+    return tables
 
 
 def read_runs(arguments: list[str]) -> list[Run]:
@@ -65,7 +71,7 @@ def _build_table(runs: list[Run], number: str) -> Table:
         table.rows.append(Row(row["method"], "paper", 0, cells))
         if group := measured.pop(method_key(row["method"]), None):
             _add_method(table, row["method"], group)
-    for group in measured.values():
+    for group in measured.values() if number in MEASURED else ():
         _add_method(table, group[0].method, group)
     if all(row.source == "paper" for row in table.rows):
         table.notes.append("Nothing was measured for this table.")
@@ -107,7 +113,7 @@ def _add_measured(table: Table, method: str, runs: list[Run]) -> None:
         if 0 < len(cells[column].figures) < len(runs):
             table.notes.append(f"{method}: {heading} is of {len(cells[column].figures)} of {len(runs)} runs.")
     for run in runs:
-        if table.number == "3" and (missing := _missing(run)):
+        if _is_commonsense(table) and (missing := _missing(run)):
             headings = ", ".join(table.columns[task] for task in missing)
             table.notes.append(f"{method}: no average for {_place(run)}, which has no {headings}.")
         remarks: dict[str, list[str]] = {}
@@ -137,13 +143,17 @@ def _place(run: Run) -> str:
     return f"{place} ({', '.join(known)})" if known else place
 
 
+def _is_commonsense(table: Table) -> bool:
+    return "boolq" in table.columns
+
+
 def _missing(run: Run) -> list[str]:
     return [task for task in COMMONSENSE if task not in run.values]
 
 
 def _average(table: Table, run: Run) -> dict[str, float]:
-    """Table 3's unweighted mean of the eight, for a run that has them all."""
-    if table.number != "3" or _missing(run):
+    """The unweighted mean of the eight, for a run that has them all."""
+    if not _is_commonsense(table) or _missing(run):
         return {}
     return {"average": sum(run.values[task] for task in COMMONSENSE) / len(COMMONSENSE)}
 
@@ -168,7 +178,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADAPTER",
         help="instead of tables: write the results of this adapter's weights on its card, ADAPTER/README.md",
     )
-    parser.add_argument("--table", choices=["2", "3", "4", "all"], default="all", help="which table (default: all)")
+    parser.add_argument(
+        "--table",
+        choices=[*paper()["tables"], "all"],
+        default="all",
+        help="which table (default: all three of the results: 2, 3 and 4; 5 to 10 are the ablations)",
+    )
     parser.add_argument(
         "--format",
         choices=list(FORMATS),
@@ -186,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         0, or 1 after one line on stderr if the results can't be read.
     """
     options = _parser().parse_args(arguments)
-    numbers = ["2", "3", "4"] if options.table == "all" else [options.table]
+    numbers = list(MEASURED) if options.table == "all" else [options.table]
     try:
         if options.card:
             path, scores = put_on_card(options.card, options.results)

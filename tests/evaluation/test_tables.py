@@ -297,6 +297,34 @@ def test_a_protocols_variant_is_a_row_of_its_own(tmp_path: Path):
     assert "prompt comlora / hira, protocol none / hira." in notes([tmp_path])
 
 
+ABLATIONS = {
+    "5": ({"comlora_alignment_weight": 0.0}, "ComLoRA K=4 r=4, w/o L_align", 76.94),
+    "6": ({}, "ComLoRA K=4 r=8", 83.51),
+    "7": ({"comlora_top_n": 2}, "ComLoRA K=4 r=8, N=2", 86.15),
+    "8": ({"comlora_annealing": "cosine"}, "ComLoRA K=4 r=8, cosine", 83.98),
+    "9": ({"comlora_noise": 10.0}, "ComLoRA K=4 r=8, α=10", 84.77),
+    "10": ({"exported_branch": 2}, "ComLoRA K=4 r=8, branch 2", 86.18),
+}
+
+
+@pytest.mark.parametrize("number", ABLATIONS)
+def test_an_ablation_is_recognized_by_its_settings(tmp_path: Path, number: str):
+    settings, method, average = ABLATIONS[number]
+    exported = {name: settings.pop(name) for name in ("exported_branch",) if name in settings}
+    adapter = write_adapter(tmp_path / "adapter", rank=4 if number == "5" else 8, k=4, **exported)
+    (tmp_path / "adapter" / "training.json").write_text(
+        json.dumps({"settings": {"comlora_selector": True, **settings}})
+    )
+    write_results(tmp_path, adapter, commonsense(0.5))
+    write_results(tmp_path / "other", write_adapter(tmp_path / "lora", rank=64), commonsense(0.5))
+
+    (table,) = build_tables(read_runs([str(tmp_path)]), [number])
+
+    rows = {(row.method, row.source): row.cells["average"].mean for row in table.rows}
+    assert rows[method, "paper"] == average and rows[method, "measured"] == pytest.approx(53.5)
+    assert len(rows) == len(paper()["tables"][number]["rows"]) + 1, "no row of another method"
+
+
 def test_ranks_compare_the_measured_with_the_measured():
     def row(method: str, source: str, figure: float | None) -> Row:
         return Row(method, source, 1, {"x": Cell() if figure is None else Cell((figure,))})
