@@ -116,12 +116,24 @@ def method_of(folder: Path) -> str | None:
     k = competition.get("k")
     scored = any(branch.get("score") is not None for branch in competition.get("branches") or [])
     selector = settings.get("comlora_selector", scored or "branches" not in competition)
-    if not k or (k == 1 and not selector):
-        return f"{'DoRA' if config.get('use_dora') else 'LoRA'} r={config['r']}"
-    parts = [f"ComLoRA K={k} r={config['r']}", *_variant(settings, k, selector)]
+    name = method_name(config["r"], k, {**settings, "comlora_selector": selector})
+    name = name.replace("LoRA", "DoRA", 1) if config.get("use_dora") and name.startswith("LoRA") else name
     exported = competition.get("exported_branch")
-    parts += [f"branch {exported}"] if exported not in (None, competition.get("winner")) else []
-    return ", ".join(parts)
+    return name if exported in (None, competition.get("winner")) else f"{name}, branch {exported}"
+
+
+def method_name(rank: int, k: int | None, settings: dict[str, Any]) -> str:
+    """The paper's name of a method.
+
+    Args:
+        rank: of each branch.
+        k: the number of branches; None or 0 for an adapter without a competition.
+        settings: `comlora_*` settings; those left out are at their default.
+    """
+    selector = settings.get("comlora_selector", True)
+    if not k or (k == 1 and not selector):
+        return f"LoRA r={rank}"
+    return ", ".join([f"ComLoRA K={k} r={rank}", *_variant(settings, k, selector)])
 
 
 def _variant(settings: dict[str, Any], k: int, selector: bool) -> list[str]:
