@@ -59,7 +59,7 @@ class Planned:
         """(method, adapter's folder) of what is to be scored."""
         if not self.every_branch:
             return [(self.method, self.folder / "winner")]
-        exported = sorted((self.folder / "branches").glob("branch_*"))
+        exported = sorted(file.parent for file in (self.folder / "branches").glob("branch_*/adapter_config.json"))
         winner = json.loads((self.folder / "winner" / "competition.json").read_text())["winner"] if exported else None
         return [
             (self.method if path.name == f"branch_{winner}" else f"{self.method}, {path.name.replace('_', ' ')}", path)
