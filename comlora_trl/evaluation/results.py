@@ -4,7 +4,6 @@ Nothing heavy is imported, so that reading results takes no longer than reading 
 """
 
 import glob
-import hashlib
 import json
 import math
 import re
@@ -13,11 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from comlora_trl.data.convai2 import VALIDATION_ROWS
-from comlora_trl.data.keywords import COMMONSENSE_TASKS
-from comlora_trl.data.mmlu import SUBJECT_ROWS
 from comlora_trl.evaluation.adapters import adapter_folder, describe
-from comlora_trl.evaluation.metrics import DEFAULT_MODEL
+from comlora_trl.evaluation.conditions import COMMONSENSE, Measure, add_conditions, leaf_records, short
 
 PAPER_FILE = Path(__file__).with_name("paper_tables.json")
 # lm_eval writes FOLDER/MODEL/results_DATE.json, or NAME_DATE.json for --output_path NAME.json
@@ -26,41 +22,16 @@ _RESULT_NAME = re.compile(r"_\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?\.json$")
 _MODEL_KEYS = ("peft", "lora_local_path", "delta", "pretrained", "model", "path")
 _PROTOCOLS = ("llm_adapters", "hira")
 
-# Tasks in lm_eval, and the sizes of the paper's test sets
-COMMONSENSE = {name.lower().replace("-", "_"): task.test_rows for name, task in COMMONSENSE_TASKS.items()}
 _MMLU = {"comlora_mmlu": "accuracy"} | {
     f"comlora_mmlu_{category}": category for category in ("stem", "humanities", "social_sciences", "other")
 }
 _CONVAI2 = ("bleu", "meteor", "rouge_l", "bertscore_f1", "bertscore_recall", "bertscore_precision", "average")
-# What the paper's figures are taken for; anything else is remarked
-_USUAL = {"prompt": "comlora", "decoding": "greedy, 32 tokens"}
 
 
 @cache
 def paper() -> dict[str, Any]:
     """The paper's Tables 2 to 10."""
     return json.loads(PAPER_FILE.read_text(encoding="utf-8"))
-
-
-@dataclass
-class Measure:
-    """The figures of one task of one run.
-
-    Attributes:
-        table: the paper's table that has it.
-        task: lm_eval's name of the task, without a protocol's suffix.
-        values: column to figure in percent.
-        shared: conditions that a whole run has in common (prompt, decoding, ...), by name; the unknown are left out.
-        own: the task's own (rows, data, BERTScore's model).
-        remarks: what sets its figures apart from the paper's.
-    """
-
-    table: str
-    task: str
-    values: dict[str, float]
-    shared: dict[str, str] = field(default_factory=dict)
-    own: dict[str, str] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -144,13 +115,24 @@ def _read(content: dict[str, Any], file: Path, name: str | None) -> ResultFile:
     model = _model(content)
     folder = _folder_upwards(model, file)
     now = describe(folder) if folder else {}
-    recorded = next((record["adapter"] for record in _records(content) if record.get("adapter")), None) or {}
+    recorded = (
+        next(
+            (
+                record["adapter"]
+                for task in content["results"]
+                for record in leaf_records(content, task)
+                if record.get("adapter")
+            ),
+            None,
+        )
+        or {}
+    )
     about, notes = (recorded if recorded.get("sha256") else now), []
     place = str(folder or model)
     if recorded.get("sha256"):
         identity = recorded["sha256"]
         if folder and now["sha256"] != identity:
-            notes.append(f"{place} now holds another adapter (weights {_short(now['sha256'])}) than the one measured")
+            notes.append(f"{place} now holds another adapter (weights {short(now['sha256'])}) than the one measured")
     else:
         # without its weights' hash, equal names (such as `winner`) in two folders of results are two runs
         identity = place if folder else f"{model} ({file.parent})"
@@ -158,10 +140,6 @@ def _read(content: dict[str, Any], file: Path, name: str | None) -> ResultFile:
             notes.append("its results name no weights, so they are taken for those of the adapter there now")
     method = name or about.get("method") or model.rstrip("/")
     return ResultFile(method, identity, place, about, _measures(content, file), notes)
-
-
-def _short(sha256: str | None) -> str:
-    return sha256[:8] if sha256 else "unknown"
 
 
 def _model(content: dict[str, Any]) -> str:
@@ -184,16 +162,6 @@ def _folder_upwards(model: str, file: Path) -> Path | None:
     return None
 
 
-def _records(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our record of each task, see [`comlora_trl.evaluation.harness`]."""
-    return [record for task in content.get("configs") or {} if (record := _record(content, task))]
-
-
-def _record(content: dict[str, Any], task: str) -> dict[str, Any]:
-    config = (content.get("configs") or {}).get(task) or {}
-    return (config.get("metadata") or {}).get("comlora") or {}
-
-
 def _measures(content: dict[str, Any], file: Path) -> list[Measure]:
     measures = []
     for task in content["results"]:
@@ -208,7 +176,7 @@ def _measures(content: dict[str, Any], file: Path) -> list[Measure]:
         else:
             continue
         if values:
-            measures.append(_with_conditions(Measure(table, plain, values), content, task))
+            measures.append(add_conditions(Measure(table, plain, values), content, task))
     return measures
 
 
@@ -229,108 +197,3 @@ def _accuracy(content: dict[str, Any], task: str, column: str, file: Path) -> di
     if value is not None and not 0 <= value <= 1:
         raise ValueError(f"{file}: {task} has acc {value}: an accuracy of lm_eval is from 0 to 1.")
     return {} if value is None else {column: 100 * value}
-
-
-def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:
-    return [leaf for child in groups[task] for leaf in _leaves(child, groups)] if groups.get(task) else [task]
-
-
-def leaf_records(content: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    """Our records of a task, or of all tasks of a group."""
-    leaves = _leaves(task, content.get("group_subtasks") or {})
-    return [record for leaf in leaves if (record := _record(content, leaf))]
-
-
-def describe_conditions(content: dict[str, Any], task: str) -> str:
-    """A recorded task's conditions in words: "600 of 600 rows, prompt comlora, greedy, 32 tokens"."""
-    records, leaves = leaf_records(content, task), _leaves(task, content.get("group_subtasks") or {})
-    rows, expected = (sum(record[name] for record in records) for name in ("rows", "expected_rows"))
-    shared = _shared(content, leaves[0], records[0])
-    parts = [f"{rows:,} of {expected:,} rows", *(f"{k} {v}" for k, v in shared.items() if k != "decoding")]
-    parts += [shared["decoding"]] if "decoding" in shared else []
-    if model := records[0].get("bertscore_model"):
-        parts.append(f"BERTScore by {model}")
-    return ", ".join(parts)
-
-
-def _with_conditions(measure: Measure, content: dict[str, Any], task: str) -> Measure:
-    leaves = _leaves(task, content.get("group_subtasks") or {})
-    records = leaf_records(content, task)
-    measure.shared = _shared(content, leaves[0], records[0] if records else {})
-    measure.remarks = [f"{name} {measure.shared[name]}" for name, usual in _USUAL.items() if _differs(measure, name)]
-    measure.remarks += [f"{name} {value}" for name, value in measure.shared.items() if name not in _USUAL]
-    samples = content.get("n-samples") or {}
-    counts = [samples[leaf]["effective"] for leaf in leaves if leaf in samples]
-    expected = sum(record["expected_rows"] for record in records) or _expected(measure.task, leaves)
-    limit = (content.get("config") or {}).get("limit")
-    if counts:
-        measure.own["rows"] = f"{sum(counts):,} of {expected:,}"
-        measure.remarks += [f"on {measure.own['rows']} rows"] if sum(counts) != expected else []
-    elif limit:
-        measure.own["rows"] = f"--limit {limit:g}"
-        measure.remarks.append(f"with --limit {limit:g}")
-    if records:
-        hashes = " ".join(record["data_sha256"] for record in records)
-        measure.own["data"] = _short(records[0]["data_sha256"] if len(records) == 1 else _sha256(hashes))
-    if versions := {str((content.get("versions") or {}).get(leaf)) for leaf in leaves} - {"None"}:
-        measure.own["version"] = "/".join(sorted(versions))
-    if measure.table == "4":
-        _add_bertscore(measure, content, task, records)
-    return measure
-
-
-def _differs(measure: Measure, name: str) -> bool:
-    return measure.shared.get(name, _USUAL[name]) != _USUAL[name]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _expected(task: str, leaves: list[str]) -> int:
-    """Rows of the public test set."""
-    if task == "comlora_convai2":
-        return VALIDATION_ROWS
-    if task == "comlora_mmlu":
-        return sum(SUBJECT_ROWS.values())
-    subjects = (leaf.removeprefix("comlora_mmlu_") for leaf in leaves)
-    return COMMONSENSE.get(task.removeprefix("comlora_")) or sum(SUBJECT_ROWS.get(subject, 0) for subject in subjects)
-
-
-def _shared(content: dict[str, Any], leaf: str, record: dict[str, Any]) -> dict[str, str]:
-    config = (content.get("configs") or {}).get(leaf) or {}
-    shared = {}
-    if record.get("prompt"):
-        shared["prompt"] = record["prompt"]
-    kwargs = record.get("decoding") or config.get("generation_kwargs")
-    if kwargs:
-        shared["decoding"] = describe_decoding(kwargs)
-    if record.get("protocol", "comlora") != "comlora":
-        shared["protocol"] = record["protocol"]
-    if chat := record.get("chat_template_sha256") or content.get("chat_template_sha"):
-        shared["chat template"] = _short(chat)
-    if instruction := content.get("system_instruction_sha"):
-        shared["system instruction"] = _short(instruction)
-    if shots := (content.get("n-shot") or {}).get(leaf):
-        shared["few-shot examples"] = str(shots)
-    return shared
-
-
-def describe_decoding(kwargs: dict[str, Any]) -> str:
-    """Generation settings in words: "greedy, 32 tokens", "4 beams, 32 tokens", "sampling (temperature 0.1), ..."."""
-    rest = {key: value for key, value in kwargs.items() if key != "until" and value is not None}
-    sampling, beams, tokens = rest.pop("do_sample", False), rest.pop("num_beams", 1), rest.pop("max_gen_toks", None)
-    kinds = {key: rest.pop(key) for key in ("temperature", "top_p", "top_k") if key in rest}
-    parts = [f"sampling ({', '.join(f'{k} {v:g}' for k, v in kinds.items())})" if kinds else "sampling"] * sampling
-    parts += [f"{beams} beams"] if beams > 1 else []
-    parts = parts or ["greedy"]
-    parts += [f"{key} {value}" for key, value in sorted(rest.items())]
-    return ", ".join([*parts, f"{tokens} tokens"] if tokens else parts)
-
-
-def _add_bertscore(measure: Measure, content: dict[str, Any], task: str, records: list[dict[str, Any]]) -> None:
-    model = str(content["results"][task].get("bertscore_model,none", DEFAULT_MODEL))
-    layers = records[0].get("bertscore_layers") if records else None
-    measure.own["BERTScore"] = f"{model}, layer {layers}" if layers else model
-    if Path(model).name != DEFAULT_MODEL:
-        measure.remarks.append(f"with BERTScore by {measure.own['BERTScore']} instead of {DEFAULT_MODEL}")

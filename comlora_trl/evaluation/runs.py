@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from comlora_trl.evaluation.results import Measure, ResultFile
+from comlora_trl.evaluation.conditions import Measure
+from comlora_trl.evaluation.results import ResultFile
 
 # Settings in which seeds of one method may differ
 _PER_SEED = {

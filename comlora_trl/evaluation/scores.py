@@ -7,7 +7,8 @@ from typing import Any
 
 from comlora_trl.evaluation.adapters import adapter_folder, weights_sha256
 from comlora_trl.evaluation.card import write_card
-from comlora_trl.evaluation.results import describe_conditions, leaf_records, load_results
+from comlora_trl.evaluation.conditions import describe_conditions, leaf_records
+from comlora_trl.evaluation.results import load_results
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from comlora_trl.evaluation.results import COMMONSENSE, paper, read_results
+from comlora_trl.evaluation.conditions import COMMONSENSE
+from comlora_trl.evaluation.results import paper, read_results
 from comlora_trl.evaluation.runs import Run, clashes, group_seeds, make_runs, method_key
 from comlora_trl.evaluation.scores import put_on_card
 from comlora_trl.evaluation.tables_render import FORMATS, Cell, Row, Table

@@ -81,6 +81,18 @@ def test_models_are_filled_and_nothing_given_is_overridden(adapter, capsys):
         VLLM()
 
 
+def test_the_entry_points_model_fills_the_base_too(adapter, monkeypatch):
+    from comlora_trl.evaluation.models import HFLM, ComLoRALM
+
+    seen = []
+    monkeypatch.setattr(HFLM, "__init__", lambda self, **given: seen.append(given))
+    ComLoRALM(peft=str(adapter), batch_size=2)
+    ComLoRALM(peft=str(adapter), pretrained="mine")
+    base, winner = str(adapter.parent / "base"), str(adapter)
+    assert seen[0] == {"pretrained": base, "peft": winner, "tokenizer": winner, "batch_size": 2}
+    assert seen[1] == {"pretrained": "mine", "peft": winner}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

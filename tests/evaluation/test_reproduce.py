@@ -9,7 +9,8 @@ import pytest
 import yaml
 from environments import REPOSITORY
 
-from comlora_trl.evaluation.results import COMMONSENSE, paper
+from comlora_trl.evaluation.conditions import COMMONSENSE
+from comlora_trl.evaluation.results import paper
 
 
 def load_script(name: str):

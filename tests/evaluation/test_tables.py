@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from comlora_trl.evaluation.results import COMMONSENSE, paper
+from comlora_trl.evaluation.conditions import COMMONSENSE
+from comlora_trl.evaluation.results import paper
 from comlora_trl.evaluation.tables import build_tables, main, read_runs
 from comlora_trl.evaluation.tables_render import Cell, Row, Table, latex, markdown, ranks
 
@@ -278,6 +279,13 @@ def test_what_differs_is_not_merged_and_named(tmp_path: Path, clash: str, same: 
     }
     assert f"ComLoRA K=2 r=8 (a) and ComLoRA K=2 r=8 (b) are not merged: {named}." in text
     assert remark in text
+
+
+def test_a_cache_of_answers_is_remarked(tmp_path: Path):
+    config = {"model_args": {"peft": "x"}, "use_cache": "answers"}
+    write_results(tmp_path, "x", {"comlora_boolq": {"acc,none": 0.5}}, config=config)
+
+    assert "comlora_boolq: with answers from --use_cache answers, which does not know one model" in notes([tmp_path])
 
 
 def test_one_adapter_under_two_names_is_told(tmp_path: Path):
