@@ -62,6 +62,14 @@ class Run:
             self.notes.append(f"{measure.task} was measured twice under the same conditions, {both}; the newer counts")
         self.measures[measure.task] = measure
 
+    def conditions(self) -> dict[str, str]:
+        """Column to the conditions its figure was taken under."""
+        taken = {}
+        for measure in self.measures.values():
+            described = str((sorted(measure.shared.items()), sorted(measure.own.items())))
+            taken |= dict.fromkeys(measure.values, described)
+        return taken
+
     def traits(self) -> dict[str, str]:
         """What must be equal in seeds of one method: the shared conditions, and what it was trained on and how."""
         traits = dict(self.shared)

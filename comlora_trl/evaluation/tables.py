@@ -108,7 +108,11 @@ def _clash(name: str, values: tuple[str, str]) -> str:
 def _add_measured(table: Table, method: str, runs: list[Run]) -> None:
     values = [run.values | _average(table, run) for run in runs]
     cells = {column: Cell(tuple(v[column] for v in values if column in v)) for column in table.columns}
-    table.rows.append(Row(method, "measured", len(runs), cells))
+    conditions = runs[0].conditions()
+    conditions["average"] = (
+        str(sorted(conditions.items())) if _is_commonsense(table) else conditions.get("average", "")
+    )
+    table.rows.append(Row(method, "measured", len(runs), cells, conditions))
     table.notes.append(f"{method}: " + ", ".join(_place(run) for run in runs) + ".")
     for column, heading in table.columns.items():
         if 0 < len(cells[column].figures) < len(runs):

@@ -355,6 +355,16 @@ def test_ranks_compare_the_measured_with_the_measured():
     assert ranks(alone) == {}
 
 
+def test_only_what_was_measured_alike_is_ranked(tmp_path: Path):
+    write_recorded(tmp_path, 1, 0.5, "a", method="LoRA r=8")
+    write_recorded(tmp_path, 2, 0.6, "b", method="LoRA r=4")
+    write_recorded(tmp_path, 3, 0.9, "c", method="LoRA r=16", rows=64)
+    text = markdown(build_tables(read_runs([str(tmp_path)]), ["3"]))
+
+    assert "| LoRA r=4 | 1 run | **60.00** |" in text and "| LoRA r=8 | 1 run | <u>50.00</u> |" in text
+    assert "| LoRA r=16 | 1 run | 90.00 |" in text
+
+
 def test_latex_escapes_names(tmp_path: Path):
     write_results(tmp_path, "x", commonsense(0.5))
     text = latex(build_tables(read_runs([f"my_{{50%}} & co={tmp_path}"]), ["3"]))
