@@ -15,7 +15,7 @@ import yaml
 from comlora_trl.data.files import tasks_folder
 from comlora_trl.data.prompts import check_template
 from comlora_trl.demo import DEMO_BASE, base_name, resolve_base
-from comlora_trl.evaluation.adapters import TOKENIZER_FILES, TRAINING_FILE, demo_base_sha256, tasks_for
+from comlora_trl.evaluation.adapters import TOKENIZER_FILES, TRAINING_FILE, demo_base_sha256, read_json, tasks_for
 from comlora_trl.evaluation.card import write_card
 
 LM_EVAL_FILE = "lm_eval.yaml"
@@ -40,10 +40,8 @@ _TOLD += (
 _PATHS = ("comlora_winner_dir", "comlora_overwrite_winner")
 
 
-def write_winner_files(
-    folder: str | Path,
+def training_record(
     *,
-    target: str | Path,
     base: str,
     base_revision: str | None = None,
     tokenizer: str | None = None,
@@ -51,32 +49,27 @@ def write_winner_files(
     data: str | None = None,
     settings: dict[str, Any] | None = None,
     seed: int | None = None,
-) -> None:
-    """Writes `training.json`, `lm_eval.yaml` and `README.md` into an exported adapter's folder.
-
-    Call it when `adapter_config.json`, `competition.json` and the tokenizer are there.
+) -> dict[str, Any]:
+    """What `training.json` holds.
 
     Args:
-        folder: where the adapter is written now (a temporary folder, until it is renamed).
-        target: where it will be, which `lm_eval.yaml` names.
         base: the base model's hub id or folder, as it was loaded.
         base_revision: its revision on the hub, if one was asked for.
-        tokenizer: the tokenizer's name, where it is not saved in the folder and not the base's.
+        tokenizer: the tokenizer's name, where it is not saved beside the adapter and not the base's.
         prompt_template: the template of the training prompts; None for data that had its own (TRL's formats).
         data: what was trained on: a preset's name, a hub id or a path.
-        settings: further settings under their flags' names, JSON values; those at their default may be left out.
+        settings: further settings under their flags' names, see [`settings_of`].
         seed: the run's seed.
 
     Raises:
         ValueError: the template is unknown.
     """
-    folder, target = Path(folder), Path(target).expanduser().absolute()
     if prompt_template is not None:
         check_template(prompt_template)
     named: dict[str, Any] = {"name": base_name(str(base)), "revision": base_revision}
     if named["name"] == DEMO_BASE:
         named["sha256"] = demo_base_sha256()
-    record = {
+    return {
         "base": named,
         "tokenizer": tokenizer,
         "prompt_template": prompt_template,
@@ -84,8 +77,30 @@ def write_winner_files(
         "seed": seed,
         "settings": settings or {},
     }
-    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _write_lm_eval_config(folder, target, resolve_base(str(base)), record)
+
+
+def write_training_record(folder: str | Path, record: dict[str, Any]) -> None:
+    """Writes `training.json`, for checkpoints too, from which a branch may be exported later."""
+    (Path(folder) / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_training_record(folder: str | Path) -> dict[str, Any] | None:
+    """The content of `training.json`, or None where there is none."""
+    return read_json(Path(folder) / TRAINING_FILE) or None
+
+
+def write_winner_files(folder: str | Path, *, target: str | Path, record: dict[str, Any]) -> None:
+    """Writes `training.json`, `lm_eval.yaml` and `README.md` into an exported adapter's folder.
+
+    Call it when `adapter_config.json`, `competition.json` and the tokenizer are there.
+
+    Args:
+        folder: where the adapter is written now (a temporary folder, until it is renamed).
+        target: where it will be, which `lm_eval.yaml` names.
+        record: from [`training_record`], or from a checkpoint by [`read_training_record`].
+    """
+    write_training_record(folder, record)
+    _write_lm_eval_config(Path(folder), Path(target).expanduser().absolute(), record)
     write_card(folder)
 
 
@@ -102,8 +117,8 @@ def settings_of(args: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if isinstance(value, plain)}
 
 
-def _write_lm_eval_config(folder: Path, target: Path, base: str, record: dict[str, Any]) -> None:
-    arguments = {"pretrained": base, "peft": str(target)}
+def _write_lm_eval_config(folder: Path, target: Path, record: dict[str, Any]) -> None:
+    arguments = {"pretrained": resolve_base(record["base"]["name"]), "peft": str(target)}
     if revision := record["base"]["revision"]:
         arguments["revision"] = revision
     if any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -122,9 +122,9 @@ def test_the_hook_is_there_in_spawned_processes(environment, elsewhere):
 
 WRITE_FILES = """
 from comlora_trl.demo import demo_model_path
-from comlora_trl.evaluation.winner_files import write_winner_files
-base = str(demo_model_path())
-write_winner_files("winner", target="winner", base=base, prompt_template="comlora", data="demo", seed=0)
+from comlora_trl.evaluation.winner_files import training_record, write_winner_files
+record = training_record(base=str(demo_model_path()), prompt_template="comlora", data="demo", seed=0)
+write_winner_files("winner", target="winner", record=record)
 """
 
 

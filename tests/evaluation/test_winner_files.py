@@ -13,7 +13,12 @@ from comlora_trl.demo import DEMO_BASE, base_name, demo_model_path, resolve_base
 from comlora_trl.evaluation import adapters
 from comlora_trl.evaluation.card import write_card
 from comlora_trl.evaluation.tables import main
-from comlora_trl.evaluation.winner_files import settings_of, write_winner_files
+from comlora_trl.evaluation.winner_files import (
+    read_training_record,
+    settings_of,
+    training_record,
+    write_winner_files,
+)
 
 BRANCHES = [
     {"branch": 0, "validation_nll": 1.25, "score": 3.5, "share_of_wins": 0.75, "disqualified_at_step": None},
@@ -21,7 +26,13 @@ BRANCHES = [
 ]
 
 
-def export(folder: Path, base: str = str(demo_model_path()), tokenizer: bool = True, **given: object) -> Path:
+def export(
+    folder: Path,
+    base: str = str(demo_model_path()),
+    tokenizer: bool = True,
+    target: Path | None = None,
+    **given: object,
+) -> Path:
     """An adapter's folder as the trainer leaves it, and our files beside."""
     folder.mkdir(parents=True)
     config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "base_model_name_or_path": base}
@@ -31,8 +42,9 @@ def export(folder: Path, base: str = str(demo_model_path()), tokenizer: bool = T
     (folder / "competition.json").write_text(json.dumps(summary))
     if tokenizer:
         (folder / "tokenizer.json").write_text("{}")
-    usual = {"target": folder, "prompt_template": "comlora", "data": "demo", "seed": 0}
-    write_winner_files(folder, base=base, **{**usual, **given})
+    record = training_record(base=base, **{"prompt_template": "comlora", "data": "demo", "seed": 0, **given})
+    write_winner_files(folder, target=target or folder, record=record)
+    assert read_training_record(folder) == record
     return folder
 
 
@@ -43,7 +55,8 @@ def test_the_record(tmp_path):
     assert record["prompt_template"] == "comlora" and record["settings"] == {"learning_rate": 2e-3}
     assert adapters.recorded_prompt(str(folder)) == "comlora"
     with pytest.raises(ValueError, match="unknown prompt template 'x'"):
-        export(tmp_path / "other", prompt_template="x")
+        training_record(base="org/base", prompt_template="x")
+    assert read_training_record(tmp_path) is None
 
 
 def test_the_settings_are_those_that_decide(tmp_path):
