@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from comlora_trl.evaluation.adapters import adapter_folder, describe
+from comlora_trl.evaluation.adapters import describe, weights_sha256
 from comlora_trl.evaluation.conditions import COMMONSENSE, Measure, add_conditions, leaf_records, short
 
 PAPER_FILE = Path(__file__).with_name("paper_tables.json")
@@ -113,30 +113,25 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _read(content: dict[str, Any], file: Path, name: str | None) -> ResultFile:
     model = _model(content)
-    folder = _folder_upwards(model, file)
-    now = describe(folder) if folder else {}
-    recorded = (
-        next(
-            (
-                record["adapter"]
-                for task in content["results"]
-                for record in leaf_records(content, task)
-                if record.get("adapter")
-            ),
-            None,
-        )
-        or {}
-    )
-    about, notes = (recorded if recorded.get("sha256") else now), []
-    place = str(folder or model)
-    if recorded.get("sha256"):
-        identity = recorded["sha256"]
-        if folder and now["sha256"] != identity:
-            notes.append(f"{place} now holds another adapter (weights {short(now['sha256'])}) than the one measured")
+    folders = _folders_upwards(model, file)
+    adapters = (r["adapter"] for task in content["results"] for r in leaf_records(content, task) if r.get("adapter"))
+    recorded = next(adapters, {})
+    notes = []
+    if identity := recorded.get("sha256"):
+        about = recorded
+        there = next((folder for folder in folders if weights_sha256(folder) == identity), None)
+        place = str(there or model)
+        if folders and there is None:
+            notes.append(f"{place} no longer holds the adapter that was measured (weights {short(identity)})")
     else:
-        # without its weights' hash, equal names (such as `winner`) in two folders of results are two runs
-        identity = place if folder else f"{model} ({file.parent})"
-        if folder:
+        about = describe(folders[0]) if folders else {}
+        place = str(folders[0]) if folders else model
+        # without its weights' hash, equal names (such as `winner`) in two folders of results are two runs; a base model
+        # is known by its revision on the hub or by its full path
+        revision = (content.get("config") or {}).get("model_sha")
+        known = folders or revision or Path(model).is_absolute()
+        identity = f"{place} {revision or ''}" if known else f"{model} ({file.parent})"
+        if folders:
             notes.append("its results name no weights, so they are taken for those of the adapter there now")
     method = name or about.get("method") or model.rstrip("/")
     return ResultFile(method, identity, place, about, _measures(content, file), notes)
@@ -152,14 +147,14 @@ def _model(content: dict[str, Any]) -> str:
     return str(content.get("model_name") or "unnamed model")
 
 
-def _folder_upwards(model: str, file: Path) -> Path | None:
-    """The adapter's folder: a relative one is looked for upwards from the results, then in the current folder."""
+def _folders_upwards(model: str, file: Path) -> list[Path]:
+    """Where the adapter may be: a relative folder is looked for upwards from the results, then in the current one."""
+    found = []
     for parent in (*file.parents, Path.cwd()):
-        try:
-            return adapter_folder(str(parent / Path(model).expanduser())).resolve()
-        except ValueError:
-            continue
-    return None
+        folder = parent / Path(model).expanduser()
+        if (folder / "adapter_config.json").is_file() and folder.resolve() not in found:
+            found.append(folder.resolve())
+    return found
 
 
 def _measures(content: dict[str, Any], file: Path) -> list[Measure]:

@@ -131,6 +131,15 @@ def test_equal_relative_names_are_different_adapters(tmp_path: Path):
     assert {method: row.runs for method, row in rows.items()} == {"ComLoRA K=2 r=8": 2, "lost": 2}
 
 
+def test_a_base_model_scored_twice_is_no_two_seeds(tmp_path: Path):
+    for day, accuracy in enumerate((0.5, 0.6), start=1):
+        config = {"model_args": {"pretrained": "org/chat"}, "model_sha": "abc"}
+        write_results(tmp_path / f"{day}", "org/chat", {"comlora_boolq": {"acc,none": accuracy}}, day, config=config)
+
+    assert measured([tmp_path])["org/chat"].cells["boolq"].figures == (60.0,)
+    assert "measured twice under the same conditions, 50.00 and 60.00" in notes([tmp_path])
+
+
 def test_a_name_given_holds_for_all_it_names(tmp_path: Path):
     for seed in range(2):
         adapter = write_adapter(tmp_path / f"seed={seed}" / "adapter")
@@ -238,7 +247,7 @@ def test_two_adapters_that_were_in_one_folder_are_two_runs(tmp_path: Path):
         "LoRA r=8": (50.0,),
         "ComLoRA K=2 r=8": (60.0, 80.0),
     }
-    assert "winner now holds another adapter (weights 2e7d2c03) than the one measured" in notes([tmp_path])
+    assert "winner/ no longer holds the adapter that was measured (weights aaaaaaaa)" in notes([tmp_path])
 
 
 CLASHES = {
