@@ -126,8 +126,8 @@ def _read(content: dict[str, Any], file: Path, name: str | None) -> ResultFile:
     else:
         about = describe(folders[0]) if folders else {}
         place = str(folders[0]) if folders else model
-        # without its weights' hash, equal names (such as `winner`) in two folders of results are two runs; a base model
-        # is known by its revision on the hub or by its full path
+        # without its weights' hash, equal names (such as `winner`) in two folders of results are two runs; a base
+        # is known by its revision on the hub or its full path
         revision = (content.get("config") or {}).get("model_sha")
         known = folders or revision or Path(model).is_absolute()
         identity = f"{place} {revision or ''}" if known else f"{model} ({file.parent})"
