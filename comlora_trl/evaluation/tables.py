@@ -121,12 +121,12 @@ def _add_measured(table: Table, method: str, runs: list[Run]) -> None:
         if _is_commonsense(table) and (missing := _missing(run)):
             headings = ", ".join(table.columns[task] for task in missing)
             table.notes.append(f"{method}: no average for {_place(run)}, which has no {headings}.")
-        remarks: dict[str, list[str]] = {}
+        remarked: dict[str, list[str]] = {}
         for measure in run.measures.values():
-            for remark in measure.remarks:
-                remarks.setdefault(remark, []).append(measure.task)
-        if remarks:
-            said = "; ".join(f"{', '.join(tasks)}: {remark}" for remark, tasks in remarks.items())
+            if measure.remarks:
+                remarked.setdefault(", ".join(measure.remarks), []).append(measure.task)
+        if remarked:
+            said = "; ".join(f"{', '.join(tasks)}: {remarks}" for remarks, tasks in remarked.items())
             table.notes.append(f"{method}: {_place(run)} is not as the paper's. {said}.")
         table.notes += [f"{method}: {note}." for note in run.notes]
 
