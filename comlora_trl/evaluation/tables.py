@@ -72,8 +72,10 @@ def _build_table(runs: list[Run], number: str) -> Table:
         table.rows.append(Row(row["method"], "paper", 0, cells))
         if group := measured.pop(method_key(row["method"]), None):
             _add_method(table, row["method"], group)
-    for group in measured.values() if number in MEASURED else ():
-        _add_method(table, group[0].method, group)
+    branch = f"{method_key(content['rows'][0]['method'])},branch"  # Table 10 has all branches, whichever won
+    for key, group in measured.items():
+        if number in MEASURED or (number == "10" and key.startswith(branch)):
+            _add_method(table, group[0].method, group)
     if all(row.source == "paper" for row in table.rows):
         table.notes.append("Nothing was measured for this table.")
     _note_weights_of_two_methods(table, runs)
