@@ -1,6 +1,6 @@
-"""Puts the .pth file beside the package, in wheels and editable installs; all else is in pyproject.toml."""
+"""What pyproject.toml can't say: where the .pth file and the task files go; all else is there."""
 
-from setuptools import setup  # first, for it provides distutils
+from setuptools import find_packages, setup  # first, for it provides distutils
 
 from distutils.command.install_headers import install_headers  # isort: skip
 
@@ -16,4 +16,10 @@ class InstallBesidePackage(install_headers):
         self.set_undefined_options("install", ("install_lib", "install_dir"), ("force", "force"))
 
 
-setup(cmdclass={"install_headers": InstallBesidePackage}, headers=["comlora_lm_eval_hook.pth"])
+setup(
+    cmdclass={"install_headers": InstallBesidePackage},
+    headers=["comlora_lm_eval_hook.pth"],
+    # lm_eval_tasks is a name that others use too, so no top-level module may have it
+    packages=[*find_packages(include=["comlora_trl*"]), "comlora_trl.lm_eval_tasks"],
+    package_dir={"comlora_trl.lm_eval_tasks": "lm_eval_tasks"},
+)

@@ -20,6 +20,8 @@ FILES = {
     "validation": "valid_self_original.txt",
     "test": "valid_self_original.txt",
 }
+# Replies in ParlAI's validation file, self persona
+VALIDATION_ROWS = 7801
 _PERSONA = "your persona:"
 _TASK = "Continue the dialogue: write what R says next, in keeping with R's persona."
 
@@ -109,30 +111,42 @@ def local_file(split: str, data_dir: str | Path | None, variable: str) -> Path:
     return path
 
 
-def group_references(
-    prompts: list[str], replies: list[str], references: list[str]
-) -> tuple[list[str], list[list[str]]]:
-    """Rows that follow each other with the same prompt become one, with all their references.
+def number_groups(instructions: list[str]) -> list[int]:
+    """The group each row belongs to: rows that follow each other with the same context are one, with several
+    references, as HiRA's evaluation of CONVAI2 has it."""
+    groups: list[int] = []
+    for index, instruction in enumerate(instructions):
+        new = index == 0 or instruction != instructions[index - 1]
+        groups.append((groups[-1] + 1 if groups else 0) if new else groups[-1])
+    return groups
 
-    As HiRA's evaluation of CONVAI2 does; the first row's reply stands for all.
+
+def group_references(
+    groups: list[int], replies: list[str], references: list[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Rows of the same group become one, with all their references; the first row's reply stands for all.
 
     Returns:
         (replies, references), one entry per group.
     """
-    grouped_replies: list[str] = []
-    grouped_references: list[list[str]] = []
-    previous = None
-    for prompt, reply, reference in zip(prompts, replies, references, strict=True):
-        if prompt == previous:
-            grouped_references[-1].append(reference)
-        else:
-            grouped_replies.append(reply)
-            grouped_references.append([reference])
-        previous = prompt
-    return grouped_replies, grouped_references
+    grouped: dict[int, tuple[str, list[str]]] = {}
+    for group, reply, reference in zip(groups, replies, references, strict=True):
+        grouped.setdefault(group, (reply, []))[1].append(reference)
+    return [reply for reply, _ in grouped.values()], [several for _, several in grouped.values()]
 
 
 def cut_reply(response: str) -> str:
-    """The response up to the next speaker mark."""
-    ends = [response.find(mark) for mark in (*SPEAKER_MARKS, "###")]
-    return response[: min((end for end in ends if end >= 0), default=len(response))].strip()
+    """The reply in a response: without one speaker mark before it, up to where the next line begins with one.
+
+    The prompt itself shows "R:", so a model may repeat it. Inside a line a mark is part of what is said ("i like BBQ:
+    ribs").
+    """
+    reply = re.sub(r"^(?:Q|R):", "", response.strip())
+    return re.split(r"\n\s*(?:Q|R):|###", reply, maxsplit=1)[0].strip()
+
+
+def cut_reply_as_hira(response: str) -> str:
+    """The response up to the first "TARGET:", "Q:" or "R:" anywhere, as HiRA's `convai2_eval.py` cuts it."""
+    for mark in ("TARGET:", *SPEAKER_MARKS):
+        response = response.split(mark)[0]
+    return response.strip()

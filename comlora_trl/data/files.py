@@ -8,7 +8,6 @@ import tempfile
 import urllib.request
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,12 @@ LLM_ADAPTERS_URL = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapt
 DATA_DIR_VARIABLE = "COMLORA_DATA_DIR"
 
 _KINDS = {str: "text", int: "a whole number", list: "a list"}
+
+
+def file_state(file: Path) -> tuple[str, int, int]:
+    """What changes when a file does: (path, time in ns, bytes). Caches of what was read are keyed by it."""
+    state = file.stat()
+    return str(file.resolve()), state.st_mtime_ns, state.st_size
 
 
 def read_text(path: Path) -> str:
@@ -89,10 +94,25 @@ def unexpected(source: str, number: int, field: str, value: Any, expected: str) 
     )
 
 
+def tasks_folder() -> Path:
+    """The folder of our task files for lm_eval: inside the package, or beside it in a checkout.
+
+    It is found from this file, for `lm_eval_tasks` is a name that other folders have too.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "lm_eval_tasks", package.parent / "lm_eval_tasks"):
+        if (folder / "commonsense" / "checksums.txt").is_file():
+            return folder
+    raise FileNotFoundError(f"{package}: the task files are not there; install comlora-trl again")
+
+
 @cache
 def llm_adapters_checksums() -> dict[str, str]:
     """Git blob SHA-1s of LLM-Adapters' files at the pinned commit, by path; they are kept in the task folder."""
-    text = files("lm_eval_tasks").joinpath("commonsense", "checksums.txt").read_text(encoding="utf-8")
+    text = (tasks_folder() / "commonsense" / "checksums.txt").read_text(encoding="utf-8")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
     return {name: sha1 for sha1, name in lines}
 

@@ -46,3 +46,24 @@ def first_keyword(response: str, keywords: Sequence[str], whole_word: bool = Fal
     pattern = "|".join(map(re.escape, keywords))
     match = re.search(rf"\b(?:{pattern})\b" if whole_word else pattern, response)
     return match.group() if match else ""
+
+
+# Words that can follow the letter A as an answer; an article is followed by a noun or what describes one
+_AFTER_ANSWER = (
+    "is was are were be am has have had does do did will would can could may might must should shall seems looks "
+    "because since as for so if when while though although and or but nor not than then that which who whose where "
+    "in on at by of to from with without over under before after only alone also too instead rather"
+)
+_ARTICLE = re.compile(rf"\bA[ \t]+(?!(?i:{'|'.join(_AFTER_ANSWER.split())})\b)(?=\w)")
+
+
+def first_letter(response: str, letters: Sequence[str]) -> str:
+    """The letter that stands alone first in the response, or "" when there is none; "A" as an article is none.
+
+    "A good answer would be B" gives B; "A is right", "A because ...", "A.", "(A)" give A.
+
+    Args:
+        response: the generated text.
+        letters: the answers to look for.
+    """
+    return first_keyword(_ARTICLE.sub("", response), letters, whole_word=True)

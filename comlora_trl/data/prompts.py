@@ -1,11 +1,13 @@
 """The prompt around an instruction: one function for training and evaluation.
 
-The templates say the same words and differ in white space only, which is enough to cost an adapter accuracy when it
-is scored under another one than it was trained under.
+The Alpaca templates say the same words and differ in white space only, which is enough to cost an adapter accuracy
+when it is scored under another one than it was trained under. `plain` adds nothing: it is for chat templates.
 """
 
 _PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
+DEFAULT_TEMPLATE = "comlora"
+CHAT_TEMPLATE = "plain"
 PROMPT_TEMPLATES: dict[str, str] = {
     "comlora": _PREAMBLE + "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
     # LLM-Adapters (Hu et al. 2023): a triple-quoted string inside an indented function, its indentation included
@@ -13,10 +15,11 @@ PROMPT_TEMPLATES: dict[str, str] = {
     + " \n\n                ### Instruction:\n                {instruction}"
     + "\n\n                ### Response:\n                ",
     "hira": _PREAMBLE + "  \n\n### Instruction:\n{instruction}\n\n### Response:\n",
+    "plain": "{instruction}",
 }
 
 
-def build_prompt(instruction: str, template: str = "comlora") -> str:
+def build_prompt(instruction: str, template: str = DEFAULT_TEMPLATE) -> str:
     """The prompt of an instruction, up to where the response begins.
 
     Args:
@@ -26,7 +29,12 @@ def build_prompt(instruction: str, template: str = "comlora") -> str:
     Raises:
         ValueError: for a template of another name.
     """
-    if template not in PROMPT_TEMPLATES:
-        raise ValueError(f"unknown prompt template {template!r}: choose one of {', '.join(PROMPT_TEMPLATES)}")
+    check_template(template)
     head, tail = PROMPT_TEMPLATES[template].split("{instruction}")
     return head + instruction + tail
+
+
+def check_template(template: str) -> None:
+    """Raises a ValueError for a name that is not in `PROMPT_TEMPLATES`."""
+    if template not in PROMPT_TEMPLATES:
+        raise ValueError(f"unknown prompt template {template!r}: choose one of {', '.join(PROMPT_TEMPLATES)}")

@@ -5,6 +5,8 @@
 
 from pathlib import Path
 
+# The embedded base's name wherever a path would go stale, resolved by `resolve_base`
+DEMO_BASE = "comlora-trl/demo"
 DEMO_SPLITS = ("train", "validation", "test")
 _FOLDER = Path(__file__).resolve().parent
 
@@ -12,6 +14,22 @@ _FOLDER = Path(__file__).resolve().parent
 def demo_model_path() -> Path:
     """Folder of the base model and its tokenizer, as `from_pretrained` takes it."""
     return _FOLDER / "model"
+
+
+def base_name(base: str) -> str:
+    """`DEMO_BASE` for a path of the embedded base model, wherever the package lies or lay; else the name itself."""
+    return DEMO_BASE if Path(base).parts[-3:] == ("comlora_trl", "demo", "model") else base
+
+
+def resolve_base(base: str) -> str:
+    """Where a base model is: the installed package's folder for the embedded one, also under its former path.
+
+    Args:
+        base: a hub id, a folder or `DEMO_BASE`.
+    """
+    if base == DEMO_BASE or (base_name(base) == DEMO_BASE and not Path(base).expanduser().is_dir()):
+        return str(demo_model_path())
+    return base
 
 
 def demo_data_path(split: str) -> Path:

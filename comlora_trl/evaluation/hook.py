@@ -1,82 +1,109 @@
 """What changes in lm_eval: it finds our tasks, takes an adapter without its base, and checks our data early.
 
 `comlora_lm_eval_hook` (imported at Python's start by a .pth file) calls [`apply`] when lm_eval imports one of the
-modules concerned. Nothing the user wrote is overridden.
+modules concerned. Nothing the user wrote is overridden, and what fails here is done without: lm_eval then runs as if
+we were not there. What a user has to mend (data, an adapter's base) is said in one line, before a model is loaded.
 """
 
 import functools
-import json
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Ranks vLLM accepts for max_lora_rank
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+from comlora_lm_eval_hook import tell
+from comlora_trl.data.errors import DataError
+from comlora_trl.data.files import tasks_folder
+from comlora_trl.evaluation.adapters import hf_arguments, vllm_arguments
+
+OLDEST = (0, 4, 13)
 
 
 def apply(name: str, module: Any) -> None:
-    """Changes one of lm_eval's modules, which has just been imported. A second time does nothing."""
+    """Changes one of lm_eval's modules, which has just been imported. A second time does nothing.
+
+    Raises:
+        RuntimeError: lm_eval is too old to be changed.
+    """
     if getattr(module, "_comlora_hook", False):
         return
-    module._comlora_hook = True
+    _check_version()
     if name == "lm_eval.tasks.manager":
-        _add_tasks(module.TaskManager)
+        _add_tasks(module)
+    elif name == "lm_eval.config.evaluate_config":
+        _check_early(module.EvaluatorConfig)
     elif name == "lm_eval.models.huggingface":
         _fill_base(module.HFLM, "peft", hf_arguments)
     elif name == "lm_eval.models.vllm_causallms":
         _fill_base(module.VLLM, "lora_local_path", vllm_arguments)
+    module._comlora_hook = True
 
 
-def tasks_folder() -> Path:
-    """The folder with our task files."""
-    import lm_eval_tasks
+def _check_version() -> None:
+    version = str(getattr(sys.modules.get("lm_eval"), "__version__", ""))
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    if len(numbers) == 3 and numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RuntimeError(f'lm_eval {version} is older than {oldest}; pip install "lm-eval[hf]>={oldest}"')
 
-    return Path(lm_eval_tasks.__file__).resolve().parent
 
-
-def _add_tasks(manager: type) -> None:
-    init, match_tasks = manager.__init__, manager.match_tasks
+def _add_tasks(module: Any) -> None:
+    init = module.TaskManager.__init__
+    signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def add_folder(
-        self: Any,
-        verbosity: str | None = None,
-        include_path: Any = None,
-        include_defaults: bool = True,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        named = (
-            list(include_path) if isinstance(include_path, list | tuple) else [include_path] if include_path else []
-        )
-        ours = tasks_folder()
-        known = any(Path(path).resolve() in (ours, *ours.parents) for path in named)
-        paths = [ours, *named] if include_defaults and not known else include_path
-        init(self, verbosity, paths, include_defaults, *args, **kwargs)
-        self.include_path = include_path
+    def add_folder(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **kwargs)
+            include_path = given.arguments.get("include_path")
+            with_ours = _with_our_tasks(module, include_path, given.arguments.get("include_defaults", True))
+            if with_ours is None:
+                return init(self, *args, **kwargs)
+            given.arguments["include_path"] = with_ours
+            init(*given.args, **given.kwargs)
+            self.include_path = include_path
+        except Exception as error:
+            # without us; an error of the user's own comes again, and is theirs
+            init(self, *args, **kwargs)
+            tell(error)
 
-    @functools.wraps(match_tasks)
-    def match_and_check(self: Any, task_list: list[str]) -> list[str]:
-        matched = match_tasks(self, task_list)
-        # `lm_eval validate` and `ls` give no metadata: they ask for names alone
-        if self.metadata is not None and (ours := [name for name in matched if name.startswith("comlora_")]):
-            _check(self, ours)
-        return matched
-
-    manager.__init__ = add_folder
-    manager.match_tasks = match_and_check
+    module.TaskManager.__init__ = add_folder
 
 
-def _check(manager: Any, names: list[str]) -> None:
-    """Loads our tasks' data now, for lm_eval does it after the model, which can take minutes."""
-    from comlora_trl.data.errors import DataError
+def _with_our_tasks(module: Any, include_path: Any, include_defaults: bool) -> list[Any] | None:
+    """The folders to search with ours before the user's, or None if ours is there or not asked for."""
+    ours = tasks_folder()
+    named = list(include_path) if isinstance(include_path, list | tuple) else [include_path] if include_path else []
+    if not include_defaults or any(Path(path).resolve() in (ours, *ours.parents) for path in named):
+        return None
+    # lm_eval with the entry points `lm_eval.tasks` (pull request 4015) finds our folder by itself
+    discover = getattr(module, "discover_plugin_task_paths", None)
+    if discover is not None and ours in map(Path, discover()):
+        return None
+    return [ours, *named]
 
-    try:
-        manager.load(names)
-    except (DataError, RuntimeError, ValueError) as error:
-        _stop(error)
+
+def _check_early(config: type) -> None:
+    """Has our tasks' data checked before the model is loaded, which can take minutes."""
+    process_tasks = config.process_tasks
+
+    @functools.wraps(process_tasks)
+    def process_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        manager = process_tasks(self, *args, **kwargs)
+        try:
+            names = [name for name in self.tasks if isinstance(name, str) and name.startswith("comlora_")]
+            if names:
+                from comlora_trl.evaluation.harness import check_tasks
+
+                check_tasks(manager, names, predict_only=self.predict_only, num_fewshot=self.num_fewshot)
+        except DataError as error:
+            _stop(error)
+        except Exception as error:  # lm_eval meets it itself when it loads the tasks, unless it was only ours
+            tell(error)
+        return manager
+
+    config.process_tasks = process_and_check
 
 
 def _stop(error: Exception) -> None:
@@ -97,83 +124,12 @@ def _fill_base(model: type, argument: str, arguments_of: Callable[..., dict[str,
                 filled = arguments_of(adapter, kwargs)
             except (OSError, ValueError) as error:
                 _stop(error)
-            kwargs.update(filled)
-            said = ", ".join(f"{key}={value}" for key, value in filled.items())
-            print(f"comlora-trl: from {argument}={adapter}: {said}", file=sys.stderr)
+            except Exception as error:
+                tell(error)
+            else:
+                said = ", ".join(f"{key}={value}" for key, value in filled.items())
+                print(f"comlora-trl: from {argument}={adapter}: {said}", file=sys.stderr)
+                kwargs |= filled
         init(self, *args, **kwargs)
 
     model.__init__ = fill
-
-
-def hf_arguments(adapter: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `--model hf` that the adapter knows and the user has not given.
-
-    Args:
-        adapter: folder or hub id of the adapter.
-        given: the user's arguments.
-
-    Raises:
-        ValueError: there is no adapter, or its base model is a path that no longer exists.
-    """
-    config = read_adapter_config(adapter)
-    filled = {"pretrained": base_model(adapter, config)}
-    folder = Path(adapter).expanduser()
-    if config.get("revision") and "revision" not in given and folder.is_dir():
-        filled["revision"] = config["revision"]
-    if "tokenizer" not in given and any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        filled["tokenizer"] = adapter
-    return filled
-
-
-def vllm_arguments(adapter: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `--model vllm` that the adapter knows and the user has not given; see [`hf_arguments`]."""
-    filled = hf_arguments(adapter, given)
-    if "max_lora_rank" not in given:
-        config = read_adapter_config(adapter)
-        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-        filled["max_lora_rank"] = min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)
-    return filled
-
-
-def read_adapter_config(adapter: str) -> dict[str, Any]:
-    """The adapter's adapter_config.json, from its folder or the hub."""
-    folder = Path(adapter).expanduser()
-    path = folder / "adapter_config.json"
-    if folder.is_dir() and not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the folder of a PEFT adapter, such as winner/")
-    if not folder.is_dir():
-        if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1 or adapter.endswith("/"):
-            raise ValueError(f"{adapter}: no such folder; expected the folder of a PEFT adapter, such as winner/")
-        path = _download_config(adapter)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _download_config(adapter: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(adapter, "adapter_config.json"))
-    except Exception as error:  # the hub's errors share no class; the reason is kept
-        raise ValueError(
-            f"{adapter}: no such folder, and not found on the hub ({type(error).__name__}); check the name"
-        ) from error
-
-
-def base_model(adapter: str, config: dict[str, Any]) -> str:
-    """The base model an adapter names.
-
-    Raises:
-        ValueError: it names none, or a local path that does not exist.
-    """
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{adapter}: its adapter_config.json names no base model; add pretrained=BASE to --model_args"
-        )
-    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1
-    if is_path and not Path(base).expanduser().is_dir():
-        raise ValueError(
-            f"{adapter}: its base model {base} does not exist (any more); add pretrained=BASE to --model_args, "
-            "with the base model's folder or hub id"
-        )
-    return base

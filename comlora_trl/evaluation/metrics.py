@@ -23,6 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comlora_trl.data.files import file_state
+
 if TYPE_CHECKING:
     from bert_score import BERTScorer
 
@@ -116,6 +118,14 @@ def bertscore_layers() -> int:
     )
 
 
+def bertscore_identity() -> tuple:
+    """What BERTScore's figures depend on: the model's name, the layer asked for, the files of a model's folder."""
+    name = bertscore_model_name()
+    folder = Path(name).expanduser()
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return name, os.environ.get(LAYERS_VARIABLE), tuple(file_state(file) for file in files)
+
+
 def _check_input(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not predictions or len(predictions) != len(references):
         raise ValueError(
@@ -201,13 +211,14 @@ def _wordnet() -> None:
 def _bert_scorer() -> "BERTScorer":
     """The scorer, loaded once per model and layer count, or one message on how to get its model."""
     try:
-        return _load_bert_scorer(bertscore_model_name(), bertscore_layers())
+        name, _, files = bertscore_identity()
+        return _load_bert_scorer(name, bertscore_layers(), files)
     except ImportError as error:
         raise RuntimeError(_not_installed(error)) from error
 
 
 @lru_cache(maxsize=1)
-def _load_bert_scorer(name: str, layers: int) -> "BERTScorer":
+def _load_bert_scorer(name: str, layers: int, files: tuple = ()) -> "BERTScorer":
     from bert_score import BERTScorer
     from transformers import AutoConfig
     from transformers.utils import logging

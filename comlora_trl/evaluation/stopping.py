@@ -2,8 +2,8 @@
 
 lm_eval's own check (0.4.13, `MultiTokenEOSCriteria`) looks at the first batch_size rows and gives one verdict for the
 whole batch. Under beam search there are batch_size x num_beams rows, so the answers depend on the batch size. Our
-tasks carry the stop string `RESPONSE_MARK`, and for requests with it the check here takes its place; every other
-request keeps lm_eval's own.
+tasks carry a stop string with `RESPONSE_MARK` in it, and for requests with one the check here takes its place; every
+other request keeps lm_eval's own.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def install_row_stopping() -> None:
     def stop_sequences_criteria(
         tokenizer: Any, stop_sequences: list[str], initial_decoder_input_length: int, batch_size: int
     ) -> Any:
-        if RESPONSE_MARK not in stop_sequences:
+        if not any(RESPONSE_MARK in sequence for sequence in stop_sequences):
             return stock(tokenizer, stop_sequences, initial_decoder_input_length, batch_size)
         from transformers import StoppingCriteriaList
 

@@ -26,12 +26,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method, from the paper or measured over `runs` seeds; `cells` by column."""
+    """One method, from the paper or measured over `runs` seeds; `cells` by column, as are the `conditions` of figures
+    that can be compared."""
 
     method: str
     source: str
     runs: int
     cells: dict[str, Cell]
+    conditions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,18 +48,19 @@ class Table:
 
 
 def ranks(table: Table) -> dict[tuple[int, str], int]:
-    """Which cells (row index, column) are best (1) and second (2), among the paper's rows and the measured apart.
+    """Which cells (row index, column) are best (1) and second (2), among the paper's rows and the measured apart, and
+    among the measured only those that were measured alike.
 
     What is printed decides, so equal figures share a rank. A figure with nothing to compare it with has none.
     """
     result = {}
-    for source in {row.source for row in table.rows}:
-        for column in table.columns:
-            means = {
-                index: round(row.cells[column].mean, 2)
-                for index, row in enumerate(table.rows)
-                if row.source == source and row.cells[column].mean is not None
-            }
+    for column in table.columns:
+        comparable: dict[tuple[str, str], dict[int, float]] = {}
+        for index, row in enumerate(table.rows):
+            if row.cells[column].mean is not None:
+                alike = comparable.setdefault((row.source, row.conditions.get(column, "")), {})
+                alike[index] = round(row.cells[column].mean, 2)
+        for means in comparable.values():
             if len(means) > 1:
                 order = sorted(set(means.values()), reverse=True)[:2]
                 result |= {(index, column): 1 + order.index(m) for index, m in means.items() if m in order}

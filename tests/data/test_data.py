@@ -52,7 +52,7 @@ def test_prompts_have_the_exact_white_space():
     assert build_prompt("I", "llm_adapters") == expected
     assert build_prompt("I", "hira") == f"{words}  \n\n### Instruction:\nI\n\n### Response:\n"
     assert build_prompt("{instruction} {x}").count("{instruction} {x}") == 1
-    with pytest.raises(ValueError, match="'alpaca'.*comlora, llm_adapters, hira"):
+    with pytest.raises(ValueError, match="'alpaca'.*comlora, llm_adapters, hira, plain"):
         build_prompt("I", "alpaca")
 
 
@@ -167,9 +167,34 @@ def test_convai2_starts_anew_at_number_one(tmp_path):
 
 
 def test_references_are_grouped_like_the_reference_implementation():
-    grouped = convai2.group_references(["p", "p", "q", "p"], ["1", "2", "3", "4"], ["a", "b", "c", "d"])
+    groups = convai2.number_groups(["p", "p", "q", "p"])
+    grouped = convai2.group_references(groups, ["1", "2", "3", "4"], ["a", "b", "c", "d"])
     assert grouped == (["1", "3", "4"], [["a", "b"], ["c"], ["d"]])
-    assert convai2.cut_reply(" i swim . Q: and R: you") == "i swim ."
+
+
+@pytest.mark.parametrize(
+    ("response", "reply", "as_hira"),
+    [
+        (" i swim .\nQ: and\nR: you", "i swim .", "i swim ."),
+        ("R: i swim .\nR: twice", "i swim .", ""),
+        ("\nR: i swim .\n  Q: you ?", "i swim .", ""),
+        ("i like BBQ: ribs", "i like BBQ: ribs", "i like BB"),
+        ("i swim . TARGET: x ### Instruction:", "i swim . TARGET: x", "i swim ."),
+        ("R:", "", ""),
+        ("R: R: you", "R: you", ""),
+    ],
+)
+def test_a_reply_is_cut_at_the_next_line_with_a_mark(response, reply, as_hira):
+    assert convai2.cut_reply(response) == reply
+    assert convai2.cut_reply_as_hira(response) == as_hira
+
+
+def test_mmlus_rows_by_subject_are_the_real_ones(shared_data):
+    from collections import Counter
+
+    found = Counter(row["subject"] for row in mmlu.read_mmlu_rows(shared_data / "mmlu" / "test.jsonl"))
+    assert found and all(mmlu.SUBJECT_ROWS[subject] == rows for subject, rows in found.items())
+    assert len(mmlu.SUBJECT_ROWS) == 57 and mmlu.TEST_ROWS == 14042
 
 
 def test_demo():
@@ -240,8 +265,9 @@ def test_missing_things_get_one_line(tmp_path, monkeypatch):
 
 def test_prompts_and_evaluation_import_no_torch():
     code = (
-        "import sys, comlora_trl.data, comlora_trl.evaluation.hook, comlora_trl.evaluation.tasks as t;"
-        "t.build_prompt('I'); sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'datasets', 'transformers')))"
+        "import sys, comlora_trl.data, comlora_trl.evaluation.hook, comlora_trl.evaluation.tasks;"
+        "comlora_trl.data.build_prompt('I');"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'datasets', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -16,8 +16,14 @@ GROUPS = "comlora_commonsense,comlora_mmlu,comlora_convai2,comlora_demo"
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory) -> Path:
-    """A folder with `winner/`, left there by the default training run, cut to three steps."""
-    folder = tmp_path_factory.mktemp("elsewhere")
+    """A folder with `winner/`, left there by the default training run, cut to three steps.
+
+    It is in a folder called `lm_eval_tasks`, and has one of that name and others that are named like our modules.
+    """
+    folder = tmp_path_factory.mktemp("elsewhere") / "lm_eval_tasks"
+    for name in ("lm_eval_tasks", "comlora_trl", "comlora_lm_eval_hook"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "notes.txt").write_text("results")
     script = str(REPOSITORY / "scripts" / "sft.py")
     done = run([script, "--comlora_k", "2", "--max_steps", "3", "--eval_strategy", "no"], folder)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -87,7 +93,68 @@ def test_switched_off_only_our_own_command_knows_the_tasks(environment, elsewher
     assert "All tasks found and valid" in ours.stdout, ours.stderr[-2000:]
 
 
+@in_one_of_them
+@pytest.mark.parametrize("how", ["isolated", "unwritable subprocess"])
+def test_the_hook_works_however_python_starts(environment, elsewhere, how):
+    """-I; where no bytecode can be written, as in a read-only site-packages; from another process."""
+    command = ["-m", "lm_eval", "validate", "--tasks", "comlora_demo"]
+    variables = {}
+    if how == "unwritable subprocess":
+        code = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)"
+        command, variables = ["-c", code, *command], {"PYTHONPYCACHEPREFIX": "/proc/none"}
+    done = environment.run(*(["-I"] if how == "isolated" else []), *command, folder=elsewhere, **variables)
+    assert "All tasks found and valid" in done.stdout, done.stderr[-2000:]
+    assert "left as it is" not in done.stderr
+
+
+@in_one_of_them
+def test_the_hook_is_there_in_spawned_processes(environment, elsewhere):
+    (elsewhere / "spawning.py").write_text(
+        "import multiprocessing, sys\n"
+        "def hooked():\n"
+        "    sys.exit(0 if any(f.__module__ == 'comlora_lm_eval_hook' for f in sys.meta_path) else 3)\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=hooked)\n"
+        "    child.start(); child.join(); print(child.exitcode)\n"
+    )
+    assert environment.run("spawning.py", folder=elsewhere).stdout == "0\n"
+
+
+WRITE_FILES = """
+from comlora_trl.demo import demo_model_path
+from comlora_trl.evaluation.winner_files import training_record, write_winner_files
+record = training_record(base=str(demo_model_path()), prompt_template="comlora", data="demo", seed=0)
+write_winner_files("winner", target="winner", record=record)
+"""
+
+
+@in_one_of_them
+def test_lm_evals_own_configuration_needs_no_hook(environment, elsewhere):
+    # -P: the folder here that is named like the package hides it in no wheel, but does so in an editable install
+    done = environment.run("-P", "-c", WRITE_FILES, folder=elsewhere)
+    assert done.returncode == 0, done.stderr
+    command = ["-m", "lm_eval", "run", "--config", "winner/lm_eval.yaml", "--limit", "4", "--device", "cpu"]
+    output = str(environment.folder / "configured")
+    done = environment.run(*command, "--output_path", output, folder=elsewhere, COMLORA_LM_EVAL_HOOK="0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rows scored: comlora_demo 4 of 600" in done.stderr and "|comlora_demo|" in done.stdout
+    [file] = (environment.folder / "configured").rglob("results*.json")
+    record = json.loads(file.read_text())["configs"]["comlora_demo"]["metadata"]["comlora"]
+    assert record["prompt"] == "comlora" and len(record["adapter"]["sha256"]) == 64
+
+
+def test_nothing_of_a_common_name_is_installed(environment, elsewhere):
+    code = "import importlib.util as u, importlib.metadata as m; print(u.find_spec('lm_eval_tasks'), *sorted("
+    code += "f'{e.group}={e.value}' for e in m.distribution('comlora-trl').entry_points if 'lm_eval' in e.group))"
+    expected = "None lm_eval.models=comlora_trl.evaluation.models:ComLoRALM lm_eval.tasks=comlora_trl.lm_eval_tasks\n"
+    assert environment.run("-P", "-c", code, folder=elsewhere).stdout == expected
+    # how lm_eval's pull request 4015 finds the folder of an entry point
+    code = "import importlib.util as u; print(u.find_spec('comlora_trl.lm_eval_tasks').submodule_search_locations[0])"
+    found = Path(environment.run("-P", "-c", code, folder=elsewhere).stdout.strip())
+    assert (found / "demo" / "comlora_demo.yaml").is_file()
+
+
 def test_checksums_and_demo_are_installed(environment, elsewhere):
     code = "from comlora_trl.data.files import llm_adapters_checksums as c; from comlora_trl.demo import *;"
     code += "print(len(c()), all(demo_data_path(s).is_file() for s in DEMO_SPLITS), demo_model_path().is_dir())"
-    assert environment.run("-c", code, folder=elsewhere).stdout.split() == ["9", "True", "True"]
+    assert environment.run("-P", "-c", code, folder=elsewhere).stdout.split() == ["9", "True", "True"]

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from comlora_trl.evaluation.hook import tasks_folder  # noqa: E402
+from comlora_trl.data.files import tasks_folder  # noqa: E402
 from comlora_trl.evaluation.stopping import RESPONSE_MARK, install_row_stopping  # noqa: E402
 
 

@@ -12,7 +12,7 @@ from environments import REPOSITORY, run
 lm_eval = pytest.importorskip("lm_eval")
 
 import comlora_lm_eval_hook  # noqa: E402
-from comlora_trl.evaluation import hook  # noqa: E402
+from comlora_trl.evaluation import adapters, hook  # noqa: E402
 
 STOCK_TASK = """
 task: stock
@@ -44,17 +44,17 @@ def adapter(tmp_path_factory) -> Path:
 
 def test_base_and_tokenizer_come_from_the_adapter(adapter, tmp_path):
     base = str(adapter.parent / "base")
-    assert hook.hf_arguments(str(adapter), {}) == {"pretrained": base, "tokenizer": str(adapter)}
-    assert "tokenizer" not in hook.hf_arguments(str(adapter), {"tokenizer": "other"})
+    assert adapters.hf_arguments(str(adapter), {}) == {"pretrained": base, "tokenizer": str(adapter)}
+    assert "tokenizer" not in adapters.hf_arguments(str(adapter), {"tokenizer": "other"})
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "org/model", "revision": "v2"})
     )
-    assert hook.hf_arguments(str(tmp_path), {}) == {"pretrained": "org/model", "revision": "v2"}
+    assert adapters.hf_arguments(str(tmp_path), {}) == {"pretrained": "org/model", "revision": "v2"}
 
 
 def test_vllm_gets_a_rank_it_accepts(adapter):
-    assert hook.vllm_arguments(str(adapter), {})["max_lora_rank"] == 32
-    assert "max_lora_rank" not in hook.vllm_arguments(str(adapter), {"max_lora_rank": 64})
+    assert adapters.vllm_arguments(str(adapter), {})["max_lora_rank"] == 32
+    assert "max_lora_rank" not in adapters.vllm_arguments(str(adapter), {"max_lora_rank": 64})
 
 
 def test_models_are_filled_and_nothing_given_is_overridden(adapter, capsys):
@@ -81,6 +81,18 @@ def test_models_are_filled_and_nothing_given_is_overridden(adapter, capsys):
         VLLM()
 
 
+def test_the_entry_points_model_fills_the_base_too(adapter, monkeypatch):
+    from comlora_trl.evaluation.models import HFLM, ComLoRALM
+
+    seen = []
+    monkeypatch.setattr(HFLM, "__init__", lambda self, **given: seen.append(given))
+    ComLoRALM(peft=str(adapter), batch_size=2)
+    ComLoRALM(peft=str(adapter), pretrained="mine")
+    base, winner = str(adapter.parent / "base"), str(adapter)
+    assert seen[0] == {"pretrained": base, "peft": winner, "tokenizer": winner, "batch_size": 2}
+    assert seen[1] == {"pretrained": "mine", "peft": winner}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -93,15 +105,18 @@ def test_a_bad_adapter_gets_one_line(tmp_path, config, message):
     if config is not None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message) as caught:
-        hook.hf_arguments(str(tmp_path), {})
+        adapters.hf_arguments(str(tmp_path), {})
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no such folder"):
-        hook.hf_arguments(str(tmp_path / "winner"), {})
+        adapters.hf_arguments(str(tmp_path / "winner"), {})
 
 
-def test_an_error_in_the_hook_leaves_lm_eval_alone(capsys):
-    comlora_lm_eval_hook.apply("lm_eval.tasks.manager", types.SimpleNamespace())  # it has no TaskManager
-    assert capsys.readouterr().err.startswith("comlora-trl: lm_eval is left as it is (AttributeError")
+def test_an_error_in_the_hook_leaves_lm_eval_alone(capsys, monkeypatch):
+    monkeypatch.setattr(comlora_lm_eval_hook, "_told", False)
+    for _ in range(2):
+        comlora_lm_eval_hook.apply("lm_eval.tasks.manager", types.SimpleNamespace())  # it has no TaskManager
+    told = capsys.readouterr().err
+    assert told.startswith("comlora-trl: lm_eval is left as it is (AttributeError") and told.count("\n") == 1
 
 
 def test_the_start_imports_nothing_else():

@@ -8,13 +8,13 @@ import pytest
 
 lm_eval = pytest.importorskip("lm_eval")
 
-from lm_eval.api.model import LM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+from replaying import evaluate, manager_of  # noqa: E402
 
 import comlora_lm_eval_hook  # noqa: E402
 from comlora_trl.data import COMMONSENSE_TASKS, build_prompt, first_keyword  # noqa: E402
+from comlora_trl.data.keywords import first_letter  # noqa: E402
 from comlora_trl.evaluation import tasks  # noqa: E402
-from comlora_trl.evaluation.hook import tasks_folder  # noqa: E402
+from comlora_trl.evaluation.harness import check_tasks  # noqa: E402
 
 comlora_lm_eval_hook.install()
 
@@ -31,43 +31,11 @@ REFERENCE = {
 NAMES = {name: f"comlora_{name.lower().replace('-', '_')}" for name in COMMONSENSE_TASKS}
 
 
-def manager_of(metadata):
-    """Our tasks alone: indexing all of lm_eval's takes seconds."""
-    return TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata)
-
-
 def reference_answer(task: str, output: str) -> str:
     """LLM-Adapters' extraction: what stands between the first two response marks, and the first match in it."""
     sentence = output.split("### Response:")[1].strip()
     found = re.findall(REFERENCE[task], sentence)
     return found[0] if found else ""
-
-
-class Replay(LM):
-    """Answers with what it is told, by prompt."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer, self.seen = answer, []
-
-    def generate_until(self, requests, disable_tqdm=False):
-        self.seen += [request.args for request in requests]
-        return [self.answer(request.doc) for request in requests]
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
-
-
-def evaluate(answer, names, data_dir, **metadata):
-    model = Replay(answer)
-    metadata = {"comlora_data_dir": str(data_dir), **metadata}
-    manager = manager_of(metadata)
-    result = lm_eval.simple_evaluate(
-        model=model, tasks=names, task_manager=manager, bootstrap_iters=0, metadata=metadata
-    )
-    return result, model
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +188,29 @@ def test_letters_stand_alone():
     assert first_keyword("Bad", "ABCD", whole_word=True) == ""
 
 
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("A good answer would be B", "B"),
+        ("A Roman legion. C", "C"),
+        ("A 5-year plan: (D)", "D"),
+        ("A", "A"),
+        ("A.", "A"),
+        ("(A) a good one", "A"),
+        ("A: gold", "A"),
+        ("A\nBecause it is", "A"),
+        ("A is correct, not B", "A"),
+        ("A because of B", "A"),
+        ("A or B", "A"),
+        ("the correct answer is A", "A"),
+        ("A gas. A solid.", ""),
+    ],
+)
+def test_an_article_is_no_answer(response, letter):
+    assert first_letter(response, "ABCD") == letter
+    assert tasks.score_letter({"answer": letter or "A"}, [response])["acc"] == float(letter != "")
+
+
 @pytest.fixture
 def dialogue_dir(tmp_path, monkeypatch):
     lines = ["1 your persona: i swim.", "2 hi\thello there friend", "3 swim ?\tyes i do", "3 swim ?\tsometimes"]
@@ -242,7 +233,7 @@ def dialogue_dir(tmp_path, monkeypatch):
 
 def test_convai2_scores_once_and_names_the_model(dialogue_dir):
     folder, seen = dialogue_dir
-    result, model = evaluate(lambda doc: doc["answer"] + " Q: more", ["comlora_convai2"], folder)
+    result, model = evaluate(lambda doc: doc["output"] + "\nQ: more", ["comlora_convai2"], folder)
     scored = [entry for entry in seen if entry != "checked"]
     assert seen[0] == "checked" and len(scored) == 1, "requirements first, and all metrics from one scoring"
     assert scored[0][0][0] == "hello there friend"
@@ -254,28 +245,32 @@ def test_convai2_scores_once_and_names_the_model(dialogue_dir):
 
 def test_processes_may_hand_in_documents_in_any_order(dialogue_dir):
     _, seen = dialogue_dir
-    tasks.aggregate_bleu([(1, "p", "one", "b"), (2, "q", "two", "c"), (0, "p", "zero", "a")])
+    tasks.aggregate_bleu([(1, 0, "one", "b"), (2, 1, "two", "c"), (0, 0, "zero", "a")])
     assert seen == [(["zero", "two"], [["a", "b"], ["c"]])]
 
 
+def check(names, metadata, **given):
+    check_tasks(manager_of(metadata), names, **{"predict_only": False, "num_fewshot": None, **given})
+
+
 def test_missing_data_is_told_before_the_model_loads(tmp_path, data_dir):
-    manager = manager_of({"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="boolq/test.json: no such file, but .* was named as the data folder"):
-        manager.match_tasks(["comlora_boolq"])
+        check(["comlora_boolq"], {"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="no stable public file"):
-        manager.match_tasks(["comlora_convai2"])
+        check(["comlora_convai2"], {"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="unknown key 'comlora_promt'"):
-        manager_of({"comlora_data_dir": str(data_dir), "comlora_promt": "hira"}).match_tasks(["comlora_piqa"])
+        check(["comlora_piqa"], {"comlora_data_dir": str(data_dir), "comlora_promt": "hira"})
+    with pytest.raises(ValueError, match="unknown prompt template 'alpaca': choose one of comlora, "):
+        check(["comlora_piqa"], {"comlora_data_dir": str(data_dir), "comlora_prompt": "alpaca"})
 
 
 def test_an_incomplete_mmlu_names_what_is_there(tmp_path):
     (tmp_path / "mmlu").mkdir()
     row = {"question": "Q", "subject": "anatomy", "choices": list("wxyz"), "answer": 0}
     (tmp_path / "mmlu" / "test.jsonl").write_text(json.dumps(row))
-    manager = manager_of({"comlora_data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="no question on .*expected all 57 subjects.*comlora_mmlu_anatomy"):
-        manager.match_tasks(["comlora_mmlu"])
-    assert manager.match_tasks(["comlora_mmlu_anatomy"]) == ["comlora_mmlu_anatomy"]
+        check(["comlora_mmlu"], {"comlora_data_dir": str(tmp_path)})
+    check(["comlora_mmlu_anatomy"], {"comlora_data_dir": str(tmp_path)})
 
 
 def test_mmlu_subjects_run_by_name(shared_data):

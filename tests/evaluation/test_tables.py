@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from comlora_trl.evaluation.results import COMMONSENSE, paper, read_runs
-from comlora_trl.evaluation.tables import build_tables, main
+from comlora_trl.evaluation.conditions import COMMONSENSE
+from comlora_trl.evaluation.results import paper
+from comlora_trl.evaluation.tables import build_tables, main, read_runs
 from comlora_trl.evaluation.tables_render import Cell, Row, Table, latex, markdown, ranks
 
 CONVAI2 = ("bleu", "meteor", "rouge_l", "bertscore_precision", "bertscore_recall", "bertscore_f1", "average")
@@ -90,6 +91,9 @@ def test_seeds_of_one_method_become_mean_and_deviation(tmp_path: Path):
         ({"rank": 4, "k": 4}, "ComLoRA K=4 r=4"),
         ({"rank": 4, "k": 4, "exported_branch": 0}, "ComLoRA K=4 r=4"),
         ({"rank": 4, "k": 4, "exported_branch": 3}, "ComLoRA K=4 r=4, branch 3"),
+        ({"k": 1, "branches": [{"branch": 0, "score": None}]}, "LoRA r=8"),
+        ({"k": 1, "branches": [{"branch": 0, "score": 1.5}]}, "ComLoRA K=1 r=8"),
+        ({"k": 2, "branches": [{"branch": 0, "score": None}]}, "ComLoRA K=2 r=8, w/o selector"),
     ],
 )
 def test_the_adapter_tells_its_method(tmp_path: Path, adapter: dict, method: str):
@@ -127,6 +131,15 @@ def test_equal_relative_names_are_different_adapters(tmp_path: Path):
     assert {method: row.runs for method, row in rows.items()} == {"ComLoRA K=2 r=8": 2, "lost": 2}
 
 
+def test_a_base_model_scored_twice_is_no_two_seeds(tmp_path: Path):
+    for day, accuracy in enumerate((0.5, 0.6), start=1):
+        config = {"model_args": {"pretrained": "org/chat"}, "model_sha": "abc"}
+        write_results(tmp_path / f"{day}", "org/chat", {"comlora_boolq": {"acc,none": accuracy}}, day, config=config)
+
+    assert measured([tmp_path])["org/chat"].cells["boolq"].figures == (60.0,)
+    assert "measured twice under the same conditions, 50.00 and 60.00" in notes([tmp_path])
+
+
 def test_a_name_given_holds_for_all_it_names(tmp_path: Path):
     for seed in range(2):
         adapter = write_adapter(tmp_path / f"seed={seed}" / "adapter")
@@ -142,8 +155,7 @@ def test_a_name_given_holds_for_all_it_names(tmp_path: Path):
 def test_files_of_one_adapter_are_put_together_and_the_newer_counts(tmp_path: Path):
     adapter = write_adapter(tmp_path / "adapter")
     first, second = ("boolq", "piqa"), tuple(COMMONSENSE)[2:]
-    rows = {"n-samples": {"comlora_boolq": {"original": 3270, "effective": 10}}}
-    write_results(tmp_path / "a", adapter, {"comlora_boolq": {"acc,none": 0.1}}, day=1, **rows)
+    write_results(tmp_path / "a", adapter, {"comlora_boolq": {"acc,none": 0.1}}, day=1)
     write_results(tmp_path / "b", adapter, commonsense(0.6, without=second), day=3)
     write_results(tmp_path / "c", adapter, commonsense(0.7, without=first), day=2)
 
@@ -152,7 +164,7 @@ def test_files_of_one_adapter_are_put_together_and_the_newer_counts(tmp_path: Pa
     assert row.runs == 1
     assert row.cells["boolq"].figures == (pytest.approx(60),)
     assert row.cells["average"].mean is not None
-    assert "10 of 3,270" not in notes([tmp_path])
+    assert "boolq was measured twice under the same conditions, 10.00 and 60.00; the newer counts" in notes([tmp_path])
 
 
 def test_no_average_without_all_eight(tmp_path: Path):
@@ -187,11 +199,12 @@ def test_mmlu_and_convai2(tmp_path: Path):
     assert mmlu["stem"].mean == pytest.approx(25)
     assert mmlu["humanities"].mean is None
     assert {name: cell.mean for name, cell in dialogue.items()} == {name: 10.0 + i for i, name in enumerate(CONVAI2)}
-    assert "comlora_mmlu on 152 of 14,042 rows" in notes([tmp_path], "2")
+    assert "comlora_mmlu: on 152 of 14,042 rows" in notes([tmp_path], "2")
     assert "BERTScore by tiny instead of roberta-large" in notes([tmp_path], "4")
     results["comlora_convai2"]["bertscore_model,none"] = "/models/roberta-large"
     write_results(tmp_path, adapter, results, day=2)
-    assert "BERTScore" not in notes([tmp_path], "4")
+    assert len(measured([tmp_path], "4")) == 2
+    assert "not merged: BERTScore of comlora_convai2 tiny / /models/roberta-large." in notes([tmp_path], "4")
     assert measured([tmp_path], "3") == {}
 
 
@@ -199,7 +212,134 @@ def test_different_base_models_are_no_seeds(tmp_path: Path):
     for base in ("first", "second"):
         write_results(tmp_path / base, write_adapter(tmp_path / base / "adapter", base=base), commonsense(0.5))
 
-    assert "different base models (first, second)" in notes([tmp_path])
+    assert list(measured([tmp_path])) == ["LoRA r=8 (a)", "LoRA r=8 (b)"]
+    assert "LoRA r=8 (a) and LoRA r=8 (b) are not merged: base first / second." in notes([tmp_path])
+
+
+def record(sha: str, method: str = "ComLoRA K=2 r=8", **changes: object) -> dict:
+    """What a result records of itself, see `comlora_trl.evaluation.harness`."""
+    adapter = {"sha256": sha * 8, "method": method, "base": "base", "seed": 0, "settings": {"learning_rate": 1e-4}}
+    adapter |= changes.pop("adapter", {})
+    decoding = {"do_sample": False, "max_gen_toks": 32}
+    usual = {"rows": 3270, "expected_rows": 3270, "data_sha256": "d" * 64, "prompt": "comlora"}
+    return {**usual, "chat_template_sha256": None, "decoding": decoding, "adapter": adapter, **changes}
+
+
+def write_recorded(folder: Path, day: int, accuracy: float, sha: str, task: str = "boolq", **changes: object) -> None:
+    entry = record(sha, **changes)
+    configs = {f"comlora_{task}": {"metadata": {"comlora": entry}}}
+    samples = {f"comlora_{task}": {"original": 3270, "effective": entry["rows"]}}
+    more = {"configs": configs, "n-samples": samples}
+    write_results(folder, "winner/", {f"comlora_{task}": {"acc,none": accuracy}}, day=day, **more)
+
+
+def test_two_adapters_that_were_in_one_folder_are_two_runs(tmp_path: Path):
+    """Seen: trained one after the other into `winner/`, they became one run under the newer one's name."""
+    write_recorded(tmp_path, 1, 0.5, "a", method="LoRA r=8")
+    write_recorded(tmp_path, 2, 0.6, "b")
+    write_recorded(tmp_path, 3, 0.8, "c", adapter={"seed": 1})
+    write_adapter(tmp_path / "winner", k=2)
+    (tmp_path / "winner" / "adapter_model.safetensors").write_text("c")
+
+    rows = measured([tmp_path])
+
+    assert {name: row.cells["boolq"].figures for name, row in rows.items()} == {
+        "LoRA r=8": (50.0,),
+        "ComLoRA K=2 r=8": (60.0, 80.0),
+    }
+    assert "winner/ no longer holds the adapter that was measured (weights aaaaaaaa)" in notes([tmp_path])
+
+
+CLASHES = {
+    "prompt": ({"prompt": "hira"}, "prompt comlora / hira", "comlora_boolq: prompt hira"),
+    "beams": ({"decoding": {"num_beams": 4}}, "decoding greedy, 32 tokens / 4 beams", "decoding 4 beams"),
+    "sampling": (
+        {"decoding": {"do_sample": True, "temperature": 0.1, "max_gen_toks": 32}},
+        "decoding greedy, 32 tokens / sampling (temperature 0.1), 32 tokens",
+        "sampling (temperature 0.1)",
+    ),
+    "chat": ({"chat_template_sha256": "e" * 64}, "chat template none / eeeeeeee", "chat template eeeeeeee"),
+    "limit": ({"rows": 64}, "rows of comlora_boolq 3,270 of 3,270 / 64 of 3,270", "on 64 of 3,270 rows"),
+    "data": ({"data_sha256": "f" * 64}, "data of comlora_boolq dddddddd / ffffffff", ""),
+    "settings": (
+        {"adapter": {"settings": {"learning_rate": 1e-3}}},
+        "learning_rate 0.0001 / 0.001",
+        "",
+    ),
+    "base": ({"adapter": {"base": "other"}}, "base base / other", ""),
+}
+
+
+# one adapter has one training
+BOTH = [(clash, same) for clash in CLASHES for same in (True, False) if not (same and clash in ("settings", "base"))]
+
+
+@pytest.mark.parametrize(("clash", "same"), BOTH)
+def test_what_differs_is_not_merged_and_named(tmp_path: Path, clash: str, same: bool):
+    changes, named, remark = CLASHES[clash]
+    write_recorded(tmp_path, 1, 0.5, "a")
+    write_recorded(tmp_path, 2, 0.6, "a" if same else "b", **changes)
+
+    rows, text = measured([tmp_path]), notes([tmp_path])
+
+    assert {name: row.cells["boolq"].figures for name, row in rows.items()} == {
+        "ComLoRA K=2 r=8 (a)": (50.0,),
+        "ComLoRA K=2 r=8 (b)": (60.0,),
+    }
+    assert f"ComLoRA K=2 r=8 (a) and ComLoRA K=2 r=8 (b) are not merged: {named}." in text
+    assert remark in text
+
+
+def test_a_cache_of_answers_is_remarked(tmp_path: Path):
+    config = {"model_args": {"peft": "x"}, "use_cache": "answers"}
+    write_results(tmp_path, "x", {"comlora_boolq": {"acc,none": 0.5}}, config=config)
+
+    assert "comlora_boolq: with answers from --use_cache answers, which does not know one model" in notes([tmp_path])
+
+
+def test_one_adapter_under_two_names_is_told(tmp_path: Path):
+    write_recorded(tmp_path / "1", 1, 0.5, "a")
+    write_recorded(tmp_path / "2", 1, 0.5, "a", task="piqa", expected_rows=1838, rows=1838)
+
+    assert "mine and theirs are figures of the same adapter." in notes(
+        [f"mine={tmp_path / '1'}", f"theirs={tmp_path / '2'}"]
+    )
+
+
+def test_a_protocols_variant_is_a_row_of_its_own(tmp_path: Path):
+    write_recorded(tmp_path, 1, 0.5, "a")
+    write_recorded(tmp_path, 2, 0.6, "a", task="boolq_hira", protocol="hira", prompt="hira")
+
+    assert [row.cells["boolq"].mean for row in measured([tmp_path]).values()] == [50.0, 60.0]
+    assert "prompt comlora / hira, protocol none / hira." in notes([tmp_path])
+
+
+ABLATIONS = {
+    "5": ({"comlora_alignment_weight": 0.0}, "ComLoRA K=4 r=4, w/o L_align", 76.94),
+    "6": ({}, "ComLoRA K=4 r=8", 83.51),
+    "7": ({"comlora_top_n": 2}, "ComLoRA K=4 r=8, N=2", 86.15),
+    "8": ({"comlora_annealing": "cosine"}, "ComLoRA K=4 r=8, cosine", 83.98),
+    "9": ({"comlora_noise": 10.0}, "ComLoRA K=4 r=8, α=10", 84.77),
+    "10": ({"exported_branch": 2}, "ComLoRA K=4 r=8, branch 2", 86.18),
+}
+
+
+@pytest.mark.parametrize("number", ABLATIONS)
+def test_an_ablation_is_recognized_by_its_settings(tmp_path: Path, number: str):
+    settings, method, average = ABLATIONS[number]
+    exported = {name: settings.pop(name) for name in ("exported_branch",) if name in settings}
+    adapter = write_adapter(tmp_path / "adapter", rank=4 if number == "5" else 8, k=4, **exported)
+    (tmp_path / "adapter" / "training.json").write_text(
+        json.dumps({"settings": {"comlora_selector": True, **settings}})
+    )
+    write_results(tmp_path, adapter, commonsense(0.5))
+    write_results(tmp_path / "other", write_adapter(tmp_path / "lora", rank=64), commonsense(0.5))
+
+    (table,) = build_tables(read_runs([str(tmp_path)]), [number])
+
+    rows = {(row.method, row.source): row.cells["average"].mean for row in table.rows}
+    assert rows[method, "paper"] == average and rows[method, "measured"] == pytest.approx(53.5)
+    assert len(rows) == len(paper()["tables"][number]["rows"]) + 1, "no row of another method"
 
 
 def test_ranks_compare_the_measured_with_the_measured():
@@ -222,6 +362,16 @@ def test_ranks_compare_the_measured_with_the_measured():
     assert r"a & paper & \textbf{90.00} \\" in latex([table]) and r"d & 1 run & -- \\" in latex([table])
     alone = Table("9", "t", {"x": "x"}, rows[:1])
     assert ranks(alone) == {}
+
+
+def test_only_what_was_measured_alike_is_ranked(tmp_path: Path):
+    write_recorded(tmp_path, 1, 0.5, "a", method="LoRA r=8")
+    write_recorded(tmp_path, 2, 0.6, "b", method="LoRA r=4")
+    write_recorded(tmp_path, 3, 0.9, "c", method="LoRA r=16", rows=64)
+    text = markdown(build_tables(read_runs([str(tmp_path)]), ["3"]))
+
+    assert "| LoRA r=4 | 1 run | **60.00** |" in text and "| LoRA r=8 | 1 run | <u>50.00</u> |" in text
+    assert "| LoRA r=16 | 1 run | 90.00 |" in text
 
 
 def test_latex_escapes_names(tmp_path: Path):
@@ -250,7 +400,7 @@ def test_notes_name_adapters_from_the_current_folder(tmp_path: Path, monkeypatch
     write_results(tmp_path / "r", write_adapter(tmp_path / "seed1" / "winner", k=2), commonsense(0.5))
     monkeypatch.chdir(tmp_path)
 
-    assert notes(["r"]) == "ComLoRA K=2 r=8: seed1/winner."
+    assert notes(["r"]).splitlines()[0] == "ComLoRA K=2 r=8: seed1/winner."
 
 
 def test_output_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):

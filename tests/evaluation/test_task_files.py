@@ -9,7 +9,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from comlora_trl.evaluation.hook import tasks_folder  # noqa: E402
+from comlora_trl.data.files import tasks_folder  # noqa: E402
 from comlora_trl.evaluation.stopping import RESPONSE_MARK  # noqa: E402
 
 FOLDERS = sorted(path.parent.name for path in tasks_folder().glob("*/*.yaml"))
@@ -31,7 +31,7 @@ def test_readmes_have_the_harness_form(folder):
 
 
 def test_every_task_has_a_version_and_its_readme_tells_of_it(manager):
-    assert len(manager.all_tasks) == 8 + 1 + 57 + 5 + 1 + 1
+    assert len(manager.all_tasks) == 3 * (8 + 1) + 57 + 5 + 2 + 1
     for name in manager.all_tasks:
         entry = manager.task_index[name]
         changelog = (entry.yaml_path.parent / "README.md").read_text().split("### Changelog")[1]
@@ -41,7 +41,7 @@ def test_every_task_has_a_version_and_its_readme_tells_of_it(manager):
 def test_every_task_is_stopped_row_by_row(manager):
     """The stop string that makes the answers independent of the batch size."""
     for name in manager.all_subtasks:
-        assert RESPONSE_MARK in manager.task_index[name].cfg["generation_kwargs"]["until"], name
+        assert RESPONSE_MARK in manager.task_index[name].cfg["generation_kwargs"]["until"][0], name
 
 
 @pytest.mark.slow

@@ -1,0 +1,136 @@
+"""What an exported winner carries besides PEFT's files, so that others can use it without asking how it was made.
+
+- `training.json`: base model and revision, tokenizer, prompt template, data, settings, seed; the evaluation reads it.
+- `lm_eval.yaml`: `lm_eval run --config winner/lm_eval.yaml` needs neither our hook nor any other argument.
+- `README.md`: the model card, see [`comlora_trl.evaluation.card`].
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from comlora_trl.data.files import tasks_folder
+from comlora_trl.data.prompts import check_template
+from comlora_trl.demo import DEMO_BASE, base_name, resolve_base
+from comlora_trl.evaluation.adapters import TOKENIZER_FILES, TRAINING_FILE, demo_base_sha256, read_json, tasks_for
+from comlora_trl.evaluation.card import write_card
+
+LM_EVAL_FILE = "lm_eval.yaml"
+# Settings of TRL's that decide what comes out, in the order in which the card shows them
+_TOLD = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "weight_decay",
+)
+_TOLD += (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "max_length",
+    "packing",
+    "bf16",
+)
+_PATHS = ("comlora_winner_dir", "comlora_overwrite_winner")
+
+
+def training_record(
+    *,
+    base: str,
+    base_revision: str | None = None,
+    tokenizer: str | None = None,
+    prompt_template: str | None = None,
+    data: str | None = None,
+    settings: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """What `training.json` holds.
+
+    Args:
+        base: the base model's hub id or folder, as it was loaded.
+        base_revision: its revision on the hub, if one was asked for.
+        tokenizer: the tokenizer's name, where it is not saved beside the adapter and not the base's.
+        prompt_template: the template of the training prompts; None for data that had its own (TRL's formats).
+        data: what was trained on: a preset's name, a hub id or a path.
+        settings: further settings under their flags' names, see [`settings_of`].
+        seed: the run's seed.
+
+    Raises:
+        ValueError: the template is unknown.
+    """
+    if prompt_template is not None:
+        check_template(prompt_template)
+    named: dict[str, Any] = {"name": base_name(str(base)), "revision": base_revision}
+    if named["name"] == DEMO_BASE:
+        named["sha256"] = demo_base_sha256()
+    return {
+        "base": named,
+        "tokenizer": tokenizer,
+        "prompt_template": prompt_template,
+        "data": data,
+        "seed": seed,
+        "settings": settings or {},
+    }
+
+
+def write_training_record(folder: str | Path, record: dict[str, Any]) -> None:
+    """Writes `training.json`, for checkpoints too, from which a branch may be exported later."""
+    (Path(folder) / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_training_record(folder: str | Path) -> dict[str, Any] | None:
+    """The content of `training.json`, or None where there is none."""
+    return read_json(Path(folder) / TRAINING_FILE) or None
+
+
+def write_winner_files(folder: str | Path, *, target: str | Path, record: dict[str, Any]) -> None:
+    """Writes `training.json`, `lm_eval.yaml` and `README.md` into an exported adapter's folder.
+
+    Call it when `adapter_config.json`, `competition.json` and the tokenizer are there.
+
+    Args:
+        folder: where the adapter is written now (a temporary folder, until it is renamed).
+        target: where it will be, which `lm_eval.yaml` names.
+        record: from [`training_record`], or from a checkpoint by [`read_training_record`].
+    """
+    write_training_record(folder, record)
+    _write_lm_eval_config(Path(folder), Path(target).expanduser().absolute(), record)
+    write_card(folder)
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The settings of a run worth telling, from its training arguments: ours, and the optimization's.
+
+    Args:
+        args: a dataclass of TRL's or ours (`ComLoRAConfig`).
+    """
+    names = [field.name for field in fields(args) if field.name.startswith("comlora_")]
+    settings = {name: getattr(args, name) for name in [*names, *_TOLD] if hasattr(args, name)}
+    settings = {name: getattr(value, "value", value) for name, value in settings.items() if name not in _PATHS}
+    plain = str | int | float | bool | list | tuple
+    return {name: value for name, value in settings.items() if isinstance(value, plain)}
+
+
+def _write_lm_eval_config(folder: Path, target: Path, record: dict[str, Any]) -> None:
+    arguments = {"pretrained": resolve_base(record["base"]["name"]), "peft": str(target)}
+    if revision := record["base"]["revision"]:
+        arguments["revision"] = revision
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        arguments["tokenizer"] = str(target)
+    elif record["tokenizer"]:
+        arguments["tokenizer"] = resolve_base(record["tokenizer"])
+    config = {
+        "model": "hf",
+        "model_args": arguments,
+        "tasks": tasks_for(record["data"]),
+        "include_path": str(tasks_folder()),
+        "batch_size": 32,
+    }
+    head = "# lm_eval run --config lm_eval.yaml; its paths are those of the machine on which the winner was exported\n"
+    (folder / LM_EVAL_FILE).write_text(head + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,142 @@
+"""`scripts/reproduce.py` and the recipes: every row of the paper's tables, planned, resumed, printed."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from environments import REPOSITORY
+
+from comlora_trl.evaluation.conditions import COMMONSENSE
+from comlora_trl.evaluation.results import paper
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", REPOSITORY / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+reproduce = load_script("reproduce")
+RECIPES = sorted(path for path in reproduce.RECIPES.glob("*.yaml") if path.name != "tables.yaml")
+
+
+@pytest.mark.parametrize("table", paper()["tables"])
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+def test_a_plan_has_the_papers_rows(table, scale, tmp_path):
+    runs = reproduce.plan(table, scale, tmp_path, None, None)
+    rows = {row["method"] for row in paper()["tables"][table]["rows"]}
+    if table == "10":  # its branches come out of one run
+        rows = {row for row in rows if "branch" not in row}
+    assert {run.method for run in runs} == rows
+    assert len(runs) == len(rows) * (5 if scale == "paper" else 1)
+    assert len({run.folder for run in runs}) == len(runs)
+
+
+def test_every_recipe_is_used_and_taken_by_sft(tmp_path):
+    sft = load_script("sft")
+    used = {run.recipe for table in paper()["tables"] for run in reproduce.plan(table, "demo", tmp_path, None, None)}
+    assert used == {path.stem for path in RECIPES}
+    for path in RECIPES:
+        _, training, model, _ = sft.parse_arguments(["--config", str(path), "--use_cpu", "true"])
+        settings = yaml.safe_load(path.read_text())
+        assert training.comlora_k == settings["comlora_k"] and model.lora_r == settings["lora_r"]
+        assert model.lora_alpha == 2 * model.lora_r
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+def test_sft_takes_a_planned_command(tmp_path, scale):
+    sft = load_script("sft")
+    [run] = [run for run in reproduce.plan("2", scale, tmp_path, 1, "tiny") if run.recipe == "comlora_k4_r32"]
+    command = reproduce.training_command(run, "accelerate launch", ["--max_steps", "2", "--bf16", "false"])
+    assert command[:3] == ["accelerate", "launch", str(REPOSITORY / "scripts" / "sft.py")]
+    script, training, model, _ = sft.parse_arguments([*command[3:], "--use_cpu", "true"])
+    assert (training.max_steps, training.comlora_k, training.seed) == (2, 4, 0)
+    assert training.comlora_winner_dir == str(run.folder / "winner")
+    if scale == "paper":
+        assert (model.model_name_or_path, script.dataset_name) == ("tiny", "mmlu") and run.tasks == "comlora_mmlu"
+
+
+def test_a_dry_run_lists_runs_and_cost_and_does_nothing(tmp_path, capsys):
+    reproduce.main(["--table", "5", "--dry_run", "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "Table 5, scale demo: 5 runs, 0 done; 12,800 row passes left\n" in said
+    assert "ComLoRA K=4 r=4, w/o selector, seed 0: 2,560 row passes" in said
+    assert not (tmp_path / "out").exists()
+
+
+def pretend(monkeypatch, fail_at: int | None = None) -> list[list[str]]:
+    """Training and scoring that write what the next step looks for."""
+    done: list[list[str]] = []
+
+    def execute(command, log, environment=None):
+        if fail_at == len(done):
+            raise RuntimeError(f"it failed, see {log}")
+        done.append(command)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if "--comlora_winner_dir" in command:
+            winner = Path(command[command.index("--comlora_winner_dir") + 1])
+            winner.mkdir(parents=True)
+            (winner / "adapter_config.json").write_text('{"r": 4}')
+            (winner / "competition.json").write_text('{"k": 4, "winner": 1}')
+            (winner.parent / "output" / "checkpoint-40").mkdir(parents=True)
+        elif "--branch" in command:
+            for branch in range(4):
+                folder = Path(command[-1]) / f"branch_{branch}"
+                folder.mkdir(parents=True)
+                (folder / "adapter_config.json").write_text('{"r": 8}')
+        else:
+            results = Path(command[command.index("--output_path") + 1])
+            results.mkdir()
+            values = {f"comlora_{task}": {"acc,none": 0.5} for task in COMMONSENSE}
+            (results / "results_2026-01-01T10-00-00.json").write_text(json.dumps({"results": values}))
+
+    monkeypatch.setattr(reproduce, "execute", execute)
+    return done
+
+
+def run_table(table: str, folder: Path) -> int:
+    with pytest.raises(SystemExit) as caught:
+        reproduce.main(["--table", table, "--output", str(folder)])
+    return caught.value.code
+
+
+def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, capsys):
+    pretend(monkeypatch, fail_at=3)  # while the second run is scored
+    code = run_table("5", tmp_path)
+    assert "it failed, see" in code and "the same command goes on from here" in code
+    done = pretend(monkeypatch)
+    assert run_table("5", tmp_path) == 0
+    assert len(done) == 1 + 3 * 2, "the second run's score, and the other three"
+    said = capsys.readouterr().out
+    assert "Table 5, scale demo: 5 runs, 1 done; 7,680 row passes left, about" in said
+    assert "[4/4] ComLoRA K=4 r=4, w/o selector, seed 0 ..." in said
+    assert "| ComLoRA K=4 r=4, w/o L_LM | 1 run | **50.00** |" in said and "<u>81.25</u>" in said
+    done = pretend(monkeypatch)
+    assert run_table("5", tmp_path) == 0 and done == []
+
+
+def test_table_10_scores_every_branch(tmp_path, monkeypatch, capsys):
+    done = pretend(monkeypatch)
+    assert run_table("10", tmp_path) == 0
+    assert len(done) == 1 + 1 + 4
+    said = capsys.readouterr().out
+    assert all(f"| ComLoRA K=4 r=8, branch {branch} | 1 run |" in said for branch in (0, 2, 3)), "1 has won"
+    assert "| ComLoRA K=4 r=8 | 1 run |" in said
+
+
+def test_the_demos_test_set_has_the_eight_tasks(tmp_path):
+    from comlora_trl.data.commonsense import read_test_rows
+
+    folder = reproduce.demo_data(tmp_path) / "commonsense"
+    rows = [len(read_test_rows(path / "test.json", path.name)) for path in sorted(folder.iterdir())]
+    assert len(rows) == 8 and sum(rows) == 600
+
+
+def test_a_failing_command_names_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"failed, see .*log: ValueError: no$"):
+        reproduce.execute([sys.executable, "-c", "raise ValueError('no')"], tmp_path / "log")
