@@ -80,6 +80,7 @@ class ComLoRAModel(BranchModel):
         self.settings = settings
         self._alive: dict[tuple[object, ...], Tensor] = {}
         self.selector = None
+        self.selector_settings = selector
         if selector is not None:
             embeddings = self.get_base_model().get_input_embeddings()
             with torch.device(embeddings.weight.device):
