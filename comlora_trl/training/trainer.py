@@ -35,6 +35,7 @@ from comlora_trl.training.preparation import (
     warn_of_newer_trl,
     without,
 )
+from comlora_trl.training.publishing import WinnerPublishing
 from comlora_trl.training.report import start_line
 from comlora_trl.training.selection import WinnerSelection
 from comlora_trl.training.statistics import LogWindow, StepSums
@@ -43,7 +44,7 @@ from comlora_trl.training.tournament import Tournament
 from comlora_trl.training.trying import try_branches
 
 
-class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, SFTTrainer):
+class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPublishing, SFTTrainer):
     """
     Trainer for ComLoRA: K LoRA branches compete, and the winner leaves as an ordinary PEFT adapter.
 
