@@ -200,8 +200,8 @@ def _to_pairs(
 def _unknown_columns(name: Any, columns: Any, text_field: str) -> DataError:
     trls = ", ".join((text_field, *TRL_COLUMNS))
     return DataError(
-        f"{name}: has the columns {', '.join(columns)}; expected instruction and output, question, choices and answer, "
-        f"or one of TRL's ({trls}); rename the columns, or name the text's with --dataset_text_field"
+        f"{name}: has the columns {', '.join(columns)}; expected instruction and output, or question, choices "
+        f"and answer, or one of TRL's ({trls}); rename the columns, or name the text's with --dataset_text_field"
     )
 
 
