@@ -1,26 +1,21 @@
 """Where the Trainer saves or pushes "the model": the winner, as an ordinary adapter, and a card that works.
 
-Checkpoints hold every branch; `save_model`, `push_to_hub` and what is pushed in training hold one adapter at the
-folder's root, that of the branch that leads.
+Checkpoints hold every branch, and at their root the leader, which is what the Trainer pushes in training; `save_model`
+and `push_to_hub` give the winner alone.
 """
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import save_branch
-
-logger = get_logger(__name__)
 
 
 class WinnerPublishing:
@@ -85,16 +80,6 @@ class WinnerPublishing:
         """Patterns of the exported winner's files where they lie below `output_dir`: the root holds them already."""
         winner, output = Path(self.args.winner_dir).absolute(), Path(self.args.output_dir).absolute()
         return [f"{winner.relative_to(output).as_posix()}/*"] if output in winner.parents else []
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes what the Trainer pushes in training, with the leader of the checkpoint as the root's adapter."""
-        leader = Path(checkpoint_folder) / branch_name(self.comlora_model.competition_state.leader)
-        if self.is_world_process_zero():
-            if not leader.is_dir():
-                logger.warning(f"{checkpoint_folder} holds its branches in pieces: nothing is pushed before the end.")
-                return
-            shutil.copytree(leader, self.args.output_dir, dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
