@@ -132,6 +132,13 @@ def test_folders_that_cannot_be_written(train, tmp_path):
         train(start=False, comlora_winner_dir=str(tmp_path / "file"))
 
 
+def test_examples_that_are_cut_before_what_is_learnt(train):
+    with pytest.raises(
+        ValueError, match="no example of the training dataset has a token to learn within max_length=4"
+    ):
+        train(start=False, max_length=4)
+
+
 def test_a_winner_is_not_overwritten_unasked(train, tmp_path):
     winner = tmp_path / "winner"
     winner.mkdir()

@@ -195,6 +195,21 @@ def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig) -> None:
         )
 
 
+def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:
+    """Refuses data of which TRL's preparation has left nothing, for no supervised token lies within `max_length`.
+
+    Raises:
+        ValueError: saying so.
+    """
+    sets = validation if isinstance(validation, dict) else {"validation": validation}
+    for name, dataset in {"training": train, **sets}.items():
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(
+                f"no example of the {name} dataset has a token to learn within max_length={max_length}: raise "
+                "max_length, or shorten the examples."
+            )
+
+
 def check_columns(
     dataset: Dataset | IterableDataset, name: str, formatting_func: Any, text_field: str = "text"
 ) -> None:

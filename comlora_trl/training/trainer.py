@@ -29,6 +29,7 @@ from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.preparation import (
     check_columns,
     check_parallelism,
+    check_prepared,
     check_trainer_arguments,
     prepare_model,
     use_plain_checkpointing,
@@ -138,6 +139,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
                 quantization_config=quantized,
                 formatting_func=formatting_func,
             )
+        check_prepared(self.train_dataset, self.eval_dataset, args.max_length)
         check_parallelism(self.accelerator, args)
         try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
         if args.comlora_rows == "shared" and self.padding_free:
