@@ -15,6 +15,7 @@ come from a YAML file (--config recipe.yaml); those on the command line win. The
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,8 +31,10 @@ from trl import (
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.data import PROMPT_TEMPLATES, load_training_dataset
+from comlora_trl.data.loading import PRESETS
 from comlora_trl.demo import demo_model_path, demo_recipe_path
 from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS
+from comlora_trl.training.starting import adapter_config
 
 
 @dataclass
@@ -91,46 +94,102 @@ def _given(argv: list[str]) -> set[str]:
     return names
 
 
-def load_data(script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
+def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Refuses flags that would do nothing.
+
+    Raises:
+        ValueError: naming the flag and why.
+    """
+    single = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
+    mixture = {"streaming", "test_split_size"}
+    bits = {"bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"}
+    local = script_args.dataset_name in (None, *PRESETS) or Path(script_args.dataset_name).is_file()
+    unread = {
+        "with a mixture (datasets: in --config), which names its own data": single if dataset_args.datasets else (),
+        "without a mixture (datasets: in --config)": () if dataset_args.datasets else mixture,
+        "with a preset or a file, which has no configurations": {"dataset_config"} if local else (),
+        "without --load_in_4bit": () if model_args.load_in_4bit else bits,
+        "here, nor in TRL's own script": {"ignore_bias_buffers"},
+    }
+    for reason, names in unread.items():
+        for name in sorted(given & set(names)):
+            raise ValueError(f"--{name} does nothing {reason}: leave it out.")
+    if not model_args.use_peft:
+        raise ValueError("--use_peft false is not possible: the branches are LoRA adapters; TRL's sft.py trains all.")
+    if model_args.lora_task_type != "CAUSAL_LM":
+        raise ValueError(f"--lora_task_type {model_args.lora_task_type} is not possible: SFT trains CAUSAL_LM.")
+
+
+def load_data(given: set[str], script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
     """The training set, and an evaluation set where the data brings one (else the trainer holds examples out)."""
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
-        return dataset["train"], dataset.get("test") if training_args.eval_strategy != "no" else None
+        return dataset["train"], dataset.get("test")
     name = script_args.dataset_name or "demo"
     options = {
         "template": script_args.comlora_prompt,
         "config": script_args.dataset_config,
         "streaming": script_args.dataset_streaming,
+        "text_field": training_args.dataset_text_field,
     }
     train = load_training_dataset(name, split=script_args.dataset_train_split, **options)
-    return train, load_training_dataset(name, split="validation", **options) if name == "demo" else None
+    if "comlora_prompt" in given and "completion" not in (train.column_names or next(iter(train))):
+        raise ValueError(f"--comlora_prompt does nothing with {name}, which has TRL's own columns: leave it out.")
+    return train, load_validation(name, given, script_args, training_args, options)
 
 
-def build_trainer(argv: list[str]) -> ComLoRASFTTrainer:
-    """From the command line to a trainer that is ready to start."""
-    script_args, training_args, model_args, dataset_args = parse_arguments(argv)
+def load_validation(name: str, given: set[str], script_args: Any, training_args: Any, options: dict) -> Any:
+    """The split that --dataset_test_split names; without the flag, the one TRL would evaluate on, if there is one.
+
+    None where the trainer is to hold examples out of the training set: of a preset's test set nothing is shown to the
+    competition unasked, for it is what the winner will be scored on.
+    """
+    split = script_args.dataset_test_split
+    if "dataset_test_split" in given:
+        return load_training_dataset(name, split=split, **options)
+    if training_args.comlora_validation_size is not None:
+        return None
+    if name == "demo":
+        return load_training_dataset(name, split="validation", **options)
+    if training_args.eval_strategy == "no" or name in PRESETS or Path(name).is_file():
+        return None
+    try:
+        validation = load_training_dataset(name, split=split, **options)
+    except ValueError:
+        return None  # it has no such split
+    print(f"validation: the split {split!r} of {name}, which also chooses the winner (--dataset_test_split)")
+    return validation
+
+
+def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrainer:
+    """From what the command line says to a trainer that is ready to start."""
+    script_args, training_args, model_args, dataset_args = arguments
+    check_flags(given, script_args, model_args, dataset_args)
     model = model_args.model_name_or_path or str(demo_model_path())
-    model_args.use_peft = True
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
-    train_dataset, eval_dataset = load_data(script_args, training_args, dataset_args)
+    train_dataset, eval_dataset = load_data(given, script_args, training_args, dataset_args)
+    # An adapter to start from brings its own shape, which flags may only repeat
+    shape = {name for name in given if name.startswith("lora_")} | {"use_dora", "use_rslora"} & given
+    starts = not shape and adapter_config(model, model_args.model_revision) is not None
     return ComLoRASFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=None if starts else get_peft_config(model_args),
     )
 
 
 def main(argv: list[str]) -> None:
     try:
-        trainer = build_trainer(argv)
+        arguments = parse_arguments(argv)
+        trainer = build_trainer(_given(argv), arguments)
     except (ValueError, TypeError, OSError) as error:
         # Before training starts an error is the input's, and its message says what to do
         sys.exit(f"error: {error}")
@@ -138,7 +197,9 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        data = arguments[0].dataset_name
+        on_the_hub = data is not None and data not in PRESETS and not Path(data).exists()
+        trainer.push_to_hub(dataset_name=data if on_the_hub else None)
     trainer.end()
 
 

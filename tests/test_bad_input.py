@@ -7,7 +7,7 @@ import pytest
 from accelerate import DistributedType
 from conftest import make_arguments, make_dataset, make_lora, make_model
 from datasets import Dataset
-from peft import PromptTuningConfig, get_peft_model
+from peft import PromptTuningConfig
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.training.preparation import check_parallelism
@@ -56,12 +56,6 @@ def test_adapters_that_branches_cannot_be(train, config, message):
         train(start=False, trainer={"peft_config": config})
 
 
-def test_a_model_that_has_adapters_already(train, tmp_path):
-    config = ComLoRAConfig(**make_arguments(tmp_path / "out"))
-    with pytest.raises(ValueError, match="has adapters already"):
-        ComLoRASFTTrainer(get_peft_model(make_model(), make_lora()), config, train_dataset=make_dataset(130))
-
-
 DATA = {
     "missing columns": ({"train_dataset": Dataset.from_dict({"question": ["a"]})}, "has the columns question"),
     "no completion": ({"train_dataset": Dataset.from_dict({"prompt": ["a"]})}, "no completion column"),
@@ -95,7 +89,6 @@ def test_validation_sizes(train, size, given, message):
     [
         ({"loss_type": "dft"}, "loss_type='dft' does not work"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
         ({"comlora_selector_heads": 5}, "comlora_selector_heads=5 does not divide"),
     ],
 )
@@ -137,6 +130,13 @@ def test_folders_that_cannot_be_written(train, tmp_path):
         ComLoRASFTTrainer(make_model(), config, train_dataset=make_dataset(130))
     with pytest.raises(OSError, match="comlora_winner_dir"):
         train(start=False, comlora_winner_dir=str(tmp_path / "file"))
+
+
+def test_examples_that_are_cut_before_what_is_learnt(train):
+    with pytest.raises(
+        ValueError, match="no example of the training dataset has a token to learn within max_length=4"
+    ):
+        train(start=False, max_length=4)
 
 
 def test_a_winner_is_not_overwritten_unasked(train, tmp_path):

@@ -16,7 +16,7 @@ from comlora_trl.data.keywords import COMMONSENSE_TASKS
 from comlora_trl.data.prompts import build_prompt
 
 PRESETS = ("commonsense_170k", "mmlu", "convai2", "demo", *COMMONSENSE_TASKS)
-TRL_COLUMNS = ("messages", "text", "prompt", "input_ids")
+TRL_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 
 Pair = tuple[str, str]
 # How the rows of a data set are checked, and turned into (instruction, completion)
@@ -29,6 +29,7 @@ def load_training_dataset(
     template: str = "comlora",
     config: str | None = None,
     streaming: bool = False,
+    text_field: str = "text",
 ) -> Dataset | IterableDataset:
     """Loads data to train on, as prompt-completion rows.
 
@@ -40,6 +41,7 @@ def load_training_dataset(
         template: the prompt template, see [`build_prompt`].
         config: configuration of a hub data set.
         streaming: give an `IterableDataset`.
+        text_field: the column of plain text, TRL's `dataset_text_field`.
 
     Raises:
         DataError: the data is missing, empty or lacks a field; the message says what to do.
@@ -55,11 +57,11 @@ def load_training_dataset(
         return _to_dataset(_preset_pairs(str(name), split), template, streaming)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load_folder(path, split, template, config, streaming)
+        return _load_folder(path, split, template, config, streaming, text_field)
     if path.is_file():
         _refuse_split(str(path), split)
-        return _load_file(path, template, streaming)
-    return _load_hub(str(name), split, template, config, streaming)
+        return _load_file(path, template, streaming, text_field)
+    return _load_hub(str(name), split, template, config, streaming, text_field)
 
 
 def _refuse_split(name: str, split: str) -> None:
@@ -115,28 +117,32 @@ def _is_mmlu(columns: Any) -> bool:
     return {"question", "choices"} <= set(columns)
 
 
-def _is_trl(columns: Any) -> bool:
-    return any(column in columns for column in TRL_COLUMNS) and "instruction" not in columns
+def _is_trl(columns: Any, text_field: str) -> bool:
+    return any(column in columns for column in (text_field, *TRL_COLUMNS)) and "instruction" not in columns
 
 
-def _load_file(path: Path, template: str, streaming: bool) -> Dataset | IterableDataset:
+def _load_file(path: Path, template: str, streaming: bool, text_field: str = "text") -> Dataset | IterableDataset:
     if path.suffix not in (".json", ".jsonl", ".txt"):
         raise DataError(f"{path}: unknown kind of file; expected .json, .jsonl or ParlAI's .txt")
-    if path.suffix != ".txt" and _is_trl(read_rows(path)[0]):
-        return load_dataset("json", data_files=str(path), split="train", streaming=streaming)
+    if path.suffix != ".txt":
+        columns = read_rows(path)[0]
+        if _is_trl(columns, text_field):
+            return load_dataset("json", data_files=str(path), split="train", streaming=streaming)
+        if not _is_mmlu(columns) and not {"instruction", "output"} & set(columns):
+            raise _unknown_columns(path, columns, text_field)
     return _to_dataset(_file_pairs(path), template, streaming)
 
 
 def _load_folder(
-    folder: Path, split: str, template: str, config: str | None, streaming: bool
+    folder: Path, split: str, template: str, config: str | None, streaming: bool, text_field: str
 ) -> Dataset | IterableDataset:
     """A folder with one of our layouts; any other is left to `datasets`."""
     if files := _folder_files(folder, split):
         if len(files) == 1:
-            return _load_file(files[0], template, streaming)
+            return _load_file(files[0], template, streaming, text_field)
         return _to_dataset([pair for file in files for pair in _file_pairs(file)], template, streaming)
     if _has_other_data(folder):
-        return _load_hub(str(folder), split, template, config, streaming)
+        return _load_hub(str(folder), split, template, config, streaming, text_field)
     others = sorted(path.name for suffix in (".json", ".jsonl", ".txt") for path in folder.glob(f"*{suffix}"))
     raise DataError(
         f"{folder}: no data of the split {split!r}; expected TASK/{split}.json, TASK.json, {split}.json or .jsonl, "
@@ -161,7 +167,9 @@ def _has_other_data(folder: Path) -> bool:
     return any(path.suffix in (".parquet", ".csv", ".arrow") for path in folder.rglob("*"))
 
 
-def _load_hub(name: str, split: str, template: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _load_hub(
+    name: str, split: str, template: str, config: str | None, streaming: bool, text_field: str
+) -> Dataset | IterableDataset:
     try:
         dataset = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the hub's errors share no class; the reason is kept
@@ -169,25 +177,32 @@ def _load_hub(name: str, split: str, template: str, config: str | None, streamin
             f"{name}: not a preset ({', '.join(PRESETS)}), not a local file or folder, and not loaded from the hub "
             f"({reason_of(error)}); check the name, and the network if it is on the hub"
         ) from error
-    return _to_pairs(dataset, name, template)
+    return _to_pairs(dataset, name, template, text_field)
 
 
-def _to_pairs(dataset: Dataset | IterableDataset, name: str, template: str) -> Dataset | IterableDataset:
+def _to_pairs(
+    dataset: Dataset | IterableDataset, name: str, template: str, text_field: str = "text"
+) -> Dataset | IterableDataset:
     """Prompt-completion rows of a loaded data set, unless it is in one of TRL's formats."""
     columns = dataset.column_names or list(next(iter(dataset)))
-    if _is_trl(columns):
+    if _is_trl(columns, text_field):
         return dataset
     if _is_mmlu(columns):
         schema: Schema = (mmlu.check_mmlu_row, mmlu.to_pair)
     elif {"instruction", "output"} <= set(columns):
         schema = (commonsense.check_training_row, commonsense.to_pair)
     else:
-        raise DataError(
-            f"{name}: has the columns {', '.join(columns)}; expected instruction and output, question, choices and "
-            f"answer, or one of TRL's formats ({', '.join(TRL_COLUMNS[:3])}); rename the columns"
-        )
+        raise _unknown_columns(name, columns, text_field)
     to_row = partial(_map_row, schema=schema, name=name, template=template)
     return dataset.map(to_row, with_indices=True, remove_columns=columns)
+
+
+def _unknown_columns(name: Any, columns: Any, text_field: str) -> DataError:
+    trls = ", ".join((text_field, *TRL_COLUMNS))
+    return DataError(
+        f"{name}: has the columns {', '.join(columns)}; expected instruction and output, or question, choices "
+        f"and answer, or one of TRL's ({trls}); rename the columns, or name the text's with --dataset_text_field"
+    )
 
 
 def _map_row(row: dict[str, Any], number: int, schema: Schema, name: str, template: str) -> dict[str, str]:

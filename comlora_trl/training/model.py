@@ -3,6 +3,7 @@
 DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forward.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 
-from comlora_trl.branches.model import BranchModel, BranchOutput
+from comlora_trl.branches.model import BranchModel, BranchOutput, branch_name
 from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings, CompetitionState, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
@@ -80,6 +81,7 @@ class ComLoRAModel(BranchModel):
         self.settings = settings
         self._alive: dict[tuple[object, ...], Tensor] = {}
         self.selector = None
+        self.selector_settings = selector
         if selector is not None:
             embeddings = self.get_base_model().get_input_embeddings()
             with torch.device(embeddings.weight.device):
@@ -139,11 +141,15 @@ class ComLoRAModel(BranchModel):
         return self.selector(*rows.split(embeddings, keep))
 
     def save_pretrained(self, save_directory: str, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Saves each branch as a PEFT adapter in its own folder, the selector and the competition's state."""
+        """Saves each branch as a PEFT adapter in its own folder, the selector and the competition's state.
+
+        The leader's files lie at the root too, where whatever takes an adapter finds it.
+        """
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
         folder = Path(save_directory)
+        shutil.copytree(folder / branch_name(self.competition_state.leader), folder, dirs_exist_ok=True)
         if self.selector is not None:
             state_dict = kwargs.get("state_dict") or self.state_dict()
             own = {name: value for name, value in state_dict.items() if name.startswith("selector.")}

@@ -4,51 +4,65 @@ A wrong value ends here, in one line, before any training time is spent.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import trl
 from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
-from trl.trainer.utils import create_model_from_path
+from transformers import AutoTokenizer, PreTrainedModel
+from trl.models import enable_selective_activation_checkpointing
 
 from comlora_trl.training.adapters import check_lora_config, check_model, complete_lora_config
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.starting import (
+    check_same_shape,
+    continue_branches,
+    load_model,
+    load_processing_class,
+    start_branches,
+    take_apart,
+)
 
-_DATA_COLUMNS = ("text", "messages", "conversations", "prompt", "input_ids")
+TESTED_TRL = (1, 16)
 
-
-def load_base_model(model: str, args: ComLoRAConfig, quantization_config: Any = None) -> PreTrainedModel:
-    """Loads a model id or path as TRL's SFTTrainer does, `model_init_kwargs` and quantisation included."""
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ValueError("quantization_config is given twice, as an argument and in model_init_kwargs: drop one.")
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None  # each process holds the whole model
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(model, **kwargs)
+logger = get_logger(__name__)
+_DATA_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 
 
 def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, args: ComLoRAConfig) -> ComLoRAModel:
     """The base model with K branches and the selector.
 
     Args:
-        peft_config: configuration of every branch; None for the default one.
+        model: the base model, a `PeftModel` with one LoRA adapter to start from (it is taken apart), or the branches
+            of an earlier trainer.
+        peft_config: configuration of every branch; None for the default one, or the adapter's to start from.
 
     Raises:
         TypeError: if `peft_config` is not a LoRA configuration.
         ValueError: if the model or the configuration can't be trained as competing branches.
     """
     if isinstance(model, ComLoRAModel):
-        return model
-    if isinstance(model, PeftModel):
+        return continue_branches(model, peft_config, args)
+    if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "the model has adapters already (PeftModel), and the branches need a base without any: pass the base "
-            "model with peft_config=LoraConfig(...), or merge_and_unload() the adapter first."
+            "the model was loaded with an adapter by transformers itself: give the adapter's folder or hub id as "
+            "model, or load it with peft.PeftModel.from_pretrained."
         )
+    start = None
+    if isinstance(model, PeftModel):
+        existing = model.active_peft_config
+        check_lora_config(existing, k=1)
+        if peft_config is not None:
+            check_same_shape(peft_config, existing)
+        model, start = take_apart(model)
+        peft_config = replace(peft_config or existing, init_lora_weights=True, inference_mode=False)
     check_model(model)
     peft_config = complete_lora_config(peft_config, model)
     check_lora_config(peft_config, args.comlora_k)
@@ -56,7 +70,10 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
     kwargs = {"autocast_adapter_dtype": False} if zero3 and not quantized else {}
-    return ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
+    branches = ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
+    if start is not None:
+        start_branches(branches, start)
+    return branches
 
 
 def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimizer: Any) -> None:
@@ -69,14 +86,6 @@ def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimiz
         "loss_type='dft'": (args.loss_type == "dft", "its token weights depend on the branch's own probabilities"),
         "label_smoothing_factor": (args.label_smoothing_factor > 0, "it needs the full logits of every branch"),
         "compute_loss_func": (compute_loss_func is not None, "it needs the full logits of every branch"),
-        "gradient_checkpointing_kwargs={'use_reentrant': True}": (
-            args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
-            "reentrant checkpointing can't follow the batch as it widens to K branches",
-        ),
-        "chat_template_path to a tokenizer": (
-            args.chat_template_path is not None and not os.path.isfile(args.chat_template_path),
-            "it may add tokens, whose embeddings no branch trains; give a Jinja file",
-        ),
         "optimizers": (
             optimizer is not None and args.comlora_selector_learning_rate is not None,
             "comlora_selector_learning_rate needs the optimizer to be made here",
@@ -85,6 +94,89 @@ def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimiz
     for option, (given, reason) in refused.items():
         if given:
             raise ValueError(f"{option} does not work with competing branches: {reason}. Leave it out.")
+
+
+def prepare_model(
+    model: str | PreTrainedModel,
+    args: ComLoRAConfig,
+    processing_class: Any,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+) -> tuple[ComLoRAModel, Any, list[str]]:
+    """The branches, loaded if need be, and the tokenizer that goes with them.
+
+    Returns:
+        the model, its tokenizer or processor, and the options that have been seen to here.
+    """
+    name, done = None, []
+    if isinstance(model, str):
+        name, model, done = model, load_model(model, args, quantization_config), ["model_init_kwargs"]
+    branches = build_comlora_model(model, peft_config, args)
+    template = args.chat_template_path
+    adopted = template is not None and not os.path.isfile(template)
+    if processing_class is None and (adopted or name is not None):
+        processing_class = load_processing_class(name, branches, args)
+    if adopted:
+        adopt_chat_template(template, branches, processing_class)
+        done.append("chat_template_path")
+    if (args.activation_checkpointing_kwargs or {}).get("selective"):
+        # TRL wraps the method of the PEFT model, and the Trainer calls the base model's
+        enable_selective_activation_checkpointing(branches.get_base_model())
+    return branches, processing_class, done
+
+
+def use_plain_checkpointing(args: ComLoRAConfig) -> None:
+    """Takes the non-reentrant kind of checkpointing where the reentrant one is asked for, and says so.
+
+    Both give the same gradients; the reentrant kind can't follow the batch as it widens to K branches.
+    """
+    kwargs = args.activation_checkpointing_kwargs or {}
+    if args.activation_checkpointing and kwargs.get("use_reentrant"):
+        logger.warning("reentrant checkpointing is asked for: the non-reentrant kind runs, with the same gradients.")
+        args.activation_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
+        args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs  # the alias TRL reads
+
+
+def adopt_chat_template(path: str, model: PreTrainedModel, processing_class: Any) -> None:
+    """Gives a tokenizer the chat template and the end-of-turn token of another one, which TRL's `chat_template_path`
+    names.
+
+    Raises:
+        ValueError: if that one has tokens the model does not know, for no branch trains their embeddings.
+    """
+    source = AutoTokenizer.from_pretrained(path)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    known = tokenizer.get_vocab()
+    unknown = [str(token) for token in source.added_tokens_decoder.values() if str(token) not in known]
+    if unknown:
+        raise ValueError(
+            f"chat_template_path={path} brings tokens the model does not know ({', '.join(unknown[:3])}), and no "
+            "branch trains embeddings: choose a tokenizer whose tokens it knows, or give a Jinja file."
+        )
+    processing_class.chat_template = source.get_chat_template()
+    tokenizer.eos_token = source.eos_token
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def warn_of_newer_trl() -> None:
+    """Says in a line when TRL is newer than the one that this was tested with."""
+    if Version(trl.__version__).release[:2] > TESTED_TRL:
+        tested = ".".join(map(str, TESTED_TRL))
+        logger.warning(f"trl {trl.__version__} is newer than {tested}, with which comlora-trl was tested.")
+
+
+@contextmanager
+def without(args: ComLoRAConfig, *names: str) -> Iterator[None]:
+    """Leaves out options that have been seen to already, for as long as the block runs."""
+    given = {name: getattr(args, name) for name in names}
+    for name in names:
+        setattr(args, name, None)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            setattr(args, name, value)
 
 
 def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig) -> None:
@@ -103,8 +195,28 @@ def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig) -> None:
         )
 
 
-def check_columns(dataset: Dataset | IterableDataset, name: str, formatting_func: Any) -> None:
+def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:
+    """Refuses data of which TRL's preparation has left nothing, for no supervised token lies within `max_length`.
+
+    Raises:
+        ValueError: saying so.
+    """
+    sets = validation if isinstance(validation, dict) else {"validation": validation}
+    for name, dataset in {"training": train, **sets}.items():
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(
+                f"no example of the {name} dataset has a token to learn within max_length={max_length}: raise "
+                "max_length, or shorten the examples."
+            )
+
+
+def check_columns(
+    dataset: Dataset | IterableDataset, name: str, formatting_func: Any, text_field: str = "text"
+) -> None:
     """Refuses a data set without a column that TRL's SFT trainer can read.
+
+    Args:
+        text_field: the column of plain text (`dataset_text_field`).
 
     Raises:
         ValueError: naming the columns found and those allowed.
@@ -114,10 +226,11 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, formatting_func
         raise ValueError(f"the {name} dataset is empty: give it at least one example.")
     if {"image", "images"} & set(columns):
         raise ValueError(f"the {name} dataset has images: competing branches take text only.")
-    if formatting_func is None and not set(_DATA_COLUMNS) & set(columns):
+    if formatting_func is None and not {text_field, *_DATA_COLUMNS} & set(columns):
         raise ValueError(
-            f"the {name} dataset has the columns {', '.join(columns)}, none of which is known: name a column text, "
-            "messages, prompt (with completion) or input_ids, or pass formatting_func."
+            f"the {name} dataset has the columns {', '.join(columns)}, none of which is known: name a column "
+            f"{text_field}, messages, prompt (with completion) or input_ids, name the text's column with "
+            "dataset_text_field, or pass formatting_func."
         )
     if "prompt" in columns and "completion" not in columns and formatting_func is None:
         raise ValueError(f"the {name} dataset has a prompt column but no completion column: add completion.")

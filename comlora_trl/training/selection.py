@@ -69,10 +69,7 @@ class WinnerSelection:
 
     def export_branch(self, branch: int, path: Path, overwrite: bool) -> None:
         """Exports a branch, with its card, the tokenizer and `competition.json`; called by all processes."""
-        sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3
-        )
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+        state_dict = self._gathered_weights()
         if self.args.should_save:
             self.create_model_card(model_name=path.name)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,12 +27,16 @@ from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.loss import CompetitionLoss
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.preparation import (
-    build_comlora_model,
     check_columns,
     check_parallelism,
+    check_prepared,
     check_trainer_arguments,
-    load_base_model,
+    prepare_model,
+    use_plain_checkpointing,
+    warn_of_newer_trl,
+    without,
 )
+from comlora_trl.training.publishing import WinnerPublishing
 from comlora_trl.training.report import start_line
 from comlora_trl.training.selection import WinnerSelection
 from comlora_trl.training.statistics import LogWindow, StepSums
@@ -41,7 +45,7 @@ from comlora_trl.training.tournament import Tournament
 from comlora_trl.training.trying import try_branches
 
 
-class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, SFTTrainer):
+class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPublishing, SFTTrainer):
     """
     Trainer for ComLoRA: K LoRA branches compete, and the winner leaves as an ordinary PEFT adapter.
 
@@ -104,36 +108,38 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, SFTTrainer
             args = ComLoRAConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-ComLoRA")
         elif not isinstance(args, ComLoRAConfig):
             args = ComLoRAConfig.from_arguments(args)
+        warn_of_newer_trl()
         check_trainer_arguments(args, compute_loss_func, optimizers[0])
+        use_plain_checkpointing(args)
         if args.should_save:
             check_writable(args.output_dir, "output_dir")
             check_target(args.winner_dir, args.comlora_overwrite_winner)
         if train_dataset is None:
             raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
-        check_columns(train_dataset, "training", formatting_func)
+        check_columns(train_dataset, "training", formatting_func, args.dataset_text_field)
         train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
 
         # The branches draw their A from the seed, as SFTTrainer's adapter does
         set_seed(args.seed)
-        if isinstance(model, str):
-            model = load_base_model(model, args, quantization_config)
-            quantization_config, args.model_init_kwargs = None, None
-        model = build_comlora_model(model, peft_config, args)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            formatting_func=formatting_func,
-        )
+        quantized = None if isinstance(model, str) else quantization_config  # TRL says that it comes too late
+        model, processing_class, done = prepare_model(model, args, processing_class, quantization_config, peft_config)
+        with without(args, *done):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantized,
+                formatting_func=formatting_func,
+            )
+        check_prepared(self.train_dataset, self.eval_dataset, args.max_length)
         check_parallelism(self.accelerator, args)
         try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
         if args.comlora_rows == "shared" and self.padding_free:

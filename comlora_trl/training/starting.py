@@ -1,0 +1,168 @@
+"""Where the branches start: on a base without adapters, from an adapter that exists, or from branches that exist.
+
+From an adapter, branch 0 starts as it is; the others start from it too, each with its own small noise on A
+([`START_NOISE`]), for branches that are alike would stay alike without a selector.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from comlora_trl.competition import CompetitionState
+from comlora_trl.training.config import ComLoRAConfig
+from comlora_trl.training.model import ComLoRAModel
+
+# Standard deviation of the noise, in those of the matrix A it is added to
+START_NOISE = 0.01
+# What may differ between the adapter to start from and a peft_config: nothing that its weights' meaning depends on
+_FREE = {"lora_dropout", "init_lora_weights", "inference_mode", "base_model_name_or_path", "revision", "task_type"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter to start from.
+
+    Attributes:
+        config: its configuration.
+        weights: its weights, under the names PEFT saves them by.
+    """
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+
+
+def load_model(name: str, args: ComLoRAConfig, quantization_config: Any = None) -> PreTrainedModel | PeftModel:
+    """Loads a hub id or folder as TRL's SFTTrainer does, `model_init_kwargs` and quantisation included.
+
+    Where the name is an adapter's, its base is loaded and the adapter put on it.
+    """
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError("quantization_config is given twice, as an argument and in model_init_kwargs: drop one.")
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None  # each process holds the whole model
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    config = adapter_config(name, kwargs.get("revision"))
+    if config is None:
+        return create_model_from_path(name, **kwargs)
+    revision = kwargs.pop("revision", None)  # the adapter's own; its base has another
+    base = create_model_from_path(config.base_model_name_or_path, **kwargs, revision=config.revision or "main")
+    return PeftModel.from_pretrained(base, name, **({} if revision is None else {"revision": revision}))
+
+
+def adapter_config(name: str, revision: str | None = None) -> PeftConfig | None:
+    """The configuration of the adapter that a hub id or folder holds, None when it holds no adapter."""
+    options = {} if revision is None else {"revision": revision}
+    if find_adapter_config_file(name, **options) is None:
+        return None
+    return PeftConfig.from_pretrained(name, **options)
+
+
+def load_processing_class(name: str | None, model: PreTrainedModel, args: ComLoRAConfig) -> Any:
+    """The tokenizer (or processor) that belongs to a model, as TRL chooses it; an adapter's own comes first.
+
+    Args:
+        name: what the model was loaded from, None for a model that was given loaded.
+    """
+    revision = (args.model_init_kwargs or {}).get("revision") if name is not None else None
+    source = get_config_model_id(model.config)
+    config = adapter_config(name, revision) if name is not None else None
+    if config is not None:
+        if Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file():
+            revision = config.revision
+        else:
+            source = name
+    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def take_apart(model: PeftModel) -> tuple[PreTrainedModel, Start]:
+    """The base of a model with one adapter, without it, and the adapter to start from.
+
+    Raises:
+        ValueError: if it has several adapters.
+    """
+    if len(model.peft_config) != 1:
+        raise ValueError(
+            f"the model has the adapters {', '.join(model.peft_config)}, and the branches start from one: remove the "
+            "others with delete_adapter(...)."
+        )
+    ((name, config),) = model.peft_config.items()
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {key: value.detach().clone() for key, value in weights.items()}
+    return model.unload(), Start(config, weights)
+
+
+def check_same_shape(given: PeftConfig, start: LoraConfig) -> None:
+    """Refuses a `peft_config` that describes another adapter than the one to start from.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    for field in fields(start):
+        wanted, found = _comparable(getattr(given, field.name, None)), _comparable(getattr(start, field.name))
+        if field.name not in _FREE and wanted != found:
+            raise ValueError(
+                f"peft_config asks for {field.name}={wanted!r}, but the adapter to start from has {found!r}: leave "
+                "peft_config out (scripts/sft.py: the --lora_ flags), or start from the base model."
+            )
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | list | tuple) else value or None
+
+
+def start_branches(model: ComLoRAModel, start: Start) -> None:
+    """Puts an adapter's weights into the branches, see the module's text.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=model.branch_names[0], save_embedding_layers=False)
+    shapes, given = ({key: tuple(value.shape) for key, value in w.items()} for w in (own, start.weights))
+    for key in sorted(shapes.keys() | given.keys()):
+        if shapes.get(key) != given.get(key):
+            raise ValueError(
+                f"the adapter to start from does not fit: {key} is {given.get(key, 'missing')} there and "
+                f"{shapes.get(key, 'missing')} here; start from an adapter of this base model."
+            )
+    for branch, name in enumerate(model.branch_names):
+        weights = start.weights if branch == 0 else {k: _with_noise(k, v) for k, v in start.weights.items()}
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def _with_noise(name: str, weight: Tensor) -> Tensor:
+    if "lora_A" not in name and "lora_embedding_A" not in name:
+        return weight
+    return weight + START_NOISE * weight.std() * torch.randn_like(weight)
+
+
+def continue_branches(model: ComLoRAModel, peft_config: PeftConfig | None, args: ComLoRAConfig) -> ComLoRAModel:
+    """Branches of an earlier trainer, for a new competition among them; disqualified ones stay out.
+
+    Raises:
+        ValueError: if the arguments ask for other branches or another selector than there are.
+    """
+    asked = {"comlora_k": args.comlora_k, "the selector": args.selector_settings}
+    there = {"comlora_k": model.settings.k, "the selector": model.selector_settings}
+    for name, wanted in asked.items():
+        if wanted != there[name]:
+            raise ValueError(
+                f"the model has competing branches already, with {name} {there[name]}, but {wanted} is asked for: "
+                "give the base model, or an exported winner's folder, to start anew."
+            )
+    if peft_config is not None:
+        check_same_shape(peft_config, model.peft_config[model.branch_names[0]])
+    model.settings = args.competition_settings
+    disqualified = model.competition_state.disqualified
+    model.competition_state = CompetitionState.new(args.comlora_k)
+    model.competition_state.disqualified = dict(disqualified)
+    return model

@@ -1,0 +1,142 @@
+"""`scripts/sft.py` takes TRL's flags, in this process: data of one's own, without a GPU, from an adapter."""
+
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import make_dataset, make_model, make_tokenizer
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+
+from comlora_trl import ComLoRASFTTrainer
+
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", "--save_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / "sft.py"
+    spec = importlib.util.spec_from_file_location("sft_script", path)
+    module = sys.modules["sft_script"] = importlib.util.module_from_spec(spec)  # found again by pickle
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny base, and data: a file, and a folder with the splits train and test of another text field."""
+    folder = tmp_path_factory.mktemp("recipes")
+    make_model().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    rows = list(make_dataset(20))
+    (folder / "my.json").write_text(json.dumps(rows))
+    stories = [{"story": row["prompt"] + row["completion"]} for row in rows]
+    (folder / "stories.json").write_text(json.dumps(stories))
+    make_dataset(20).to_parquet(folder / "splits" / "train.parquet")
+    make_dataset(6).to_parquet(folder / "splits" / "test.parquet")
+    return folder
+
+
+@pytest.fixture
+def trainers(script, monkeypatch) -> list[ComLoRASFTTrainer]:
+    """The trainers that the script has made."""
+    made = []
+
+    class Recorded(ComLoRASFTTrainer):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(script, "ComLoRASFTTrainer", Recorded)
+    return made
+
+
+@pytest.fixture
+def sft(script, folder, tmp_path, monkeypatch):
+    """Runs the script from an empty folder, on the tiny base."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: object, short: bool = True) -> None:
+        script.main([*map(str, flags), *(["--model_name_or_path", str(folder / "base"), *SHORT] if short else [])])
+
+    return run
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_data_of_ones_own_without_a_gpu(sft, folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        sft("--dataset_name", folder / "my.json", "--max_steps", 1, "--report_to", "none", short=False)
+    assert caplog.text.count("no GPU is found: training on the CPU, in float32") == 1
+    AutoPeftModelForCausalLM.from_pretrained("winner")
+    AutoPeftModelForCausalLM.from_pretrained("comlora-output")  # where TRL's own script leaves its adapter
+
+
+def test_a_wrong_data_name_is_answered_about_the_data(sft):
+    with pytest.raises(SystemExit, match="error: no/such.data: not a preset .*, not a local file or folder"):
+        sft("--dataset_name", "no/such.data", short=False)
+
+
+def test_text_fields(sft, folder, trainers):
+    sft("--dataset_name", folder / "stories.json", "--dataset_text_field", "story")
+    assert trainers[0].state.global_step == 2
+    with pytest.raises(SystemExit, match="has the columns story; .* --dataset_text_field"):
+        sft("--dataset_name", folder / "stories.json")
+
+
+def test_test_splits_are_evaluated(sft, folder, trainers, capsys):
+    common = ["--dataset_name", folder / "splits", "--comlora_overwrite_winner"]
+    sft(*common, "--eval_strategy", "steps", "--eval_steps", 1)
+    assert len(trainers[-1].eval_dataset) == 6 and "the split 'test' of" in capsys.readouterr().out
+    sft(*common, "--dataset_test_split", "train")
+    assert len(trainers[-1].eval_dataset) == 20
+    sft(*common)
+    assert len(trainers[-1].eval_dataset) == 2 and len(trainers[-1].train_dataset) == 18
+    with pytest.raises(SystemExit, match="no data of the split 'dev'|dev"):
+        sft(*common, "--dataset_test_split", "dev")
+
+
+def test_from_an_adapter(sft, folder, trainers):
+    sft("--dataset_name", folder / "my.json", "--lora_r", 2, "--use_rslora")
+    first = load_file("winner/adapter_model.safetensors")
+    common = ["--dataset_name", folder / "my.json", *SHORT, "--model_name_or_path", "winner"]
+    sft(*common, "--comlora_winner_dir", "second", "--max_steps", 1, "--learning_rate", 0, short=False)
+    assert trainers[-1].comlora_model.peft_config["branch_1"].use_rslora
+    weights = {n: p for n, p in trainers[-1].comlora_model.named_parameters() if ".branch_0." in n}
+    assert all(torch.equal(first[n.replace(".branch_0.", ".")], p) for n, p in weights.items())
+    with pytest.raises(SystemExit, match="asks for lora_alpha=16|asks for r=4"):
+        sft(*common, "--comlora_winner_dir", "third", "--lora_r", 4, short=False)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--use_peft", "false"], "--use_peft false is not possible"),
+        (["--lora_task_type", "SEQ_CLS"], "--lora_task_type SEQ_CLS is not possible"),
+        (["--dataset_config", "plain"], "--dataset_config does nothing with a preset or a file"),
+        (["--test_split_size", "0.1"], "--test_split_size does nothing without a mixture"),
+        (["--bnb_4bit_quant_type", "fp4"], "--bnb_4bit_quant_type does nothing without --load_in_4bit"),
+        (["--ignore_bias_buffers"], "--ignore_bias_buffers does nothing"),
+        (["--comlora_selector", "false", "--comlora_top_n", "1"], "comlora_top_n=1 does nothing"),
+        (["--comlora_prompt", "hira"], "--comlora_prompt does nothing with"),
+    ],
+)
+def test_flags_that_would_do_nothing(sft, folder, flags, message):
+    file = folder / ("stories.json" if "--comlora_prompt" in flags else "my.json")
+    fields = ["--dataset_text_field", "story"] if "--comlora_prompt" in flags else []
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        sft("--dataset_name", file, *fields, *flags)
+
+
+def test_a_mixture(sft, folder, trainers, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    entry = f"  - path: json\n    data_files: {folder / 'my.json'}\n"
+    recipe.write_text(f"datasets:\n{entry}{entry}test_split_size: 0.2\neval_strategy: steps\neval_steps: 1\n")
+    sft("--config", recipe)
+    assert (len(trainers[-1].train_dataset), len(trainers[-1].eval_dataset)) == (32, 8)
+    with pytest.raises(SystemExit, match="--dataset_name does nothing with a mixture"):
+        sft("--config", recipe, "--dataset_name", "demo", "--comlora_overwrite_winner")
