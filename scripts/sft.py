@@ -200,7 +200,8 @@ def main(argv: list[str]) -> None:
         data = arguments[0].dataset_name
         on_the_hub = data is not None and data not in PRESETS and not Path(data).exists()
         trainer.push_to_hub(dataset_name=data if on_the_hub else None)
-    trainer.end()
+    if hasattr(trainer, "end"):  # transformers 5.20 and later close their trackers there
+        trainer.end()
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def selector_scores(embeddings: Tensor, weights: dict[str, Tensor], heads: int) 
     encoder = {name.removeprefix("encoder."): value for name, value in weights.items()}
     tokens, width = embeddings.shape
     size = width // heads
-    mixed = embeddings @ encoder["self_attn.in_proj_weight"].T + encoder["self_attn.in_proj_bias"]
+    mixed = embeddings @ encoder["self_attn.in_proj.weight"].T + encoder["self_attn.in_proj.bias"]
     query, key, value = mixed[:, :width], mixed[:, width : 2 * width], mixed[:, 2 * width :]
     outputs = []
     for t in range(tokens):
@@ -180,7 +180,7 @@ def selector_scores(embeddings: Tensor, weights: dict[str, Tensor], heads: int) 
         fed = encoder["linear2.weight"] @ inner + encoder["linear2.bias"]
         outputs.append(layer_norm(x + fed, encoder["norm2.weight"], encoder["norm2.bias"]))
     pooled = sum(outputs) / tokens
-    return [pooled @ branch for branch in weights["branch_embeddings"]]
+    return [pooled @ branch for branch in weights["branch_embeddings.weight"]]
 
 
 class ReferenceRun:

@@ -3,8 +3,9 @@
 import pytest
 import reference
 import torch
+from torch import nn
 
-from comlora_trl.competition.selector import Selector, SelectorSettings
+from comlora_trl.competition.selector import EncoderLayer, Selector, SelectorSettings
 
 WIDTH, K = 16, 3
 SIZES = {
@@ -47,6 +48,18 @@ def test_scores_and_gradients_are_the_formulae(name):
     expected = torch.autograd.grad((torch.stack(rows) * target).sum(), list(weights.values()))
     for name, mine, theirs in zip(weights, found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_encoder_layer_is_pytorchs():
+    torch.manual_seed(0)
+    mine = EncoderLayer(WIDTH, 4, 24)
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(WIDTH, 4, 24, dropout=0.0, batch_first=True)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+    embeddings, mask = make_batch([5, 1, 7], 7)
+    expected = theirs.double()(embeddings, src_key_padding_mask=~mask)
+    torch.testing.assert_close(mine.double()(embeddings, mask)[mask], expected[mask], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -90,7 +90,7 @@ class LayerGroup:
         found = [(a.get("weight"), b.get("weight")) for a, b in self._linears[name]]
         for weights, shapes in zip(found, self.shapes, strict=True):
             for weight, shape in zip(weights, shapes, strict=True):
-                if type(weight) is not nn.Parameter or weight.shape != shape:
+                if type(weight) is not nn.Parameter or weight.shape != shape or hasattr(weight, "ds_id"):
                     return None
         return found
 

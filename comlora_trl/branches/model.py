@@ -20,7 +20,7 @@ from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
 from comlora_trl.branches.layers import make_branch_layers, make_plain_layers
 from comlora_trl.branches.routers import keep_router_logits
 from comlora_trl.branches.rows import Rows
-from comlora_trl.branches.running import run_batched, run_dealt, run_in_chunks, touch
+from comlora_trl.branches.running import is_whole, run_batched, run_dealt, run_in_chunks, touch
 
 
 @dataclass
@@ -233,7 +233,7 @@ class BranchModel(PeftModelForCausalLM):
             output |= self._of_all_branches(output, branches, rows)
         if len(branches) < self.k:
             idle = [p for branch in range(self.k) if branch not in branches for p in self.branch_parameters(branch)]
-            output["log_probs"] = touch(output["log_probs"], [p for p in idle if p.requires_grad])
+            output["log_probs"] = touch(output["log_probs"], [p for p in idle if p.requires_grad and is_whole(p)])
         return BranchOutput(**output, tokens=rows.supervised_tokens(inputs["labels"]))
 
     def _of_all_branches(self, output: dict[str, Tensor], branches: list[int], rows: Rows) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comlora_trl.branches.dealing import deal, indices
 from comlora_trl.branches.expansion import LAYERS, expand
@@ -200,6 +200,15 @@ def _trainable(model: "BranchModel", branches: Sequence[int]) -> Iterator[Tensor
 def touch(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The value, with parameters that it does not depend on in its graph: DDP waits for every one of them."""
     return _Touched.apply(value, *parameters) if parameters and value.requires_grad else value
+
+
+def is_whole(parameter: Tensor) -> bool:
+    """Whether a process holds a parameter whole and by itself, as under DDP, and not in shards (FSDP, DeepSpeed).
+
+    Those who shard ask for no gradient of what has not run, and DeepSpeed fails on one that is missing.
+    """
+    marks = ("ds_id", "_hp_mapping", "_fsdp_flattened")
+    return type(parameter) is nn.Parameter and not any(hasattr(parameter, mark) for mark in marks)
 
 
 class _KnownGradients(torch.autograd.Function):

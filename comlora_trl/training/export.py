@@ -93,17 +93,16 @@ def save_branch(
     branch: int,
     folder: Path,
     summary: dict[str, Any],
+    state_dict: dict[str, Any],
     processing_class: Any = None,
-    state_dict: dict[str, Any] | None = None,
 ) -> None:
     """Writes one branch of a model into a folder as an ordinary PEFT adapter, with tokenizer and `competition.json`.
 
     Args:
-        state_dict: the whole model's weights where they are sharded (FSDP, ZeRO-3); None to read them from the model.
+        state_dict: the trained weights, see [`sharding.state_to_save`].
     """
-    kwargs = {} if state_dict is None else {"state_dict": state_dict}
     name = branch_name(branch)
-    model.save_adapters(folder, [name], **kwargs)
+    model.save_adapters(folder, [name], state_dict=state_dict)
     _flatten(folder / name, folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)

@@ -3,24 +3,27 @@
 from collections.abc import Iterable
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from comlora_trl.branches.model import branch_name
+from comlora_trl.training import sharding
 from comlora_trl.training.model import ComLoRAModel
 
 logger = get_logger(__name__)
 
 
-def gradient_norms(model: ComLoRAModel) -> Tensor:
+def gradient_norms(model: ComLoRAModel, accelerator: Accelerator | None = None) -> Tensor:
     """The norm of each branch's gradient and, last, the selector's, [K + 1]; 0 without a gradient.
 
-    All of them cost what one norm of everything costs.
+    All of them cost what one norm of everything costs. Where gradients are sharded every process has to call it, with
+    the accelerator.
     """
     groups = [model.branch_parameters(branch) for branch in range(model.settings.k)]
     groups.append([] if model.selector is None else list(model.selector.parameters()))
-    return torch.stack([_norm(group, model.device) for group in groups])
+    return sharding.norms(groups, model.device, accelerator)
 
 
 def clip_gradients(model: ComLoRAModel, norms: Tensor, max_norm: float) -> Tensor:
@@ -35,9 +38,9 @@ def clip_gradients(model: ComLoRAModel, norms: Tensor, max_norm: float) -> Tenso
         the norm of the branches' gradients together, before clipping.
     """
     for branch in range(model.settings.k):
-        _scale(model.branch_parameters(branch), norms[branch], max_norm)
+        sharding.clip(model.branch_parameters(branch), norms[branch], max_norm)
     if model.selector is not None:
-        _scale(model.selector.parameters(), norms[-1], max_norm)
+        sharding.clip(model.selector.parameters(), norms[-1], max_norm)
     return norms[:-1].norm()
 
 
@@ -54,6 +57,11 @@ def disqualify(model: ComLoRAModel, branch: int, step: int) -> None:
 def revive(model: ComLoRAModel, branches: Iterable[int]) -> None:
     """Draws new adapters for branches that were disqualified: a new competition begins."""
     for branch in branches:
+        if sharding.is_sharded(model.branch_parameters(branch)):
+            raise ValueError(
+                f"branch_{branch} has diverged in this trainer's last training, and its weights are sharded: make a "
+                "new trainer for a new competition."
+            )
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.reset_lora_parameters(branch_name(branch), init_lora_weights=True)
@@ -63,8 +71,9 @@ def revive(model: ComLoRAModel, branches: Iterable[int]) -> None:
 def make_base(model: ComLoRAModel, branch: int) -> None:
     """Makes a branch's adapter the base model itself, with nothing non-finite left in it."""
     name = branch_name(branch)
-    for parameter in model.branch_parameters(branch):
-        parameter.zero_()
+    sharding.zero_weights(model.branch_parameters(branch))
+    if sharding.is_sharded(model.branch_parameters(branch)):
+        return  # the base's norms would have to be gathered, for a branch that never runs again
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_magnitude_vector:
             # DoRA scales each output by its magnitude over the weight's norm: with B = 0 that is the base's own norm
@@ -79,16 +88,4 @@ def make_base(model: ComLoRAModel, branch: int) -> None:
 def drop_selector_gradient(model: ComLoRAModel, step: int) -> None:
     """Leaves the selector as it is for one step, its gradient not being finite; the branches do not depend on it."""
     logger.warning(f"the selector's gradient is not finite at step {step}: it is left out of this step.")
-    for parameter in model.selector.parameters():
-        parameter.grad = None
-
-
-def _norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
-
-
-def _scale(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if parameters:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    sharding.drop_gradients(model.selector.parameters())

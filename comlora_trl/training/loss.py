@@ -7,6 +7,7 @@ from torch import Tensor
 
 from comlora_trl.competition import annealing, mean_nll, pairwise_loss
 from comlora_trl.competition.rungs import cost
+from comlora_trl.training import sharding
 from comlora_trl.training.gradients import clip_gradients, disqualify, drop_selector_gradient, gradient_norms
 from comlora_trl.training.model import BranchPass, CompetitionOutput
 from comlora_trl.training.statistics import StepFigures, StepSums, step_winner
@@ -43,13 +44,15 @@ class CompetitionLoss:
         Returns:
             the loss for the Trainer's log; of independent branches the mean, while each trains by its own.
         """
+        if self.is_deepspeed_enabled:
+            sharding.around_step(self.deepspeed, self._finish_step, self._keep_disqualified)
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
             self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
         if self._settings.independent:
             loss = loss / len(self.comlora_model.competition_state.living)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             self._finish_step()
         return loss
 
@@ -110,11 +113,10 @@ class CompetitionLoss:
         """Ends an optimizer step: disqualifies diverged branches, counts the win and the cost, keeps the figures."""
         k, model, step = self._settings.k, self.comlora_model, self.state.global_step + 1
         state = model.competition_state
-        self._norms = gradient_norms(model)
+        self._norms = gradient_norms(model, self.accelerator)
         finite = self._norms.isfinite()
         self._norms = self._norms.where(finite, torch.zeros_like(self._norms))  # those gradients are dropped below
-        # With fp16's loss scaler an overflow is no divergence; DeepSpeed keeps the gradients to itself
-        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+        if not self._has_loss_scaler:  # with one an overflow is no divergence
             self._sums.add_gradients(finite)
         figures = StepFigures(k, self.accelerator.reduce(self._sums.vector, reduction="sum").tolist())
         self._sums = StepSums(k, self.args.device)
@@ -122,8 +124,7 @@ class CompetitionLoss:
         for branch in [branch for branch in state.living if figures.diverged[branch]]:
             disqualify(model, branch, step)
         for branch in (*state.disqualified, *state.retired):
-            for parameter in model.branch_parameters(branch):
-                parameter.grad = None
+            sharding.drop_gradients(model.branch_parameters(branch))
         if figures.selector_diverged:
             drop_selector_gradient(model, step)
         if not state.living:
@@ -135,15 +136,32 @@ class CompetitionLoss:
         best = step_winner(figures, state.living)
         if best is not None:
             state.wins[best] += 1
+        if self.is_deepspeed_enabled and not self._has_loss_scaler:
+            # DeepSpeed's step follows at once; its own clipping would take all branches for one
+            max_norm = sharding.take_over_clipping(self.deepspeed)
+            if max_norm:
+                clip_gradients(model, self._norms, max_norm)
+
+    @property
+    def _has_loss_scaler(self) -> bool:
+        if self.is_deepspeed_enabled:
+            return self.deepspeed.fp16_enabled()
+        return self.accelerator.scaler is not None
+
+    def _keep_disqualified(self) -> None:
+        """DeepSpeed's optimizers move what has no gradient too, by their momentum."""
+        model = self.comlora_model
+        for branch in model.competition_state.disqualified:
+            sharding.zero_weights(model.branch_parameters(branch))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clips each branch and the selector by itself. A private seam of transformers: without it they are clipped
         together, by a norm that one of them can dominate."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model) if self._has_loss_scaler else self._norms[:-1].norm()
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
-            self._norms = gradient_norms(self.comlora_model)
+            self._norms = gradient_norms(self.comlora_model, self.accelerator)
         return clip_gradients(self.comlora_model, self._norms, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import PreTrainedModel
 
 from comlora_trl.branches.model import BranchModel, BranchOutput, branch_name
@@ -21,6 +22,9 @@ from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings, CompetitionState, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
 from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, save_state
+from comlora_trl.training.sharding import load_trained_state, state_to_save
+
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,14 @@ class ComLoRAModel(BranchModel):
         if selector is not None:
             embeddings = self.get_base_model().get_input_embeddings()
             with torch.device(embeddings.weight.device):
-                self.selector = Selector(embeddings.weight.size(-1), settings.k, selector)
+                # ZeRO-3 leaves an empty weight behind, and its shape beside it
+                width = getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[-1]
+                self.selector = Selector(width, settings.k, selector)
             if embeddings.weight.dtype == torch.float64:
                 self.selector.double()  # half precisions train in float32, as PEFT's adapters do
             self.selector_input = selector.input
         self.competition_state = CompetitionState.new(settings.k)
+        self._saved_names = {name: self._names_to_save(name) for name in self.branch_names}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The branches' and the selector's parameters, all that a run trains."""
@@ -145,32 +152,59 @@ class ComLoRAModel(BranchModel):
 
         The leader's files lie at the root too, where whatever takes an adapter finds it.
         """
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        state_dict = kwargs.pop("state_dict", None) or state_to_save(self)
         if not is_main_process:
             return
+        names = [name for name in self.branch_names if name in self.peft_config]
+        self.save_adapters(save_directory, names, state_dict=state_dict, **kwargs)
         folder = Path(save_directory)
         shutil.copytree(folder / branch_name(self.competition_state.leader), folder, dirs_exist_ok=True)
         if self.selector is not None:
-            state_dict = kwargs.get("state_dict") or self.state_dict()
             own = {name: value for name, value in state_dict.items() if name.startswith("selector.")}
             weights = {name.removeprefix("selector."): value.contiguous() for name, value in own.items()}
             save_file(weights, folder / SELECTOR_FILE, metadata={"format": "pt"})
         save_state(self.competition_state, folder)
 
-    def load_branches(self, folder: str | Path) -> None:
+    def load_branches(self, folder: str | Path, root: nn.Module | None = None) -> None:
         """Loads what [`save_pretrained`] saved, into the branches and the selector that exist.
+
+        Args:
+            root: the wrapped model, where FSDP1 shards it.
 
         Raises:
             ValueError: if the checkpoint has another number of branches, or differs in having a selector.
         """
         folder = Path(folder)
         check_checkpoint(folder, self.settings.k, self.selector is not None)
+        load_trained_state(self, self._saved_weights(folder), root)
+
+    def save_adapters(self, folder: str | Path, names: list[str], **kwargs: Any) -> None:
+        """Saves the named adapters alone, each in a folder of its own, in PEFT's ordinary layout."""
+        super().save_adapters(folder, names, **kwargs)
+        if any(isinstance(module, FSDP) for module in self.modules()):
+            # PEFT asks the modules for the weights' names, and within FSDP1's wrappers they have others
+            for name in names:
+                weights = {key: kwargs["state_dict"][own] for key, own in self._saved_names[name].items()}
+                save_file(weights, Path(folder) / name / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def _names_to_save(self, name: str) -> dict[str, str]:
+        """The names of an adapter's weights in PEFT's files, and in the model; asked before a wrapper changes them."""
+        marks = {own: torch.empty(0) for own, parameter in self.named_parameters() if parameter.requires_grad}
+        known = {id(mark): own for own, mark in marks.items()}
+        saved = get_peft_model_state_dict(self, marks, name, save_embedding_layers=False)
+        return {key: known[id(mark)] for key, mark in saved.items()}
+
+    def _saved_weights(self, folder: Path) -> dict[str, Tensor]:
+        """The weights in a checkpoint, by the names that they have in the model."""
+        weights = {}
         for name in (name for name in self.branch_names if name in self.peft_config):
-            weights = load_file(folder / name / "adapter_model.safetensors")
-            result = set_peft_model_state_dict(self, weights, adapter_name=name)
-            if result.unexpected_keys:
+            saved, names = load_file(folder / name / WEIGHTS_FILE), self._saved_names[name]
+            if not saved.keys() >= names.keys():
                 raise ValueError(
-                    f"{folder / name} has weights for other layers, {result.unexpected_keys[0]} among them."
+                    f"{folder / name} has no weights {min(names.keys() - saved.keys())}: it was trained on other "
+                    "target_modules."
                 )
+            weights |= {own: saved[key] for key, own in names.items()}
         if self.selector is not None:
-            self.selector.load_state_dict(load_file(folder / SELECTOR_FILE))
+            weights |= {f"selector.{name}": value for name, value in load_file(folder / SELECTOR_FILE).items()}
+        return weights

@@ -31,6 +31,7 @@ from comlora_trl.training.starting import (
 )
 
 TESTED_TRL = (1, 16)
+_CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 logger = get_logger(__name__)
 _DATA_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
@@ -119,7 +120,7 @@ def prepare_model(
     if adopted:
         adopt_chat_template(template, branches, processing_class)
         done.append("chat_template_path")
-    if (args.activation_checkpointing_kwargs or {}).get("selective"):
+    if checkpointing_kwargs(args).get("selective"):
         # TRL wraps the method of the PEFT model, and the Trainer calls the base model's
         enable_selective_activation_checkpointing(branches.get_base_model())
     return branches, processing_class, done
@@ -130,11 +131,17 @@ def use_plain_checkpointing(args: ComLoRAConfig) -> None:
 
     Both give the same gradients; the reentrant kind can't follow the batch as it widens to K branches.
     """
-    kwargs = args.activation_checkpointing_kwargs or {}
-    if args.activation_checkpointing and kwargs.get("use_reentrant"):
+    kwargs = checkpointing_kwargs(args)
+    if args.gradient_checkpointing and kwargs.get("use_reentrant"):
         logger.warning("reentrant checkpointing is asked for: the non-reentrant kind runs, with the same gradients.")
-        args.activation_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
-        args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs  # the alias TRL reads
+        for name in _CHECKPOINTING_KWARGS:
+            if hasattr(args, name):
+                setattr(args, name, {**kwargs, "use_reentrant": False})
+
+
+def checkpointing_kwargs(args: ComLoRAConfig) -> dict[str, Any]:
+    """The options of checkpointing, by the newer of transformers' names for it where there are both."""
+    return next((getattr(args, name) for name in _CHECKPOINTING_KWARGS if getattr(args, name, None)), {})
 
 
 def adopt_chat_template(path: str, model: PreTrainedModel, processing_class: Any) -> None:

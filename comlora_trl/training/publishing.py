@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.training.export import save_branch
+from comlora_trl.training.sharding import state_to_save
 
 
 class WinnerPublishing:
@@ -31,7 +32,7 @@ class WinnerPublishing:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_winner(self, folder: Path) -> None:
-        winner, state_dict = self.determine_winner(), self._gathered_weights()
+        winner, state_dict = self.determine_winner(), state_to_save(self.comlora_model, self.model_wrapped)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             summary = self.competition_summary()
@@ -102,11 +103,6 @@ class WinnerPublishing:
     @property
     def _chats(self) -> bool:
         return getattr(self.processing_class, "chat_template", None) is not None
-
-    def _gathered_weights(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights where they are sharded (FSDP, ZeRO-3), else None: they are read from the model."""
-        zero3 = self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3
-        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled or zero3 else None
 
 
 def _quick_start(adapter: str, base: str, chats: bool) -> str:

@@ -29,9 +29,13 @@ class Tournament:
         owners = self._parameter_owners()
         for group in list(optimizer.param_groups):
             parameters, group["params"] = group["params"], []
+            kinds = {owners.get(id(p)) for p in parameters}
             for owner, rate in self._owner_rates().items():
                 own = [p for p in parameters if owners.get(id(p)) == owner]
-                # A retired branch's group stays, empty: the schedule counts groups
+                # A retired branch's group stays, empty, where the others have theirs: the schedule counts groups. One
+                # that never had a parameter would be lost in a sharded checkpoint, which names groups by parameters
+                if owner == "selector" and not own or owner != "selector" and not kinds - {"selector"}:
+                    continue
                 optimizer.add_param_group({**group, "params": own, "lr": rate, _OWNER: owner})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if _OWNER in group]
         return optimizer
@@ -94,7 +98,7 @@ class Tournament:
     def drop_retired(self) -> None:
         """Frees the weights of retired branches, where no wrapper holds them."""
         model = self.comlora_model
-        if self.model_wrapped is not model:
+        if self.model_wrapped is not model or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # DDP, FSDP and DeepSpeed know every parameter for good; theirs get no gradient any more
         for branch in model.competition_state.retired:
             if branch_name(branch) in model.peft_config:
@@ -111,7 +115,7 @@ class Tournament:
             self.optimizer = self.lr_scheduler = None  # they know nothing of the new parameters
 
     def _forget_optimizer_state(self, parameters: list[nn.Parameter]) -> None:
-        if self.optimizer is None or self.is_deepspeed_enabled:
+        if self.optimizer is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return
         gone = {id(parameter) for parameter in parameters}
         for group in self.optimizer.param_groups:

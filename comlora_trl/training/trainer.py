@@ -5,10 +5,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import save_fsdp_optimizer
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -16,6 +19,7 @@ from trl.trainer.utils import get_config_model_id
 from comlora_trl.branches import kernels
 from comlora_trl.branches.model import branch_name
 from comlora_trl.competition import CompetitionState
+from comlora_trl.training import sharding
 from comlora_trl.training.checkpoints import check_checkpoint, load_state
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.export import check_target, check_writable
@@ -218,26 +222,38 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         if self._unlogged:
             self.log_selection()
 
-    # ---- Checkpoints: the Trainer's loading knows one adapter per folder; K branches and a selector load here ----
+    # ---- Checkpoints: K branches and a selector, whole, whatever the base is sharded by ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves every branch, the selector and the competition's state."""
+        state = sharding.state_to_save(self.comlora_model, self.model_wrapped)
+        self._save(output_dir or self.args.output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The Trainer's; under FSDP without its copy of the weights, which gathers the base to save one branch."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        sharding.reshard(self.model)  # the optimizer knows these parameters
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.comlora_model.load_branches(resume_from_checkpoint)
+        self.comlora_model.load_branches(resume_from_checkpoint, self.model_wrapped)
 
     def load_checkpoint_branches(self, folder: str) -> None:
         """Loads a checkpoint's branches, those among them that a rung has retired since."""
         for branch in load_state(folder).living:
             if branch_name(branch) not in self.comlora_model.peft_config:
                 self.comlora_model.restore_branch(branch)
-        self.comlora_model.load_branches(folder)
+        self.comlora_model.load_branches(folder, self.model_wrapped)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self.load_checkpoint_branches(self.state.best_model_checkpoint)
+        self.load_checkpoint_branches(self.state.best_model_checkpoint)
         # The winner is the best checkpoint's leader; wins, rungs and disqualifications are the whole run's
         state = self.comlora_model.competition_state
         state.selection = load_state(self.state.best_model_checkpoint).selection

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
-from recipes import make_data
 from test_recipes import logged, train
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from recipes import make_data
 
 BASE = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "per_device_train_batch_size": 2}
 EVAL = {"eval_strategy": "steps", "eval_steps": 2}

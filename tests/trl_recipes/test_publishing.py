@@ -13,11 +13,11 @@ import torch
 from conftest import make_arguments, make_dataset, make_lora, make_model, make_tokenizer
 from huggingface_hub import HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
-from recipes import make_chat_tokenizer
 from safetensors.torch import load_file
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.training.checkpoints import load_state
+from recipes import make_chat_tokenizer
 
 IDS = torch.arange(3, 21).view(2, 9)
 

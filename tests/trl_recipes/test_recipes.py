@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import difference, make_lora, make_model, parameters
 from peft import PeftModel
-from recipes import AXES, LORA, RECIPES, Tracker, arguments_of, given_of
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from recipes import AXES, LORA, RECIPES, Tracker, arguments_of, given_of
 
 FIGURES = ("loss", "grad_norm", "learning_rate", "num_tokens", "mean_token_accuracy", "entropy", "train_loss")
 IDS = torch.arange(3, 21).view(2, 9)

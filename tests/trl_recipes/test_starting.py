@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
 from peft import PeftModel, get_peft_model
-from recipes import make_chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.training.starting import START_NOISE
+from recipes import make_chat_tokenizer
 
 IDS = torch.arange(3, 21).view(2, 9)
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3}
