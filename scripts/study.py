@@ -27,7 +27,7 @@ from study_report import print_report, read_results
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-VALIDATION, TEST = 25, 250  # rows of each task
+VALIDATION, TEST = 25, 150  # rows of each task
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,10 +45,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def missing_jobs(arms: Iterable[Arm], sizes: list[str], seeds: int, results: Path) -> list[dict[str, Any]]:
-    """The runs that have no line yet, the dearest first, so that no long one is left to the end."""
+    """The runs that have no line yet: the core's first, seed by seed, the dearest of a seed first."""
     done = {(row["arm"], row["size"], row["seed"]) for row in read_results(results)}
     ordered = sorted(arms, key=lambda arm: -arm.steps * (1 + arm.row_passes / arm.steps / 64))
-    jobs = [{"arm": a.name, "size": size, "seed": s} for s in range(seeds) for a in ordered for size in sizes]
+    groups = ([arm for arm in ordered if arm.core], [arm for arm in ordered if not arm.core])
+    runs = ((arm, seed, size) for group in groups for seed in range(seeds) for arm in group for size in sizes)
+    jobs = [{"arm": arm.name, "size": size, "seed": seed} for arm, seed, size in runs]
     return [job for job in jobs if (job["arm"], job["size"], job["seed"]) not in done]
 
 

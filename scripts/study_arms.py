@@ -6,10 +6,11 @@ A unit of cost is one LoRA's usual training: `UNIT` row passes (one row through 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-RANK, ROWS, STEPS = 4, 64, 375
+RANK, ROWS, STEPS = 4, 64, 200
 UNIT = ROWS * STEPS
 SIZES = {"6000": 750, "640": 80}  # training rows in all, and of each of the eight tasks
 
@@ -28,6 +29,11 @@ class Arm:
     rank: int = RANK
     rows: int = ROWS
     steps: int = STEPS
+
+    @property
+    def core(self) -> bool:
+        """Whether the questions at the top of the report need the arm; such arms are trained first."""
+        return self.name in _core_names()
 
     @property
     def row_passes(self) -> int:
@@ -142,6 +148,26 @@ def tournament_arms() -> list[Arm]:
 
 
 _CRITERIA = ("validation_loss", "validation_accuracy")
+
+
+@lru_cache
+def _core_names() -> frozenset[str]:
+    double = {"steps": 2 * STEPS, "name": " 2x steps"}
+    arms = [
+        *(lora(rate) for rate in RATES),
+        *(lora(rate, 4 * RANK) for rate in RATES[2:]),
+        *(lora(rate, rows=NARROW) for rate in RATES),
+        *(comlora(k, rate) for k in (2, 4) for rate in RATES[2:]),
+        *(same_rate(rate) for rate in RATES[2:]),
+        *(tournament(rungs) for rungs in (EARLY, MIDDLE, LATE)),
+        tournament(EARLY, by="validation_accuracy"),
+        tournament(EARLY, "all"),
+        *(tournament(MIDDLE, "all", by=by, **double) for by in _CRITERIA),
+        tournament(MIDDLE, "all", comlora_selector=True, by="selector", name=" with selector"),
+        tournament(EARLY, rows=NARROW),
+        tournament("0.1:4,0.25:1", rates=EIGHT_RATES),
+    ]
+    return frozenset(arm.name for arm in arms)
 
 
 def choices() -> list[Choice]:
