@@ -3,22 +3,15 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-from accelerate.logging import get_logger
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
 from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
+from comlora_trl.training.config_checks import check_used, settled_without_gpu
 
 WINNER_CRITERIA = ("selector", "validation_loss", "validation_accuracy")
-# Settings that only a run with a selector reads
-_OF_THE_SELECTOR = ("top_n", "annealing", "annealing_rate", "noise", "alignment_weight", "pairwise_weight")
-_OF_THE_SELECTOR += ("selector_dim", "selector_ffn_dim", "selector_heads", "selector_input", "selector_learning_rate")
-_OF_THE_SELECTOR += ("equation_signs",)
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -168,24 +161,13 @@ class ComLoRAConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        settled = self._settle_without_gpu()
-        super().__post_init__()
-        if settled:
-            logger.warning(f"no GPU is found: training on the CPU, in {'bfloat16' if self.bf16 else 'float32'}.")
+        with settled_without_gpu(self):
+            super().__post_init__()
         self._fill_in()
         self._check_ranges()
         self._check_tournament()
         self._check_choices()
-        self._check_used()
-
-    def _settle_without_gpu(self) -> bool:
-        """Where there is no GPU, TRL's default of bf16 ends in an error: float32 it is, unless bf16 is asked for."""
-        if self.use_cpu or torch.accelerator.is_available() or not (self.bf16 is None or self.bf16):
-            return False
-        if self.fp16:
-            return False
-        self.use_cpu, self.bf16 = True, bool(self.bf16)
-        return True
+        check_used(self)
 
     def _fill_in(self) -> None:
         """What is left out, by whether this is a tournament."""
@@ -271,23 +253,6 @@ class ComLoRAConfig(SFTConfig):
         for name, allowed in choices.items():
             value = getattr(self, name)
             _require(value in allowed, name, repr(value), f"one of {', '.join(allowed)}", "choose one of these")
-
-    def _check_used(self) -> None:
-        """Refuses a setting that nothing would read."""
-        unread = {
-            "comlora_selector=False": () if self.comlora_selector else _OF_THE_SELECTOR,
-            "comlora_alignment_weight=0": () if self.comlora_alignment_weight else ("annealing", "annealing_rate"),
-            "comlora_pairwise_weight=0": () if self.comlora_pairwise_weight else ("noise",),
-            f"comlora_annealing={self.comlora_annealing}": (
-                () if self.comlora_annealing == "exponential" else ("annealing_rate",)
-            ),
-        }
-        defaults = {f.name: f.default for f in fields(self)}
-        for reason, names in unread.items():
-            for name in (f"comlora_{name}" for name in names):
-                value = getattr(self, name)
-                if value != defaults[name]:
-                    raise ValueError(f"{name}={value} does nothing with {reason}: leave one of the two out.")
 
     @property
     def competition_settings(self) -> CompetitionSettings:
