@@ -92,7 +92,7 @@ def read_competition(folder: str | Path) -> Competition:
 
 
 def _parse(content: dict[str, Any]) -> Competition:
-    k = content["k"]
+    k = len(content["branches"])
     found: dict[str, list[Curve]] = {name: [{} for _ in range(k)] for name in ("train", "wins", "loss", "score")}
     for rung in content["rungs"]:
         _keep(found["loss"], rung["step"], rung["validation_nll"])
