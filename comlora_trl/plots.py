@@ -244,7 +244,7 @@ def draw(folder: str | Path, output: str | Path | None = None, figure: str = "lo
 
     Args:
         folder: the winner's folder.
-        output: a .png, .svg or .pdf; None for `FIGURE.png` in the folder.
+        output: a .png, .svg or .pdf; None for `competition.png` in the folder (which its card shows), or `FIGURE.png`.
         figure: "losses", "wins" or "scores".
 
     Returns:
@@ -257,7 +257,7 @@ def draw(folder: str | Path, output: str | Path | None = None, figure: str = "lo
     """
     run = read_competition(folder)
     home = Path(folder) if Path(folder).is_dir() else Path(folder).parent
-    output = Path(output) if output is not None else home / f"{figure}.png"
+    output = Path(output) if output is not None else home / f"{'competition' if figure == 'losses' else figure}.png"
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"--output {output} is not possible: the name must end in {', '.join(FORMATS)}.")
     try:
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command `comlora-plot`."""
     parser = argparse.ArgumentParser(prog="comlora-plot", description="Draws the competition that a winner won.")
     parser.add_argument("folder", help="the winner's folder")
-    parser.add_argument("--output", help="picture to write, .png, .svg or .pdf (default: FIGURE.png in the folder)")
+    parser.add_argument("--output", help="picture to write, .png, .svg or .pdf (default: competition.png in the folder, FIGURE.png of the others)")
     help_text = (
         "losses (default): the branches' validation losses and the rungs; wins: share of the training steps won (the "
         "paper's Figure 2); scores: the selector's score against the validation loss (its Figure 3)"
