@@ -21,6 +21,9 @@ class CompetitionFlow(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.begin_competition()
 
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.note_rates()
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         known = self.trainer.comlora_model.competition_state.selection
         self.trainer.reach_rung()
@@ -38,4 +41,5 @@ class CompetitionFlow(TrainerCallback):
             self.trainer.select()
         new = self.trainer.comlora_model.competition_state.selection is not known
         if new and not control.should_evaluate:
-            self.trainer.log_selection_next()
+            # A log of a later step would bear that step's number
+            (self.trainer.log_selection_next if control.should_log else self.trainer.log_selection)()

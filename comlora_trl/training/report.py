@@ -10,7 +10,7 @@ from rich.table import Table
 
 from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.competition import CompetitionState
-from comlora_trl.competition.rungs import edge_remark
+from comlora_trl.competition.rungs import Rung, edge_remark
 from comlora_trl.training.model import ComLoRAModel
 
 COMPETITION_FILE = "competition.json"
@@ -65,6 +65,24 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None) -> str:
     elif (chunk or k) > 1:
         how += f"; the batch widens {place}"
     return f"ComLoRA: K={k} branches of rank {config.r}, {together} ({how}); {ParameterCounts.of(model)}"
+
+
+def field_line(args: Any, rungs: dict[int, Rung]) -> str | None:
+    """The line on rates, rungs and shared rows that training prints at its start, None without any of them.
+
+    Args:
+        args: the `ComLoRAConfig`.
+        rungs: the rungs by optimizer step.
+    """
+    parts = []
+    if args.comlora_branch_learning_rates is not None:
+        parts.append("rates " + ", ".join(f"{rate:g}" for rate in args.comlora_branch_learning_rates))
+    if rungs:
+        steps = ", ".join(f"{rung.survivors} after step {step}" for step, rung in rungs.items())
+        parts.append(f"branches that go on: {steps}, by {args.winner_by.replace('_', ' ')}")
+    if args.comlora_rows == "shared":
+        parts.append("rows shared: the cost of one LoRA")
+    return "Tournament: " + "; ".join(parts) if parts else None
 
 
 def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -128,32 +146,40 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     rates = [line["learning_rate"] for line in summary["branches"]]
     if None not in rates and edge_remark(rates, summary["winner"]):
         remarks.append(edge_remark(rates, summary["winner"]))
-    table.caption = "\n".join(remarks) or None
-    (console or Console()).print(table)
+    if summary["rungs"] or None not in rates:
+        remarks.append(f"cost: {summary['row_passes']:,} row passes (one row through one branch and back)")
+    _print(table, remarks, console)
 
 
 def print_rung(record: dict[str, Any], rates: list[float], steps: int, console: Console | None = None) -> None:
     """Prints who goes on at a rung."""
-    table = _table(f"Rung at step {record['step']} of {steps}", ["rate", "validation NLL", "accuracy"])
+    table = _table(f"Rung at step {record['step']} of {steps}", ["rate", "validation\nNLL", "token\naccuracy"])
     for branch, rate in enumerate(rates):
         nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]
         if nll is not None:
             fate = "retired" if branch in record["retired"] else "goes on"
             table.add_row(f"branch_{branch}", f"{rate:g}", _cell(nll, ".4f"), _cell(accuracy, ".1%"), fate)
-    (console or Console()).print(table)
+    _print(table, [], console)
+
+
+def _print(table: Table, remarks: list[str], console: Console | None) -> None:
+    console = console or Console()
+    console.print()  # a progress bar may stand in this line
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, highlight=False, soft_wrap=True)
 
 
 def _columns(branches: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """(heading, key, format) of the columns that have something to say."""
     columns = [
         ("rate", "learning_rate", "g"),
-        ("validation NLL", "validation_nll", ".4f"),
-        ("accuracy", "validation_accuracy", ".1%"),
+        ("validation\nNLL", "validation_nll", ".4f"),
+        ("token\naccuracy", "validation_accuracy", ".1%"),
         ("score", "score", ".2f"),
         ("wins", "share_of_wins", ".0%"),
     ]
-    always = ("validation_nll", "share_of_wins")
-    return [one for one in columns if one[1] in always or any(line[one[1]] is not None for line in branches)]
+    return [one for one in columns if one[1] == "validation_nll" or any(line[one[1]] is not None for line in branches)]
 
 
 def _table(title: str, headings: list[str]) -> Table:

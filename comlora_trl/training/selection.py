@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training import sharding
-from comlora_trl.training.export import new_folder, save_branch
+from comlora_trl.training.export import RETIRED, new_folder, save_branch
 from comlora_trl.training.report import competition_summary, print_table
 from comlora_trl.training.validation import validate
 
@@ -92,7 +92,10 @@ class WinnerSelection:
         folder = self.export_winner()
         if self.is_world_process_zero():
             print_table(self.competition_summary())
-        self.accelerator.print(f"winner: {branch_name(self.determine_winner())} in {folder}")
+        line = f"winner: {branch_name(self.determine_winner())} in {folder}"
+        if self.comlora_model.competition_state.retired:
+            line += f"; the retired branches are in {Path(self.args.output_dir) / RETIRED}"
+        self.accelerator.print(line)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's evaluation, of the leader; beside it every branch's figures from a selection at this step."""

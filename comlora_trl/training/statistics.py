@@ -124,8 +124,9 @@ class LogWindow:
             weight = settings.sign * settings.alignment_weight * eta
             entry["comlora/alignment_loss"] = weight * figures.weighted_nll / tokens
             entry["comlora/pairwise_loss"] = figures.pairwise
-        best = step_winner(figures, state.living)
-        entry |= {f"comlora/wins_{branch}": float(branch == best) for branch in state.living}
+        if len(state.living) > 1:
+            best = step_winner(figures, state.living)
+            entry |= {f"comlora/wins_{branch}": float(branch == best) for branch in state.living}
         self.steps.append(entry)
 
     def flush(self) -> dict[str, float]:
@@ -140,6 +141,6 @@ class LogWindow:
 
 
 def step_winner(figures: StepFigures, living: list[int]) -> int | None:
-    """The branch that won a step (lowest NLL), or None when no branch in the race had a token."""
+    """The branch that won a step (lowest NLL), or None when fewer than two in the race had a token."""
     racing = [branch for branch in living if figures.tokens[branch]]
-    return min(racing, key=lambda branch: figures.nll[branch], default=None)
+    return min(racing, key=lambda branch: figures.nll[branch]) if len(racing) > 1 else None

@@ -19,6 +19,8 @@ _OWNER = "comlora_owner"
 class Tournament:
     """Mixin before TRL's trainer: one rate a branch, and rungs at which the worse ones are retired."""
 
+    _step_rates: dict[int, float] | None = None
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
         existed = self.optimizer is not None
@@ -123,16 +125,23 @@ class Tournament:
         for parameter in parameters:
             self.optimizer.state.pop(parameter, None)
 
+    def note_rates(self) -> None:
+        """Keeps each branch's rate of the optimizer step that was just taken, before the schedule goes on."""
+        if self.args.comlora_branch_learning_rates is None:
+            return
+        owners = {branch_name(branch): branch for branch in range(self._settings.k)}
+        groups = [group for group in self.optimizer.param_groups if group.get(_OWNER) in owners]
+        self._step_rates = {owners[group[_OWNER]]: float(group["lr"]) for group in groups}
+
     def tournament_logs(self) -> dict[str, float]:
-        """Entries of the Trainer's log: living branches, cost so far, each branch's rate."""
+        """Entries of the Trainer's log: living branches, cost so far, each branch's rate.
+
+        The Trainer's own `learning_rate` would be the first branch's; it becomes the leader's, as `eval_loss` is.
+        """
         state = self.comlora_model.competition_state
         logs: dict[str, float] = {"comlora/row_passes": state.row_passes}
         if self.args.comlora_rungs:
             logs["comlora/living"] = len(state.living)
-        if self.args.comlora_branch_learning_rates is not None and self.lr_scheduler is not None:
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                owner = group.get(_OWNER, "")
-                branch = owner.removeprefix("branch_")
-                if branch.isdigit() and int(branch) in state.living:
-                    logs[f"comlora/learning_rate_{branch}"] = rate
-        return logs
+        rates = self._step_rates or {}
+        logs |= {f"comlora/learning_rate_{branch}": rates[branch] for branch in state.living if branch in rates}
+        return logs | ({"learning_rate": rates[state.leader]} if state.leader in rates else {})

@@ -41,7 +41,7 @@ from comlora_trl.training.preparation import (
     without,
 )
 from comlora_trl.training.publishing import WinnerPublishing
-from comlora_trl.training.report import start_line
+from comlora_trl.training.report import field_line, start_line
 from comlora_trl.training.selection import WinnerSelection
 from comlora_trl.training.statistics import LogWindow, StepSums
 from comlora_trl.training.step_plan import LineCollator, StepPlan
@@ -205,7 +205,8 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         model.competition_state.rates = self.args.comlora_branch_learning_rates
         self._plan, self._decided = None, False
         self.drop_retired()
-        _ = self.rungs  # rungs that fall on one step end here
+        if line := field_line(self.args, self.rungs):  # rungs that fall on one step end here
+            self.accelerator.print(line)
         self._sums = StepSums(self._settings.k, self.args.device)
         self._window = LogWindow(self._settings.k)
         self._follow_the_leader()
