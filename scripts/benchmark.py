@@ -20,11 +20,12 @@ import torch
 from benchmark_accuracy import check_gradients
 from benchmark_cases import Bench, Shape, forced_kernels, release
 from benchmark_report import Results
+from benchmark_tournament import tournaments
 from benchmark_trainers import alternate_trainers, make_trainer
 from rich.console import Console
 from torch import Tensor
 
-from comlora_trl import layer_groups
+from comlora_trl.branches import layer_groups
 from comlora_trl.branches.kernels import selected_kernels
 
 
@@ -204,7 +205,10 @@ SECTIONS = (
     saved_bytes,
     chunk_memory,
     upper_half,
+    tournaments,
 )
+GROUPS = {"steps": (trainer_steps,), "tournament": (tournaments,)}
+GROUPS["kernels"] = tuple(section for section in SECTIONS if section not in (trainer_steps, tournaments))
 
 
 def main() -> int:
@@ -212,15 +216,18 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="decoder layers (32 on a GPU)")
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of each arm")
     parser.add_argument("--output", default="benchmark.json", help="JSON file to write")
-    parser.add_argument("--only", nargs="*", help="names of sections", choices=[s.__name__ for s in SECTIONS])
+    names = [*GROUPS, *(section.__name__ for section in SECTIONS)]
+    parser.add_argument("--only", nargs="*", help="names of sections, or of groups of them", choices=names)
     arguments = parser.parse_args()
     console, start = Console(width=None if sys.stdout.isatty() else 180), time.perf_counter()
     shape = Shape.of(arguments.layers, arguments.rounds)
     if shape.device.type != "cuda":
         console.print("No GPU here: a small shape on the CPU, whose figures say nothing about speed.")
     results, bench = Results(shape), Bench(shape)
+    wanted = set(arguments.only or (section.__name__ for section in SECTIONS))
+    wanted |= {section.__name__ for group in wanted & GROUPS.keys() for section in GROUPS[group]}
     for section in SECTIONS:
-        if arguments.only and section.__name__ not in arguments.only:
+        if section.__name__ not in wanted:
             continue
         begun = time.perf_counter()
         try:

@@ -1,6 +1,9 @@
 """Whole steps of TRL's trainer and of ours, for `benchmark.py`."""
 
+import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,24 @@ from trl import SFTConfig, SFTTrainer
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 
 
-def make_trainer(bench: Bench, kind: str, rows: int, folder: Path, **settings: Any) -> SFTTrainer:
-    """A trainer over the frozen base: kind "trl" or "comlora"; without checkpointing, logging every step."""
-    steps = bench.shape.rounds // 2 + 3  # a turn's, the first two of them for warm-up
+def make_trainer(
+    bench: Bench,
+    kind: str,
+    rows: int,
+    folder: Path,
+    steps: int | None = None,
+    validation: int = 2,
+    **settings: Any,
+) -> SFTTrainer:
+    """A trainer over the frozen base; without checkpointing, logging every step.
+
+    Args:
+        kind: "trl" or "comlora".
+        rows: of a step.
+        steps: of a run; by default a turn's of [`alternate_trainers`].
+        validation: rows of the validation set.
+    """
+    steps = steps or bench.shape.rounds // 2 + 4
     arguments: dict[str, Any] = {
         "output_dir": str(folder / kind / str(len(list(folder.rglob("*"))))),
         "per_device_train_batch_size": rows,
@@ -37,7 +55,7 @@ def make_trainer(bench: Bench, kind: str, rows: int, folder: Path, **settings: A
         bench.base(),
         config(**arguments, **settings),
         train_dataset=data,
-        eval_dataset=data.select(range(2)),
+        eval_dataset=_dataset(bench, validation),
         processing_class=_tokenizer(),
         peft_config=bench.lora_config(),
     )
@@ -48,15 +66,19 @@ def make_trainer(bench: Bench, kind: str, rows: int, folder: Path, **settings: A
 def alternate_trainers(
     device: torch.device, trainers: dict[str, SFTTrainer], turns: int = 4
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds from one step's end to the next; the trainers take turns, another one first each time."""
+    """Median milliseconds from one step's end to the next; the trainers take turns, another one first each time.
+
+    A turn's first two steps are for warm-up, and its last one has the winner's selection in it: these do not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(turns):
         for name in rotated(trainers, turn):
-            trainer, timer = trainers[name], _StepTimer(device)
+            trainer, timer = trainers[name], StepTimer(device)
             trainer.add_callback(timer)
-            SFTTrainer.train(trainer)  # without the choice and export of the winner
+            with quiet():
+                trainer.train()
             trainer.remove_callback(timer)
-            times[name] += timer.intervals()[1:]
+            times[name] += timer.intervals()[1:-1]
     return {name: summary(values) for name, values in times.items()}
 
 
@@ -65,7 +87,16 @@ def _dataset(bench: Bench, rows: int) -> Dataset:
     return Dataset.from_dict({name: batch[name].tolist() for name in ("input_ids", "labels")})
 
 
-class _StepTimer(TrainerCallback):
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the trainers' tables to itself."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+class StepTimer(TrainerCallback):
+    """Marks the end of every step, on the device's own clock."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.marks: list[Any] = []

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comlora_trl.branches.dealing import indices
 from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import step_noise
 from comlora_trl.competition.rungs import dealt_to
@@ -80,7 +81,7 @@ class StepPlan:
             rows = Rows.of(batch)
             tokens = rows.supervised_tokens(batch["labels"])
             per_line = batch.get(ROWS_PER_LINE)
-            by_row = torch.tensor(owners, device=tokens.device)
+            by_row = indices(owners, tokens.device)
             if per_line is not None:
                 by_row = by_row.repeat_interleave(per_line.to(tokens.device))
             own += torch.zeros_like(own, device=tokens.device).index_add(0, by_row, tokens[: by_row.numel()]).to(own)
