@@ -23,9 +23,10 @@ class WinnerPublishing:
     """Mixin before TRL's trainer: see the module's text."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the winner as an ordinary adapter; within a checkpoint, which the Trainer makes, every branch."""
+        """Saves the winner as an ordinary adapter; for a checkpoint, which the Trainer makes, every branch."""
         if _internal_call and output_dir is not None:
-            super().save_model(output_dir, _internal_call)
+            # Whole weights, whatever the base is sharded by
+            self._save(output_dir, state_dict=state_to_save(self.comlora_model, self.model_wrapped))
             return
         self._save_winner(Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
@@ -36,7 +37,7 @@ class WinnerPublishing:
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             summary = self.competition_summary()
-            save_branch(self.comlora_model, winner, folder, summary, self.processing_class, state_dict)
+            save_branch(self.comlora_model, winner, folder, summary, state_dict, self.processing_class)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
 

@@ -225,13 +225,6 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
 
     # ---- Checkpoints: K branches and a selector, whole, whatever the base is sharded by ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves every branch, the selector and the competition's state."""
-        state = sharding.state_to_save(self.comlora_model, self.model_wrapped)
-        self._save(output_dir or self.args.output_dir, state_dict=state)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's; under FSDP without its copy of the weights, which gathers the base to save one branch."""
         if not self.is_fsdp_enabled:
