@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.models import enable_selective_activation_checkpointing
 
@@ -65,6 +66,7 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
         model, start = take_apart(model)
         peft_config = replace(peft_config or existing, init_lora_weights=True, inference_mode=False)
     check_model(model)
+    _keep_differentiable(model)
     peft_config = complete_lora_config(peft_config, model)
     check_lora_config(peft_config, args.comlora_k)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
@@ -75,6 +77,16 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     if start is not None:
         start_branches(branches, start)
     return branches
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights on a CPU, which it does for good at the first evaluation.
+
+    Its product with repacked weights has no gradient, and training would go on without the layers' own.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimizer: Any) -> None:

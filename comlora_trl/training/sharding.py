@@ -71,6 +71,13 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor], root: nn.
                 _write(named[name], values[name], name)
 
 
+def keep_optimizer_whole(accelerator: Accelerator) -> None:
+    """Lets FSDP1 save the optimizer's state whole, which is small: it can't load one that it saved in shards."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether each process holds a part of the parameters only."""
     return any(_is_partitioned(p) or hasattr(p, "_hp_mapping") or _is_flat(p) for p in parameters)

@@ -109,7 +109,7 @@ class _Infinite(torch.autograd.Function):
 
 def hurt(trainer: ComLoRASFTTrainer) -> None:
     """A gradient (not a loss) that is infinite for one branch at one step, on one process."""
-    layer = trainer.comlora_model._adapted_layers[-1]
+    layer = trainer.comlora_model.adapted_layers[-1]
     name = f"branch_{HURT_BRANCH}"
 
     def after(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor | None:
