@@ -155,16 +155,15 @@ def _core_names() -> frozenset[str]:
     double = {"steps": 2 * STEPS, "name": " 2x steps"}
     arms = [
         *(lora(rate) for rate in RATES),
-        *(lora(rate, 4 * RANK) for rate in RATES[2:]),
-        *(lora(rate, rows=NARROW) for rate in RATES),
-        *(comlora(k, rate) for k in (2, 4) for rate in RATES[2:]),
-        *(same_rate(rate) for rate in RATES[2:]),
-        *(tournament(rungs) for rungs in (EARLY, MIDDLE, LATE)),
+        lora(TUNED, 4 * RANK),
+        *(comlora(k, TUNED) for k in (2, 4)),
+        comlora(4, RATES[-1]),
+        same_rate(TUNED),
+        *(tournament(rungs) for rungs in (EARLY, MIDDLE)),
         tournament(EARLY, by="validation_accuracy"),
         tournament(EARLY, "all"),
-        *(tournament(MIDDLE, "all", by=by, **double) for by in _CRITERIA),
+        tournament(MIDDLE, "all", **double),
         tournament(MIDDLE, "all", comlora_selector=True, by="selector", name=" with selector"),
-        tournament(EARLY, rows=NARROW),
         tournament("0.1:4,0.25:1", rates=EIGHT_RATES),
     ]
     return frozenset(arm.name for arm in arms)
