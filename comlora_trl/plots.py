@@ -132,11 +132,12 @@ def draw_losses(axes: Any, run: Competition) -> None:
         raise ValueError("its history has no branch's loss: train with --logging_steps, or with validation data.")
     for branch in range(run.k):
         color, style = _color(run, branch), _style(run, branch)
-        training, curve = run.training[branch], run.validation[branch]
+        training, curve, end = run.training[branch], run.validation[branch], run.end(branch)
         if training and (few or not curve):
+            # The last window of a branch that is out ends in the step of its log, but with the branch
+            training = {min(step, math.inf if end is None else end): value for step, value in training.items()}
             axes.plot(*_xy(training), color=color, linewidth=0.9, alpha=0.45, zorder=1)
         axes.plot(*_xy(curve), color=color, label=run.label(branch), marker="o", markersize=4, **style)
-        end = run.end(branch)
         if end in curve:
             axes.plot(end, curve[end], "X", color=color, markeredgecolor="white", markersize=10, zorder=4)
     values = [v for curve in run.validation or run.training for v in curve.values() if 0 < v < math.inf]
@@ -160,7 +161,8 @@ def draw_wins(axes: Any, run: Competition) -> None:
             totals[branch] += curve.get(step, 0.0)
         so_far[step] = [100 * total / max(sum(totals), 1.0) for total in totals]
     for branch, curve in enumerate(run.wins):
-        shares = {step: so_far[step][branch] for step in steps if step in curve}
+        end = run.end(branch)
+        shares = {step: so_far[step][branch] for step in steps if step in curve and (end is None or step <= end)}
         axes.plot(
             *_xy(shares),
             color=_color(run, branch),
@@ -281,7 +283,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command `comlora-plot`."""
     parser = argparse.ArgumentParser(prog="comlora-plot", description="Draws the competition that a winner won.")
     parser.add_argument("folder", help="the winner's folder")
-    parser.add_argument("--output", help="picture to write, .png, .svg or .pdf (default: competition.png in the folder, FIGURE.png of the others)")
+    parser.add_argument(
+        "--output",
+        help="picture to write, .png, .svg or .pdf (default: competition.png in the folder, FIGURE.png of the others)",
+    )
     help_text = (
         "losses (default): the branches' validation losses and the rungs; wins: share of the training steps won (the "
         "paper's Figure 2); scores: the selector's score against the validation loss (its Figure 3)"

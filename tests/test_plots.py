@@ -60,6 +60,8 @@ def test_losses_end_at_the_rungs_and_the_winner_stands_out(winner):
         "branch_1, rate 0.002: winner",
         "branch_2, rate 0.004: retired at step 5",
     ]
+    thin = [dict(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_linewidth() < 1]
+    assert thin == [{4: 3.0, 8: 2.5}, {4: 2.0, 8: 1.0, 20: 0.9}, {4: 1.0}]
     assert lines["branch_1"].get_linewidth() > lines["branch_0"].get_linewidth()
     assert {text.get_text(): text.xy[0] for text in axes.texts} == {"3 → 2": 5, "2 → 1": 10}
     assert "training" in axes.get_ylabel()

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.branches.model import BranchModel
+from comlora_trl.training.loss import CompetitionLoss
 
 
 def test_one_branch_without_selector_is_trl_lora(tmp_path):
@@ -51,8 +52,8 @@ def test_lookups_made_once_train_as_the_trainers_own_do(train, monkeypatch):
     options = {"comlora_k": 2, "max_grad_norm": 0.0}  # ours clips branch by branch, see test_gradients.py
     quick = train(**options)
     assert "_clip_grad_norm" in vars(Trainer), "transformers has moved the seam: gradients are clipped elsewhere"
-    monkeypatch.delattr(ComLoRASFTTrainer, "_clip_grad_norm")
-    monkeypatch.delattr(ComLoRASFTTrainer, "floating_point_ops")
+    monkeypatch.delattr(CompetitionLoss, "_clip_grad_norm")
+    monkeypatch.delattr(CompetitionLoss, "floating_point_ops")
     for name in ("train", "zero_grad"):
         monkeypatch.delattr(BranchModel, name)
     slow = train(**options)
