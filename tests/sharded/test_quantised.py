@@ -131,7 +131,7 @@ def test_bfloat16s_error_is_pefts(base):
 
 
 def test_the_selector_stays_float32_over_a_quantised_base(base, tmp_path):
-    """TRL makes what trains over a quantised base bfloat16, where the selector's small steps would round to nothing."""
+    """TRL makes what trains over a quantised base bfloat16, where the selector's small steps round to nothing."""
     seen = {}
 
     class Look(TrainerCallback):
