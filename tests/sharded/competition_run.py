@@ -55,7 +55,11 @@ MODES: dict[str, dict[str, Any]] = {
     },
     "zero2": zero(2),
     "zero2_checkpointing": {**zero(2), "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
-    "zero3_checkpointing": {**zero(3), "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "zero3_checkpointing": {
+        **zero(3, stage3_param_persistence_threshold=0),
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+    },
     "zero3": zero(3, stage3_param_persistence_threshold=0),
     "zero3_persistent": zero(3),
 }
