@@ -8,6 +8,7 @@ more.
 """
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 import time
@@ -195,6 +196,20 @@ def upper_half(bench: Bench, results: Results) -> None:
     results.row("adapters on the upper half, K=4 / full expansion", ratio, 0.65, detail)
 
 
+def four_bit(bench: Bench, results: Results) -> None:
+    """K = 4 on a 4-bit base against four of PEFT's LoRA on it (QLoRA), one after the other."""
+    name = "K=4 / (4 x PEFT's QLoRA), nf4 base"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        results.missing(name, "needs bitsandbytes")
+        return
+    single, four = bench.peft(bench.four_bit_base()), bench.competing(4, bench.four_bit_base())
+    for rows in (bench.shape.rows, bench.shape.rows // 4):
+        arms = {"PEFT": bench.lora_step(single, rows), "K=4": bench.branch_step(four, rows)}
+        found = results.figures[f"nf4 base, {rows} rows"] = bench.alternate(arms)
+        detail = "; ".join(f"{arm} {one['ms']:.0f} ms, {one['peak_gib']:.1f} GiB" for arm, one in found.items())
+        results.row(f"{name}, {rows} rows", found["K=4"]["ms"] / (4 * found["PEFT"]["ms"]), None, detail)
+
+
 SECTIONS = (
     check_gradients,
     floors,
@@ -205,6 +220,7 @@ SECTIONS = (
     saved_bytes,
     chunk_memory,
     upper_half,
+    four_bit,
     tournaments,
 )
 GROUPS = {"steps": (trainer_steps,), "tournament": (tournaments,)}

@@ -89,15 +89,32 @@ class Bench:
         """r = 8 on q, k, v, up, down."""
         return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **changes})
 
-    def competing(self, k: int, **lora: Any) -> ComLoRAModel:
-        """K branches without a selector, ready to run."""
+    def four_bit_base(self) -> LlamaForCausalLM:
+        """The base with every linear layer but the head in bitsandbytes' nf4, computing in bfloat16."""
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
         base = self.base()
+        for parent in list(base.model.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is nn.Linear:
+                    own = Linear4bit(
+                        layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta"
+                    )
+                    own.compute_dtype, own.compute_type_is_set = torch.bfloat16, True
+                    own.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                    setattr(parent, name, own.to(self.shape.device))  # which quantises it
+        base.is_loaded_in_4bit = True
+        return base
+
+    def competing(self, k: int, base: LlamaForCausalLM | None = None, **lora: Any) -> ComLoRAModel:
+        """K branches without a selector, ready to run."""
+        base = base or self.base()
         add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
         return with_delta(ComLoRAModel(base, self.lora_config(**lora), CompetitionSettings(k=k))).train()
 
-    def peft(self) -> nn.Module:
+    def peft(self, base: LlamaForCausalLM | None = None) -> nn.Module:
         """A single PEFT LoRA."""
-        base = self.base()
+        base = base or self.base()
         add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
         return with_delta(get_peft_model(base, self.lora_config())).train()
 

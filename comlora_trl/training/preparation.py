@@ -70,13 +70,17 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     peft_config = complete_lora_config(peft_config, model)
     check_lora_config(peft_config, args.comlora_k)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
-    kwargs = {"autocast_adapter_dtype": False} if zero3 and not quantized else {}
+    kwargs = {"autocast_adapter_dtype": False} if zero3 and not is_quantized(model) else {}
     branches = ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
     if start is not None:
         start_branches(branches, start)
     return branches
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether TRL takes a base for a quantised one, whose adapters it makes bfloat16."""
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
 def _keep_differentiable(model: nn.Module) -> None:

@@ -35,6 +35,7 @@ from comlora_trl.training.preparation import (
     check_parallelism,
     check_prepared,
     check_trainer_arguments,
+    is_quantized,
     prepare_model,
     use_plain_checkpointing,
     warn_of_newer_trl,
@@ -149,6 +150,9 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
         if args.comlora_rows == "shared" and self.padding_free:
             self.data_collator = LineCollator(self.data_collator)
+        zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+        if is_quantized(model.get_base_model()) and model.selector is not None and not zero3:
+            model.selector.float()  # TRL makes all that trains over a quantised base bfloat16, as QLoRA's adapters are
         # The loss is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
         self._settings = model.settings

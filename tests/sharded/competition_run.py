@@ -43,10 +43,23 @@ MODES: dict[str, dict[str, Any]] = {
     "fsdp2_sharded": {**fsdp(2, "SHARDED_STATE_DICT"), "dtype": "float64"},
     "fsdp2_efficient": {**fsdp(2, cpu_ram_efficient_loading=True), "dtype": "float64"},
     "fsdp2_unsharded_forward": {
+        "gradient_accumulation_steps": 2,
         **fsdp(2, "SHARDED_STATE_DICT", reshard_after_forward=False, cpu_ram_efficient_loading=True),
         "dtype": "float64",
     },
+    "fsdp2_checkpointing": {
+        **fsdp(2),
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+        "dtype": "float64",
+    },
     "zero2": zero(2),
+    "zero2_checkpointing": {**zero(2), "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "zero3_checkpointing": {
+        **zero(3, stage3_param_persistence_threshold=0),
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+    },
     "zero3": zero(3, stage3_param_persistence_threshold=0),
     "zero3_persistent": zero(3),
 }
@@ -164,7 +177,7 @@ def main(folder: Path, modes: list[str]) -> None:
             PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
             PartialState.set_device = set_device
         try:
-            run_and_resume(folder / mode, settings, batch=4)
+            run_and_resume(folder / mode, settings, batch=4 // settings.get("gradient_accumulation_steps", 1))
         except Exception:
             (folder / f"{mode}-{os.environ['RANK']}.error").write_text(traceback.format_exc())
             os._exit(1)  # the other process may be waiting for this one
