@@ -281,7 +281,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command `comlora-plot`."""
     parser = argparse.ArgumentParser(prog="comlora-plot", description="Draws the competition that a winner won.")
     parser.add_argument("folder", help="the winner's folder")
-    parser.add_argument("--output", help="picture to write, .png, .svg or .pdf (default: competition.png in the folder, FIGURE.png of the others)")
+    parser.add_argument(
+        "--output",
+        help="picture to write, .png, .svg or .pdf (default: competition.png in the folder, FIGURE.png of the others)",
+    )
     help_text = (
         "losses (default): the branches' validation losses and the rungs; wins: share of the training steps won (the "
         "paper's Figure 2); scores: the selector's score against the validation loss (its Figure 3)"
