@@ -25,6 +25,7 @@ from comlora_trl.training.adapters import check_lora_config, check_model, comple
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.starting import (
+    base_revision,
     check_same_shape,
     continue_branches,
     load_model,
@@ -127,6 +128,9 @@ def prepare_model(
     if isinstance(model, str):
         name, model, done = model, load_model(model, args, quantization_config), ["model_init_kwargs"]
     branches = build_comlora_model(model, peft_config, args)
+    if name is not None and (revision := base_revision(name, branches, args)) is not None:
+        for config in branches.peft_config.values():
+            config.revision = revision
     template = args.chat_template_path
     adopted = template is not None and not os.path.isfile(template)
     if processing_class is None and (adopted or name is not None):

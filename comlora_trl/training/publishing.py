@@ -39,10 +39,10 @@ class WinnerPublishing:
 
     def training_record(self) -> dict[str, Any]:
         """The content of `training.json`: base, prompt template, data, settings, seed, versions."""
-        base = self.comlora_model.config
+        model = self.comlora_model
         return training_record(
-            base=get_config_model_id(base),
-            base_revision=getattr(base, "_commit_hash", None),
+            base=get_config_model_id(model.config),
+            base_revision=model.peft_config[model.active_adapter].revision,
             prompt_template=self.args.comlora_prompt,
             data=self.data_name,
             settings=settings_of(self.args),

@@ -127,16 +127,18 @@ def test_one_branch_without_a_selector_is_called_lora(base, tmp_path):
     assert "\n# LoRA r=4\n" in text and "The competition" not in text
 
 
-def test_a_base_on_the_hub_is_recorded_by_its_commit(base, tmp_path):
+def test_a_base_on_the_hub_is_recorded_by_its_commit(base, tmp_path, monkeypatch):
     cached = tmp_path / "models--org--base"
     (cached / "snapshots").mkdir(parents=True)
     (cached / "snapshots" / COMMIT).symlink_to(base)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
-    trainer = make_trainer("org/base", tmp_path / "out", None, model_init_kwargs={"cache_dir": str(tmp_path)})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    trainer = make_trainer("org/base", tmp_path / "out", None)
     trainer.train()
     winner = Path(trainer.args.winner_dir)
     assert read_training_record(winner)["base"] == {"name": "org/base", "revision": COMMIT}
+    assert json.loads((winner / "adapter_config.json").read_text())["revision"] == COMMIT
     card = ModelCard.load(winner / "README.md")
     assert card.data.base_model == "org/base" and f'from_pretrained("org/base", revision="{COMMIT}")' in card.text
 
@@ -146,28 +148,22 @@ def test_a_template_that_the_prompts_are_not_of_is_refused(base, tmp_path):
     given = {"train_dataset": make_data("llm_adapters"), "processing_class": make_tokenizer()}
     with pytest.raises(ValueError, match="comlora_prompt='hira' is not what the training dataset's prompts are built"):
         ComLoRASFTTrainer(str(base), config, **given)
-    with pytest.raises(
-        ValueError, match="comlora_prompt='x' is not possible: it must be one of comlora, llm_adapters"
-    ):
+    with pytest.raises(ValueError, match="comlora_prompt='x' is not possible: it must be one of comlora, llm"):
         ComLoRAConfig(str(tmp_path), use_cpu=True, bf16=False, comlora_prompt="x")
 
 
 def test_it_is_scored_under_the_template_it_was_trained_under(trained, tmp_path, monkeypatch, capsys):
     """Seen: it was scored under the default template without a word."""
-    pytest.importorskip("lm_eval")
-    rows = [
-        {"instruction": f"Is {i} even?", "output": "the correct answer is true", "answer": "true"} for i in range(4)
-    ]
-    (tmp_path / "data" / "boolq").mkdir(parents=True)
-    (tmp_path / "data" / "boolq" / "test.json").write_text(json.dumps(rows))
+    cli = pytest.importorskip("lm_eval.__main__")
+    row = {"instruction": "Is 2 even?", "output": "the correct answer is true", "answer": "true"}
+    (tmp_path / "data" / "commonsense" / "boolq").mkdir(parents=True)
+    (tmp_path / "data" / "commonsense" / "boolq" / "test.json").write_text(json.dumps([row] * 4))
     monkeypatch.setenv("COMLORA_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    from comlora_trl.evaluation.cli import main
-
     winner = trained.args.winner_dir
     command = ["run", "--config", f"{winner}/lm_eval.yaml", "--device", "cpu", "--output_path", "results"]
-    monkeypatch.setattr(sys, "argv", ["comlora-eval", *command])
-    main()
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
+    cli.cli_evaluate()
     [file] = (tmp_path / "results").rglob("results*.json")
     measured = json.loads(file.read_text())["configs"]["comlora_boolq"]["metadata"]["comlora"]
     assert measured["prompt"] == "llm_adapters" and measured["adapter"]["method"] == "ComLoRA K=3 r=4, w/o selector"
