@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 from comlora_trl.data.demo import read_demo_rows
-from comlora_trl.evaluation.adapters import method_name
 from comlora_trl.evaluation.tables import main as print_tables
+from comlora_trl.winner.folder import method_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "recipes"

@@ -30,24 +30,12 @@ from trl import (
 )
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.data import PROMPT_TEMPLATES, load_training_dataset
+from comlora_trl.data import load_training_dataset
 from comlora_trl.data.loading import PRESETS
+from comlora_trl.data.prompts import DEFAULT_TEMPLATE, is_built_with
 from comlora_trl.demo import demo_model_path, demo_recipe_path
 from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS
 from comlora_trl.training.starting import adapter_config
-
-
-@dataclass
-class ComLoRAScriptArguments(ScriptArguments):
-    """TRL's script arguments, and the prompt template."""
-
-    comlora_prompt: str = field(
-        default="comlora",
-        metadata={
-            "help": "Prompt template of instruction data: 'comlora', 'llm_adapters' or 'hira' (their white space).",
-            "choices": sorted(PROMPT_TEMPLATES),
-        },
-    )
 
 
 @dataclass
@@ -76,7 +64,7 @@ class ComLoRAScriptConfig(ComLoRAConfig):
 
 def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
     """Parses flags and --config; with neither a model nor data given, the embedded default's recipe comes first."""
-    parser = TrlParser((ComLoRAScriptArguments, ComLoRAScriptConfig, ComLoRAModelConfig, DatasetMixtureConfig))
+    parser = TrlParser((ScriptArguments, ComLoRAScriptConfig, ComLoRAModelConfig, DatasetMixtureConfig))
     parser.description = __doc__
     if not {"model_name_or_path", "dataset_name", "datasets"} & _given(argv):
         recipe = yaml.safe_load(demo_recipe_path().read_text())
@@ -121,21 +109,40 @@ def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args
 
 
 def load_data(given: set[str], script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
-    """The training set, and an evaluation set where the data brings one (else the trainer holds examples out)."""
+    """The training set, and an evaluation set where the data brings one (else the trainer holds examples out).
+
+    Says in `comlora_prompt` which template its prompts are of, None where they are its own.
+    """
+    template = training_args.comlora_prompt or DEFAULT_TEMPLATE
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
-        return dataset["train"], dataset.get("test")
-    name = script_args.dataset_name or "demo"
-    options = {
-        "template": script_args.comlora_prompt,
-        "config": script_args.dataset_config,
-        "streaming": script_args.dataset_streaming,
-        "text_field": training_args.dataset_text_field,
-    }
-    train = load_training_dataset(name, split=script_args.dataset_train_split, **options)
-    if "comlora_prompt" in given and "completion" not in (train.column_names or next(iter(train))):
-        raise ValueError(f"--comlora_prompt does nothing with {name}, which has TRL's own columns: leave it out.")
-    return train, load_validation(name, given, script_args, training_args, options)
+        train, validation = dataset["train"], dataset.get("test")
+    else:
+        name = script_args.dataset_name or "demo"
+        options = {
+            "template": template,
+            "config": script_args.dataset_config,
+            "streaming": script_args.dataset_streaming,
+            "text_field": training_args.dataset_text_field,
+        }
+        train = load_training_dataset(name, split=script_args.dataset_train_split, **options)
+        validation = load_validation(name, given, script_args, training_args, options)
+    built = is_built_with(next(iter(train), {}).get("prompt"), template)
+    if "comlora_prompt" in given and not built:
+        raise ValueError(
+            f"--comlora_prompt does nothing with {data_name(script_args, dataset_args)}, whose prompts are its own: "
+            "leave it out."
+        )
+    training_args.comlora_prompt = template if built else None
+    return train, validation
+
+
+def data_name(script_args: Any, dataset_args: Any) -> str:
+    """What is trained on, for the winner's card: a preset's name, a hub id, or the whole path of what lies here."""
+    named = [entry.path for entry in dataset_args.datasets or ()] or [script_args.dataset_name or "demo"]
+    return ", ".join(
+        name if name in PRESETS or not Path(name).exists() else str(Path(name).absolute()) for name in named
+    )
 
 
 def load_validation(name: str, given: set[str], script_args: Any, training_args: Any, options: dict) -> Any:
@@ -176,7 +183,7 @@ def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrai
     # An adapter to start from brings its own shape, which flags may only repeat
     shape = {name for name in given if name.startswith("lora_")} | {"use_dora", "use_rslora"} & given
     starts = not shape and adapter_config(model, model_args.model_revision) is not None
-    return ComLoRASFTTrainer(
+    trainer = ComLoRASFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -184,6 +191,8 @@ def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrai
         quantization_config=get_quantization_config(model_args),
         peft_config=None if starts else get_peft_config(model_args),
     )
+    trainer.data_name = data_name(script_args, dataset_args)
+    return trainer
 
 
 def main(argv: list[str]) -> None:
@@ -197,9 +206,7 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.push_to_hub:
-        data = arguments[0].dataset_name
-        on_the_hub = data is not None and data not in PRESETS and not Path(data).exists()
-        trainer.push_to_hub(dataset_name=data if on_the_hub else None)
+        trainer.push_to_hub()
     if hasattr(trainer, "end"):  # transformers 5.20 and later close their trackers there
         trainer.end()
 

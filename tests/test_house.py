@@ -14,7 +14,10 @@ LONGEST = 300
 ALLOWED = {
     "branches": {"branches"},
     "competition": {"competition"},
-    "training": {"branches", "competition", "training"},
+    "training": {"branches", "competition", "data", "training", "winner"},
+    # Training writes what evaluation reads
+    "winner": {"__version__", "data", "demo", "plots", "winner"},
+    "evaluation": {"data", "demo", "evaluation", "winner"},
 }
 
 

@@ -29,9 +29,24 @@ def build_prompt(instruction: str, template: str = DEFAULT_TEMPLATE) -> str:
     Raises:
         ValueError: for a template of another name.
     """
+    head, tail = _around(template)
+    return head + instruction + tail
+
+
+def is_built_with(prompt: object, template: str) -> bool:
+    """Whether a data set's prompt could be [`build_prompt`]'s; a conversation never is.
+
+    Raises:
+        ValueError: for a template of another name.
+    """
+    head, tail = _around(template)
+    return isinstance(prompt, str) and prompt.startswith(head) and prompt.endswith(tail)
+
+
+def _around(template: str) -> tuple[str, str]:
     check_template(template)
     head, tail = PROMPT_TEMPLATES[template].split("{instruction}")
-    return head + instruction + tail
+    return head, tail
 
 
 def check_template(template: str) -> None:

@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from comlora_trl.evaluation.adapters import describe, weights_sha256
+from comlora_trl.evaluation.adapters import describe
 from comlora_trl.evaluation.conditions import COMMONSENSE, Measure, add_conditions, leaf_records, short
+from comlora_trl.winner.folder import weights_sha256
 
 PAPER_FILE = Path(__file__).with_name("paper_tables.json")
 # lm_eval writes FOLDER/MODEL/results_DATE.json, or NAME_DATE.json for --output_path NAME.json

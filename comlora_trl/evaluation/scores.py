@@ -1,23 +1,14 @@
 """The scores of one adapter's weights, from lm_eval's result files, for its card."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comlora_trl.evaluation.adapters import adapter_folder, weights_sha256
-from comlora_trl.evaluation.card import write_card
+from comlora_trl.evaluation.adapters import adapter_folder
 from comlora_trl.evaluation.conditions import describe_conditions, leaf_records
 from comlora_trl.evaluation.results import load_results
-
-
-@dataclass(frozen=True)
-class Score:
-    """A task's figures, in percent, and the conditions they were taken under."""
-
-    task: str
-    metrics: dict[str, float]
-    conditions: str
+from comlora_trl.winner.card import Score, write_card
+from comlora_trl.winner.folder import weights_sha256
 
 
 def put_on_card(adapter: str, arguments: list[str]) -> tuple[Path, list[Score]]:

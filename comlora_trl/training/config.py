@@ -7,11 +7,10 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
-from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
+from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
-from comlora_trl.training.config_checks import check_used, settled_without_gpu
-
-WINNER_CRITERIA = ("selector", "validation_loss", "validation_accuracy")
+from comlora_trl.data.prompts import PROMPT_TEMPLATES
+from comlora_trl.training.config_checks import WINNER_CRITERIA, check_config, settled_without_gpu
 
 
 @dataclass
@@ -152,6 +151,16 @@ class ComLoRAConfig(SFTConfig):
             "choices": list(ROWS),
         },
     )
+    comlora_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt template that the instruction data was built with: 'comlora', 'llm_adapters' or 'hira' "
+            "(their white space), or 'plain' (the instruction alone). The winner records it and is scored under it. "
+            "None: the data's prompts are its own. scripts/sft.py builds instruction data with it, and with 'comlora' "
+            "if it is left out.",
+            "choices": sorted(PROMPT_TEMPLATES),
+        },
+    )
     comlora_winner_dir: str | None = field(
         default=None,
         metadata={"help": "Folder the winning adapter is exported to. None means `{output_dir}/winner`."},
@@ -164,10 +173,7 @@ class ComLoRAConfig(SFTConfig):
         with settled_without_gpu(self):
             super().__post_init__()
         self._fill_in()
-        self._check_ranges()
-        self._check_tournament()
-        self._check_choices()
-        check_used(self)
+        check_config(self)
 
     def _fill_in(self) -> None:
         """What is left out, by whether this is a tournament."""
@@ -186,28 +192,6 @@ class ComLoRAConfig(SFTConfig):
             if self.comlora_rungs is None:
                 self.comlora_rungs = default_rungs(self.comlora_k)
 
-    def _check_tournament(self) -> None:
-        k, rates = self.comlora_k, self.comlora_branch_learning_rates
-        advice = "leave it out for the default"
-        if self.comlora_tournament:
-            _require(k > 1, "comlora_k", k, "2 or more in a tournament", "one branch has nobody to compete with")
-        if rates is not None:
-            found = f"{len(rates)} rates"
-            _require(len(rates) == k, "comlora_branch_learning_rates", found, f"comlora_k={k} rates", advice)
-            for rate in rates:
-                _require(rate > 0, "comlora_branch_learning_rates", rate, "above 0 each", advice)
-        parse_rungs(self.comlora_rungs, k)
-        if self.comlora_rows == "shared" and self.comlora_selector:
-            raise ValueError(
-                "comlora_rows='shared' is not possible with comlora_selector=True: eq. 5-9 compare the branches' "
-                "losses on the same rows; leave the selector out, or use comlora_rows='all'."
-            )
-        if self.comlora_rungs and self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size is not possible with comlora_rungs: a retry can't bring retired branches back; "
-                "set per_device_train_batch_size."
-            )
-
     @property
     def branch_learning_rates(self) -> list[float]:
         """Peak learning rate of each branch."""
@@ -218,41 +202,6 @@ class ComLoRAConfig(SFTConfig):
         """Whether each branch trains as it would alone, by a loss of its own."""
         own = self.comlora_branch_learning_rates is not None or self.comlora_rungs or self.comlora_rows == "shared"
         return bool(own) and not self.comlora_selector
-
-    def _check_ranges(self) -> None:
-        k = self.comlora_k
-        _require(k >= 1, "comlora_k", k, "1 or more", "1 is plain LoRA, 2 the paper's best setting")
-        for name, meaning in (("comlora_top_n", "all K branches"), ("comlora_branch_chunk", "all K at once")):
-            value = getattr(self, name)
-            _require(
-                value is None or 1 <= value <= k, name, value, f"1 to comlora_k={k}", f"leave it out for {meaning}"
-            )
-        above_zero = ("comlora_annealing_rate", "comlora_selector_heads", "comlora_selector_dim")
-        for name in (*above_zero, "comlora_selector_ffn_dim", "comlora_selector_learning_rate"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "above 0", "leave it out for the default")
-        for name in ("noise", "lm_weight", "alignment_weight", "pairwise_weight"):
-            value = getattr(self, f"comlora_{name}")
-            _require(value >= 0, f"comlora_{name}", value, "0 or more", "0 turns it off")
-        size = self.comlora_validation_size
-        _require(size is None or size > 0, "comlora_validation_size", size, "1 or more", "the paper uses 120")
-        if self.comlora_lm_weight == 0 and (self.comlora_alignment_weight == 0 or not self.comlora_selector):
-            raise ValueError(
-                "comlora_lm_weight=0 without an alignment loss leaves the branches nothing to learn from: raise "
-                "comlora_lm_weight, or set comlora_alignment_weight above 0 with comlora_selector=True."
-            )
-
-    def _check_choices(self) -> None:
-        choices = {
-            "comlora_annealing": ANNEALING_SCHEDULES,
-            "comlora_selector_input": SELECTOR_INPUTS,
-            "comlora_winner_by": WINNER_CRITERIA,
-            "comlora_rows": ROWS,
-            "comlora_equation_signs": EQUATION_SIGNS,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            _require(value in allowed, name, repr(value), f"one of {', '.join(allowed)}", "choose one of these")
 
     @property
     def competition_settings(self) -> CompetitionSettings:
@@ -285,8 +234,3 @@ class ComLoRAConfig(SFTConfig):
         """A plain `SFTConfig` or `TrainingArguments` as a ComLoRA configuration, with the competition's defaults."""
         known: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
         return cls(**known)
-
-
-def _require(condition: bool, name: str, value: Any, allowed: str, advice: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value} is not possible: it must be {allowed} ({advice}).")

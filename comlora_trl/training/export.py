@@ -15,19 +15,15 @@ from comlora_trl.branches.model import branch_name
 from comlora_trl.training.checkpoints import load_state
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.report import competition_summary, write_summary
+from comlora_trl.winner.files import read_training_record, write_winner_files
+from comlora_trl.winner.folder import TOKENIZER_FILES
 
 # Where branches that a rung has retired are kept, below output_dir
 RETIRED = "retired"
 # What a checkpoint folder holds for every branch alike, to be kept beside the exported adapter
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
+_TOKENIZER_PARTS = (
+    *TOKENIZER_FILES,
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"),
 )
 
 
@@ -139,10 +135,12 @@ def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | 
     with new_folder(target, overwrite) as folder:
         for file in source.iterdir():
             shutil.copy2(file, folder)
-        for name in _TOKENIZER_FILES:
+        for name in _TOKENIZER_PARTS:
             if (checkpoint / name).is_file():
                 shutil.copy2(checkpoint / name, folder)
         write_summary(competition_summary(state, []) | {"exported_branch": branch}, folder)
+        if record := read_training_record(checkpoint):
+            write_winner_files(folder, target=target, record=record)
     return branch
 
 

@@ -4,6 +4,7 @@ A wrong value ends here, in one line, before any training time is spent.
 """
 
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,10 +20,12 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.models import enable_selective_activation_checkpointing
 
+from comlora_trl.data.prompts import is_built_with
 from comlora_trl.training.adapters import check_lora_config, check_model, complete_lora_config
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.starting import (
+    base_revision,
     check_same_shape,
     continue_branches,
     load_model,
@@ -129,6 +132,9 @@ def prepare_model(
     if isinstance(model, str):
         name, model, done = model, load_model(model, args, quantization_config), ["model_init_kwargs"]
     branches = build_comlora_model(model, peft_config, args)
+    if name is not None and (revision := base_revision(name, branches, args)) is not None:
+        for config in branches.peft_config.values():
+            config.revision = revision
     template = args.chat_template_path
     adopted = template is not None and not os.path.isfile(template)
     if processing_class is None and (adopted or name is not None):
@@ -234,17 +240,23 @@ def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:
 
 
 def check_columns(
-    dataset: Dataset | IterableDataset, name: str, formatting_func: Any, text_field: str = "text"
+    dataset: Dataset | IterableDataset,
+    name: str,
+    formatting_func: Any,
+    text_field: str = "text",
+    template: str | None = None,
 ) -> None:
-    """Refuses a data set without a column that TRL's SFT trainer can read.
+    """Refuses a data set without a column that TRL's SFT trainer can read, or with prompts of another template.
 
     Args:
         text_field: the column of plain text (`dataset_text_field`).
+        template: the prompt template that is said to have built the prompts (`comlora_prompt`).
 
     Raises:
-        ValueError: naming the columns found and those allowed.
+        ValueError: naming what was found and what is allowed.
     """
-    columns = list(next(iter(dataset), {}))
+    first = next(iter(dataset), {})
+    columns = list(first)
     if not columns:
         raise ValueError(f"the {name} dataset is empty: give it at least one example.")
     if {"image", "images"} & set(columns):
@@ -254,6 +266,12 @@ def check_columns(
             f"the {name} dataset has the columns {', '.join(columns)}, none of which is known: name a column "
             f"{text_field}, messages, prompt (with completion) or input_ids, name the text's column with "
             "dataset_text_field, or pass formatting_func."
+        )
+    prompt = first.get("prompt")
+    if template is not None and isinstance(prompt, str) and not is_built_with(prompt, template):
+        raise ValueError(
+            f"comlora_prompt={template!r} is not what the {name} dataset's prompts are built with (the first is "
+            f"{textwrap.shorten(prompt, 60)!r}): leave it out, or build them with comlora_trl.data.build_prompt."
         )
     if "prompt" in columns and "completion" not in columns and formatting_func is None:
         raise ValueError(f"the {name} dataset has a prompt column but no completion column: add completion.")

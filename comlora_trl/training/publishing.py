@@ -1,32 +1,72 @@
-"""Where the Trainer saves or pushes "the model": the winner, as an ordinary adapter, and a card that works.
+"""Where the Trainer saves or pushes "the model": the winner, as an ordinary adapter with its record and its card.
 
 Checkpoints hold every branch, and at their root the leader, which is what the Trainer pushes in training; `save_model`
 and `push_to_hub` give the winner alone.
 """
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
+from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import save_branch
 from comlora_trl.training.sharding import state_to_save
+from comlora_trl.winner.card import CARD_FILE, card
+from comlora_trl.winner.files import (
+    LM_EVAL_FILE,
+    settings_of,
+    training_record,
+    write_training_record,
+    write_winner_files,
+)
+from comlora_trl.winner.folder import Adapter
 
 
 class WinnerPublishing:
-    """Mixin before TRL's trainer: see the module's text."""
+    """Mixin before TRL's trainer: see the module's text.
+
+    Attributes:
+        data_name: what is trained on, a preset's name, a hub id or a path, for the winner's record and card; a
+            data set does not know. Set it before [`train`].
+    """
+
+    data_name: str | None = None
+
+    def training_record(self) -> dict[str, Any]:
+        """The content of `training.json`: base, prompt template, data, settings, seed, versions."""
+        model = self.comlora_model
+        return training_record(
+            base=get_config_model_id(model.config),
+            base_revision=model.peft_config[model.active_adapter].revision,
+            prompt_template=self.args.comlora_prompt,
+            data=self.data_name,
+            settings=settings_of(self.args),
+            seed=self.args.seed,
+        )
+
+    def write_adapter(self, branch: int, folder: Path, target: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        """Writes a branch as an ordinary adapter, with all that an exported one carries.
+
+        Args:
+            folder: where it is written, which exists.
+            target: where it will be.
+            state_dict: the trained weights, see [`sharding.state_to_save`].
+        """
+        summary = self.competition_summary() | {"exported_branch": branch}
+        save_branch(self.comlora_model, branch, folder, summary, state_dict, self.processing_class)
+        write_winner_files(folder, target=target, record=self.training_record())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the winner as an ordinary adapter; for a checkpoint, which the Trainer makes, every branch."""
+        """Saves the winner as an ordinary adapter; within a checkpoint, which the Trainer makes, every branch."""
         if _internal_call and output_dir is not None:
-            # Whole weights, whatever the base is sharded by
             self._save(output_dir, state_dict=state_to_save(self.comlora_model, self.model_wrapped))
+            if self.args.should_save:
+                write_training_record(output_dir, self.training_record())
             return
         self._save_winner(Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
@@ -36,8 +76,7 @@ class WinnerPublishing:
         winner, state_dict = self.determine_winner(), state_to_save(self.comlora_model, self.model_wrapped)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            summary = self.competition_summary()
-            save_branch(self.comlora_model, winner, folder, summary, state_dict, self.processing_class)
+            self.write_adapter(winner, folder, folder, state_dict)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
 
@@ -74,7 +113,7 @@ class WinnerPublishing:
             commit_message=commit_message,
             token=token,
             run_as_future=not blocking,
-            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *self._inside_output()],
+            ignore_patterns=["_*", LM_EVAL_FILE, f"{PREFIX_CHECKPOINT_DIR}-*", *self._inside_output()],
             revision=revision or self.args.hub_revision,
         )
 
@@ -86,43 +125,21 @@ class WinnerPublishing:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """TRL's card, for an adapter: with the base named where it is a folder, and a quick start that runs."""
-        super().create_model_card(model_name, dataset_name, tags)
+        """Writes the leader's card and its record into `output_dir`, which the Trainer pushes.
+
+        Args:
+            model_name: the card's title; the method's name by default.
+            dataset_name: the training data's name, [`data_name`] from now on.
+            tags: further tags on the hub.
+        """
+        self.data_name = dataset_name or self.data_name
         if not self.is_world_process_zero():
             return
-        path = Path(self.args.output_dir) / "README.md"
-        card = ModelCard.load(path)
-        card.data.library_name = "peft"
-        base = get_config_model_id(self.comlora_model.config)
-        if not base or os.path.isdir(base):
-            named = f"the model in the folder `{base}`" if base else "a model without a name"
-            card.text = re.sub(r"\[None\]\(\S*\)", lambda _: named, card.text)
-        quick_start = _quick_start(self.hub_model_id or str(Path(self.args.winner_dir).absolute()), base, self._chats)
-        card.text = re.sub(r"```python\n.*?```", lambda _: quick_start, card.text, count=1, flags=re.DOTALL)
-        card.save(path)
-
-    @property
-    def _chats(self) -> bool:
-        return getattr(self.processing_class, "chat_template", None) is not None
-
-
-def _quick_start(adapter: str, base: str, chats: bool) -> str:
-    loading = 'AutoPeftModelForCausalLM.from_pretrained("ADAPTER")'
-    if not base:
-        loading = 'PeftModel.from_pretrained(base_model, "ADAPTER")  # the base model it was trained on'
-    question = "If you had a time machine, would you go to the past or to the future?"
-    asking = f'tokenizer("{question}", return_tensors="pt")'
-    if chats:
-        asking = 'tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")'
-    lines = [
-        f"from peft import {loading.split('.')[0]}",
-        "from transformers import AutoTokenizer",
-        "",
-        f"model = {loading}",
-        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
-        *([f'messages = [{{"role": "user", "content": "{question}"}}]'] if chats else []),
-        f"inputs = {asking}",
-        'output = model.generate(inputs["input_ids"], max_new_tokens=128)',
-        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
-    ]
-    return "\n".join(["```python", *lines, "```"]).replace("ADAPTER", adapter)
+        model, folder = self.comlora_model, Path(self.args.output_dir)
+        config = model.peft_config[branch_name(model.competition_state.leader)].to_dict()
+        chats = getattr(self.processing_class, "chat_template", None) is not None
+        leader = Adapter(config, self.training_record(), self.competition_summary(), chats)
+        place = self.hub_model_id or folder.absolute().name
+        tags = {tags} if isinstance(tags, str) else tags or ()
+        (folder / CARD_FILE).write_text(card(leader, place, title=model_name, tags=tags), encoding="utf-8")
+        write_training_record(folder, leader.record)

@@ -12,8 +12,8 @@ from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.competition import CompetitionState
 from comlora_trl.competition.rungs import Rung, edge_remark
 from comlora_trl.training.model import ComLoRAModel
-
-COMPETITION_FILE = "competition.json"
+from comlora_trl.winner.folder import COMPETITION_FILE
+from comlora_trl.winner.table import cell, competition_table
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,10 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     title = f"Competition of {summary['k']} branches"
     if summary["validation_examples"]:
         title += f", {summary['validation_examples']} validation examples"
-    columns = _columns(summary["branches"])
-    table = _table(title, [heading for heading, _, _ in columns])
-    for line in summary["branches"]:
-        remark = "winner" if line["branch"] == summary["winner"] else ""
-        for what in ("retired", "disqualified"):
-            if line[f"{what}_at_step"] is not None and not remark:
-                remark = f"{what} at step {line[f'{what}_at_step']}"
-        cells = [_cell(line[key], spec) for _, key, spec in columns]
-        table.add_row(f"branch_{line['branch']}", *cells, remark)
+    headings, rows = competition_table(summary)
+    table = _table(title, headings[1:-1])
+    for row in rows:
+        table.add_row(*row)
     by_loss, remarks = summary["winner_by_validation_loss"], []
     if by_loss not in (summary["winner"], None):
         remarks.append(f"by validation NLL alone, branch_{by_loss} would have won")
@@ -158,7 +153,7 @@ def print_rung(record: dict[str, Any], rates: list[float], steps: int, console: 
         nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]
         if nll is not None:
             fate = "retired" if branch in record["retired"] else "goes on"
-            table.add_row(f"branch_{branch}", f"{rate:g}", _cell(nll, ".4f"), _cell(accuracy, ".1%"), fate)
+            table.add_row(f"branch_{branch}", f"{rate:g}", cell(nll, ".4f"), cell(accuracy, ".1%"), fate)
     _print(table, [], console)
 
 
@@ -168,18 +163,6 @@ def _print(table: Table, remarks: list[str], console: Console | None) -> None:
     console.print(table)
     for remark in remarks:
         console.print(remark, highlight=False, soft_wrap=True)
-
-
-def _columns(branches: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(heading, key, format) of the columns that have something to say."""
-    columns = [
-        ("rate", "learning_rate", "g"),
-        ("validation\nNLL", "validation_nll", ".4f"),
-        ("token\naccuracy", "validation_accuracy", ".1%"),
-        ("score", "score", ".2f"),
-        ("wins", "share_of_wins", ".0%"),
-    ]
-    return [one for one in columns if one[1] == "validation_nll" or any(line[one[1]] is not None for line in branches)]
 
 
 def _table(title: str, headings: list[str]) -> Table:
@@ -198,7 +181,3 @@ def _last_figures(state: CompetitionState, branch: int) -> dict[str, Any]:
         if measured is not None and measured["validation_nll"][branch] is not None:
             return {key: measured[column][branch] if measured[column] else None for key, column in columns.items()}
     return dict.fromkeys(columns)
-
-
-def _cell(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)

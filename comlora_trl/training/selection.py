@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training import sharding
-from comlora_trl.training.export import RETIRED, new_folder, save_branch
+from comlora_trl.training.export import RETIRED, new_folder
 from comlora_trl.training.report import competition_summary, print_table
 from comlora_trl.training.validation import validate
 
@@ -69,16 +69,12 @@ class WinnerSelection:
         return path
 
     def export_branch(self, branch: int, path: Path, overwrite: bool) -> None:
-        """Exports a branch, with its card, the tokenizer and `competition.json`; called by all processes."""
+        """Exports a branch, see [`write_adapter`]; called by all processes."""
         state_dict = sharding.state_to_save(self.comlora_model, self.model_wrapped)
         if self.args.should_save:
-            self.create_model_card(model_name=path.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_folder(path, overwrite) as folder:
-                save_branch(
-                    self.comlora_model, branch, folder, self.competition_summary(), state_dict, self.processing_class
-                )
-                (folder / "README.md").write_bytes((Path(self.args.output_dir) / "README.md").read_bytes())
+                self.write_adapter(branch, folder, path, state_dict)
         self.accelerator.wait_for_everyone()
 
     def competition_summary(self) -> dict[str, Any]:

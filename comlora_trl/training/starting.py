@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
@@ -65,6 +66,22 @@ def adapter_config(name: str, revision: str | None = None) -> PeftConfig | None:
     if find_adapter_config_file(name, **options) is None:
         return None
     return PeftConfig.from_pretrained(name, **options)
+
+
+def base_revision(name: str, model: PreTrainedModel, args: ComLoRAConfig) -> str | None:
+    """The commit on the hub that a base model was loaded at; None for a local one.
+
+    Args:
+        name: what was asked for, the base or an adapter on it.
+        model: what was loaded.
+    """
+    options, base = args.model_init_kwargs or {}, get_config_model_id(model.config)
+    config = adapter_config(name, options.get("revision"))
+    asked = options.get("revision") if config is None else config.revision
+    if not base or Path(base).is_dir():
+        return None
+    file = try_to_load_from_cache(base, "config.json", cache_dir=options.get("cache_dir"), revision=asked)
+    return Path(file).parent.name if isinstance(file, str) else asked
 
 
 def load_processing_class(name: str | None, model: PreTrainedModel, args: ComLoRAConfig) -> Any:

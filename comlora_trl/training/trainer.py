@@ -24,9 +24,7 @@ from comlora_trl.training.checkpoints import check_checkpoint, load_state
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.export import check_target, check_writable
 from comlora_trl.training.flow import CompetitionFlow
-from comlora_trl.training.gradients import (
-    revive,
-)
+from comlora_trl.training.gradients import revive
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.loss import CompetitionLoss
 from comlora_trl.training.model import ComLoRAModel
@@ -57,7 +55,8 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
     Takes the arguments of TRL's [`~trl.SFTTrainer`]. `peft_config` describes each branch (default: rank 8 on q, k, v,
     up and down); the competition's settings are in [`ComLoRAConfig`]. Without an `eval_dataset`,
     `comlora_validation_size` examples are taken out of the training set to choose the winner. [`train`] ends with a
-    table of the branches and exports the winner to `comlora_winner_dir`.
+    table of the branches and exports the winner to `comlora_winner_dir`, with a card that tells what it was trained on
+    if you set `trainer.data_name`.
 
     Example:
 
@@ -78,17 +77,6 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
 
     _tag_names = ["trl", "sft", "comlora"]
     _name = "ComLoRA"
-    _paper = {
-        "title": "ComLoRA: A Competitive Learning Approach for Enhancing LoRA",
-        "id": None,
-        "citation": (
-            "@inproceedings{comlora2025,\n"
-            "    title        = {{ComLoRA: A Competitive Learning Approach for Enhancing LoRA}},\n"
-            "    booktitle    = {The Thirteenth International Conference on Learning Representations},\n"
-            "    year         = 2025,\n"
-            "}"
-        ),
-    }
 
     def __init__(
         self,
@@ -121,7 +109,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
             check_target(args.winner_dir, args.comlora_overwrite_winner)
         if train_dataset is None:
             raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
-        check_columns(train_dataset, "training", formatting_func, args.dataset_text_field)
+        check_columns(train_dataset, "training", formatting_func, args.dataset_text_field, args.comlora_prompt)
         train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
 
         # The branches draw their A from the seed, as SFTTrainer's adapter does

@@ -122,7 +122,7 @@ def test_the_hook_is_there_in_spawned_processes(environment, elsewhere):
 
 WRITE_FILES = """
 from comlora_trl.demo import demo_model_path
-from comlora_trl.evaluation.winner_files import training_record, write_winner_files
+from comlora_trl.winner.files import training_record, write_winner_files
 record = training_record(base=str(demo_model_path()), prompt_template="comlora", data="demo", seed=0)
 write_winner_files("winner", target="winner", record=record)
 """

@@ -11,14 +11,10 @@ from huggingface_hub import ModelCard
 from comlora_trl.data.files import tasks_folder
 from comlora_trl.demo import DEMO_BASE, base_name, demo_model_path, resolve_base
 from comlora_trl.evaluation import adapters
-from comlora_trl.evaluation.card import write_card
 from comlora_trl.evaluation.tables import main
-from comlora_trl.evaluation.winner_files import (
-    read_training_record,
-    settings_of,
-    training_record,
-    write_winner_files,
-)
+from comlora_trl.winner.card import write_card
+from comlora_trl.winner.files import read_training_record, settings_of, training_record, write_winner_files
+from comlora_trl.winner.folder import demo_base_sha256, weights_sha256
 
 BRANCHES = [
     {"branch": 0, "validation_nll": 1.25, "score": 3.5, "share_of_wins": 0.75, "disqualified_at_step": None},
@@ -51,7 +47,7 @@ def export(
 def test_the_record(tmp_path):
     folder = export(tmp_path / "winner", settings={"learning_rate": 2e-3})
     record = json.loads((folder / "training.json").read_text())
-    assert record["base"] == {"name": DEMO_BASE, "revision": None, "sha256": adapters.demo_base_sha256()}
+    assert record["base"] == {"name": DEMO_BASE, "revision": None, "sha256": demo_base_sha256()}
     assert record["prompt_template"] == "comlora" and record["settings"] == {"learning_rate": 2e-3}
     assert adapters.recorded_prompt(str(folder)) == "comlora"
     with pytest.raises(ValueError, match="unknown prompt template 'x'"):
@@ -137,18 +133,18 @@ def test_the_card_is_one_the_hub_takes(tmp_path):
     assert card.data.datasets == ["org/data"]
     text = card.text
     assert "# ComLoRA K=2 r=8" in text and "on `org/base`, revision `v2`." in text
-    assert "| 0 | 1.2500 | 3.50 | 75% | winner, this adapter |" in text
-    assert "| 1 | 1.5000 | – | 25% | disqualified at step 9 |" in text
+    assert "| branch_0 | 1.2500 | 3.50 | 75% | winner, this adapter |" in text
+    assert "| branch_1 | 1.5000 | – | 25% | disqualified at step 9 |" in text
     assert 'from_pretrained("org/base", revision="v2")' in text and "--max-lora-rank 8" in text
     assert "| `comlora_k` | 2 |" in text and "None" not in text
-    (folder / "competition.png").write_bytes(b"")
-    assert "![The competition](competition.png)" in write_card(folder).read_text()
+    (folder / "losses.png").write_bytes(b"")
+    assert "![The competition](losses.png)" in write_card(folder).read_text()
 
 
 def test_the_card_of_a_local_base_names_the_folder(tmp_path):
     folder = export(tmp_path / "winner", base="/models/mine")
     card = ModelCard.load(folder / "README.md")
-    assert card.data.base_model is None and "on `/models/mine`" in card.text
+    assert card.data.base_model is None and "on the model in the folder `/models/mine`." in card.text
     text = (export(tmp_path / "demo") / "README.md").read_text()
     assert "on `comlora-trl/demo`" in text and "from_pretrained(demo_model_path())" in text
 
@@ -176,7 +172,7 @@ def write_results(folder: Path, sha: str, accuracy: float, rows: int = 600, day:
 def test_scores_go_into_the_card_of_exactly_these_weights(tmp_path, monkeypatch, capsys):
     folder = export(tmp_path / "winner")
     monkeypatch.chdir(tmp_path)
-    write_results(tmp_path / "results", adapters.weights_sha256(folder), 0.8683)
+    write_results(tmp_path / "results", weights_sha256(folder), 0.8683)
     write_results(tmp_path / "results", "another", 0.1, day=2)
 
     assert main(["--card", "winner/"]) == 0

@@ -91,33 +91,45 @@ def test_pushes_hold_the_leader_in_training_and_the_winner_at_the_end(tmp_path, 
     assert not [name for name in hub.names(-1) if name.startswith(("winner", "checkpoint", "branch"))]
     assert "competition.json" in hub.names(-1)
     assert hub.uploads[-1]["commit_message"] == "End of training" and hub.uploads[-1]["repo_id"] == "someone/tiny"
+    assert "training.json" in hub.names(0) & hub.names(-1) and "lm_eval.yaml" not in hub.names(-1)
+    assert (tmp_path / "out" / "lm_eval.yaml").is_file()
     card = ModelCard.load(hub.uploads[-1]["folder"] / "README.md")
     assert card.data.library_name == "peft" and card.data.datasets in ("someone/words", ["someone/words"])
-    assert 'from_pretrained("someone/tiny")' in card.text
+    assert 'AutoTokenizer.from_pretrained("someone/tiny")' in card.text and "peft=someone/tiny --tasks" in card.text
+
+
+def run_card(card: ModelCard, **given: Any) -> None:
+    """Runs the card's Python, from the working directory."""
+    for code in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        exec(code, given)
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, make_chat_tokenizer], ids=["plain", "chat"])
-def test_what_the_card_says_works(tmp_path, make, capsys):
+def test_what_the_card_says_works(tmp_path, make, capsys, monkeypatch):
     trainer = make_trainer(tmp_path, make())
     trainer.train()
     card = ModelCard.load(Path(trainer.args.winner_dir) / "README.md")
     assert "None" not in card.text and f"`{tmp_path / 'base'}`" in card.text
     assert card.data.base_model is None and card.data.library_name == "peft"
-    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
+    assert ("apply_chat_template" in card.text) is (make is make_chat_tokenizer)
     capsys.readouterr()
-    exec(code, {})
+    monkeypatch.chdir(tmp_path / "out")
+    run_card(card)
     assert "time machine" in capsys.readouterr().out
+    assert (tmp_path / "out" / "merged" / "config.json").is_file()
 
 
-def test_a_base_without_a_name_has_a_card_too(tmp_path):
+def test_a_base_without_a_name_has_a_card_too(tmp_path, monkeypatch):
     given = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(5), "peft_config": make_lora()}
     config = ComLoRAConfig(**make_arguments(tmp_path, max_steps=1))
     trainer = ComLoRASFTTrainer(make_model(), config, processing_class=make_tokenizer(), **given)
     trainer.train()
-    card = ModelCard.load(Path(trainer.args.winner_dir) / "README.md")
-    assert "a model without a name" in card.text and "None" not in card.text
-    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
-    exec(code, {"base_model": make_model()})
+    winner = Path(trainer.args.winner_dir)
+    card = ModelCard.load(winner / "README.md")
+    assert "a model without a name" in card.text and "None" not in card.text and "vllm" not in card.text
+    assert not (winner / "lm_eval.yaml").exists()
+    monkeypatch.chdir(tmp_path)
+    run_card(card, base_model=make_model())
 
 
 def test_saved_as_trls_recipes_save_it_loads_as_they_load_it(tmp_path):

@@ -2,42 +2,34 @@
 
 - `training.json`: base model and revision, tokenizer, prompt template, data, settings, seed; the evaluation reads it.
 - `lm_eval.yaml`: `lm_eval run --config winner/lm_eval.yaml` needs neither our hook nor any other argument.
-- `README.md`: the model card, see [`comlora_trl.evaluation.card`].
+- `README.md`: the model card, see [`comlora_trl.winner.card`], with a picture of the competition where matplotlib is.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from comlora_trl import __version__
 from comlora_trl.data.files import tasks_folder
 from comlora_trl.data.prompts import check_template
 from comlora_trl.demo import DEMO_BASE, base_name, resolve_base
-from comlora_trl.evaluation.adapters import TOKENIZER_FILES, TRAINING_FILE, demo_base_sha256, read_json, tasks_for
-from comlora_trl.evaluation.card import write_card
+from comlora_trl.winner.card import write_card
+from comlora_trl.winner.folder import TOKENIZER_FILES, TRAINING_FILE, Adapter, demo_base_sha256, read_json, tasks_for
 
 LM_EVAL_FILE = "lm_eval.yaml"
 # Settings of TRL's that decide what comes out, in the order in which the card shows them
 _TOLD = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "optim",
-    "weight_decay",
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_length", "packing", "bf16"),
 )
-_TOLD += (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-    "max_length",
-    "packing",
-    "bf16",
-)
-_PATHS = ("comlora_winner_dir", "comlora_overwrite_winner")
+# What is no setting of the method, or stands elsewhere in the record
+_NOT_TOLD = ("comlora_winner_dir", "comlora_overwrite_winner", "comlora_prompt")
+_PACKAGES = ("trl", "peft", "transformers", "torch")
 
 
 def training_record(
@@ -50,11 +42,11 @@ def training_record(
     settings: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """What `training.json` holds.
+    """What `training.json` holds: the arguments, and the versions of the packages.
 
     Args:
-        base: the base model's hub id or folder, as it was loaded.
-        base_revision: its revision on the hub, if one was asked for.
+        base: the base model's hub id or folder, as it was loaded; empty if it has no name.
+        base_revision: its revision on the hub.
         tokenizer: the tokenizer's name, where it is not saved beside the adapter and not the base's.
         prompt_template: the template of the training prompts; None for data that had its own (TRL's formats).
         data: what was trained on: a preset's name, a hub id or a path.
@@ -66,7 +58,8 @@ def training_record(
     """
     if prompt_template is not None:
         check_template(prompt_template)
-    named: dict[str, Any] = {"name": base_name(str(base)), "revision": base_revision}
+    base = str(Path(base).absolute()) if base and Path(base).is_dir() else base
+    named: dict[str, Any] = {"name": base_name(base), "revision": base_revision}
     if named["name"] == DEMO_BASE:
         named["sha256"] = demo_base_sha256()
     return {
@@ -76,7 +69,16 @@ def training_record(
         "data": data,
         "seed": seed,
         "settings": settings or {},
+        "versions": {"comlora-trl": __version__} | _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # beside an evaluation alone there is no trl
+            found[name] = version(name)
+    return found
 
 
 def write_training_record(folder: str | Path, record: dict[str, Any]) -> None:
@@ -99,9 +101,12 @@ def write_winner_files(folder: str | Path, *, target: str | Path, record: dict[s
         target: where it will be, which `lm_eval.yaml` names.
         record: from [`training_record`], or from a checkpoint by [`read_training_record`].
     """
+    folder, target = Path(folder), Path(target).expanduser().absolute()
     write_training_record(folder, record)
-    _write_lm_eval_config(Path(folder), Path(target).expanduser().absolute(), record)
-    write_card(folder)
+    if record["base"]["name"]:
+        _write_lm_eval_config(folder, target, record)
+    _draw_competition(folder)
+    write_card(folder, place=target.name)
 
 
 def settings_of(args: Any) -> dict[str, Any]:
@@ -110,11 +115,22 @@ def settings_of(args: Any) -> dict[str, Any]:
     Args:
         args: a dataclass of TRL's or ours (`ComLoRAConfig`).
     """
-    names = [field.name for field in fields(args) if field.name.startswith("comlora_")]
+    names = [field.name for field in fields(args) if field.name.startswith("comlora_") and field.name not in _NOT_TOLD]
     settings = {name: getattr(args, name) for name in [*names, *_TOLD] if hasattr(args, name)}
-    settings = {name: getattr(value, "value", value) for name, value in settings.items() if name not in _PATHS}
+    settings = {name: getattr(value, "value", value) for name, value in settings.items()}
     plain = str | int | float | bool | list | tuple
     return {name: value for name, value in settings.items() if isinstance(value, plain)}
+
+
+def _draw_competition(folder: Path) -> None:
+    """A winner's picture of the competition; none without matplotlib, or without a history to draw."""
+    adapter = Adapter.read(folder)
+    if len(adapter.competition.get("branches") or []) < 2 or adapter.branch != adapter.competition.get("winner"):
+        return
+    with suppress(ImportError, ValueError):
+        from comlora_trl.plots import draw
+
+        draw(folder)
 
 
 def _write_lm_eval_config(folder: Path, target: Path, record: dict[str, Any]) -> None:

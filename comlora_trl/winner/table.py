@@ -1,0 +1,47 @@
+"""The competition's final table, for the terminal and for the model card."""
+
+from typing import Any
+
+# (heading, key, format); a line break where a narrow table may have one
+_COLUMNS = (
+    ("rate", "learning_rate", "g"),
+    ("validation\nNLL", "validation_nll", ".4f"),
+    ("token\naccuracy", "validation_accuracy", ".1%"),
+    ("score", "score", ".2f"),
+    ("wins", "share_of_wins", ".0%"),
+)
+
+
+def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: the branch, the columns that have something to say, and what became of the branch.
+
+    Args:
+        summary: the content of `competition.json`.
+        adapter: the branch beside which the table stands.
+    """
+    branches = summary["branches"]
+    columns = [
+        column
+        for column in _COLUMNS
+        if column[1] == "validation_nll" or any(branch.get(column[1]) is not None for branch in branches)
+    ]
+    rows = []
+    for branch in branches:
+        fate = _fate(branch, summary.get("winner"))
+        if branch["branch"] == adapter:
+            fate = f"{fate}, this adapter" if fate else "this adapter"
+        cells = [cell(branch.get(key), spec) for _, key, spec in columns]
+        rows.append([f"branch_{branch['branch']}", *cells, fate])
+    return ["branch", *(heading for heading, _, _ in columns), ""], rows
+
+
+def cell(value: float | None, spec: str) -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else format(value, spec)
+
+
+def _fate(branch: dict[str, Any], winner: int | None) -> str:
+    if branch["branch"] == winner:
+        return "winner"
+    ends = ((what, branch.get(f"{what}_at_step")) for what in ("retired", "disqualified"))
+    return next((f"{what} at step {step}" for what, step in ends if step is not None), "")
