@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", default=["*"], help="names or patterns (default: all)")
     parser.add_argument("--seeds", type=int, default=8, help="0 to N-1 (default %(default)s)")
     parser.add_argument("--sizes", nargs="*", choices=list(SIZES), default=list(SIZES), help="default: both")
-    parser.add_argument("--workers", type=int, default=16, help="processes at a time (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="processes at a time (default %(default)s)")
     parser.add_argument("--tuned", type=float, default=TUNED, help="rate of ComLoRA's ablations (default %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "studies" / "results.jsonl", help="file of the results")
     parser.add_argument("--seconds", type=float, help="give out no run after this many seconds")
