@@ -99,12 +99,20 @@ class EncoderLayer(nn.Module):
         self.self_attn = SelfAttention(dim, heads)
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1, self.norm2 = Norm(dim), Norm(dim)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """[R, T, d] to [R, T, d]; `mask` bool [R, T] is True on the tokens that are attended to."""
         hidden = self.norm1(hidden + self.self_attn(hidden, mask))
         return self.norm2(hidden + self.linear2(functional.relu(self.linear1(hidden))))
+
+
+class Norm(nn.LayerNorm):
+    """A layer norm that takes any input: FSDP's mixed precision casts a module's weights, and not what it is given."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., d] to [..., d], in the weights' type."""
+        return super().forward(hidden.to(self.weight.dtype))
 
 
 class SelfAttention(nn.Module):

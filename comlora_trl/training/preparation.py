@@ -76,6 +76,8 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
     kwargs = {"autocast_adapter_dtype": False} if zero3 and not is_quantized(model) else {}
     branches = ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
+    if zero3 and branches.selector is not None:
+        branches.selector.to(model.dtype)  # and trains by float32 masters, whatever its own type
     if start is not None:
         start_branches(branches, start)
     return branches

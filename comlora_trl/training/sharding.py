@@ -14,6 +14,7 @@ exports, and loaded from them; and the competition reads and changes gradients h
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,11 +72,19 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor], root: nn.
                 _write(named[name], values[name], name)
 
 
-def keep_optimizer_whole(accelerator: Accelerator) -> None:
-    """Lets FSDP1 save the optimizer's state whole, which is small: it can't load one that it saved in shards."""
+def settle_fsdp(accelerator: Accelerator) -> None:
+    """Two settings of accelerate's FSDP that would cost a competition something, changed before the model is wrapped.
+
+    FSDP1 can't load an optimizer's state that it saved in shards; it saves it whole, for it is small. FSDP2 would cast
+    what the model puts out to its half precision, the sums among it that the winner is chosen by.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 1:
+    if plugin is None:
+        return
+    if plugin.fsdp_version == 1:
         plugin.set_state_dict_type("FULL_STATE_DICT")
+    elif plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:

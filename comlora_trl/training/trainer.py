@@ -134,7 +134,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
             )
         check_prepared(self.train_dataset, self.eval_dataset, args.max_length)
         check_parallelism(self.accelerator, args)
-        sharding.keep_optimizer_whole(self.accelerator)
+        sharding.settle_fsdp(self.accelerator)
         try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
         if args.comlora_rows == "shared" and self.padding_free:
             self.data_collator = LineCollator(self.data_collator)
