@@ -6,6 +6,7 @@
 """
 
 import json
+import logging
 from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,8 @@ from comlora_trl.data.prompts import check_template
 from comlora_trl.demo import DEMO_BASE, base_name, resolve_base
 from comlora_trl.winner.card import write_card
 from comlora_trl.winner.folder import TOKENIZER_FILES, TRAINING_FILE, Adapter, demo_base_sha256, read_json, tasks_for
+
+logger = logging.getLogger(__name__)
 
 LM_EVAL_FILE = "lm_eval.yaml"
 # Settings of TRL's that decide what comes out, in the order in which the card shows them
@@ -127,10 +130,14 @@ def _draw_competition(folder: Path) -> None:
     adapter = Adapter.read(folder)
     if len(adapter.competition.get("branches") or []) < 2 or adapter.branch != adapter.competition.get("winner"):
         return
-    with suppress(ImportError, ValueError):
+    try:
         from comlora_trl.plots import draw
 
         draw(folder)
+    except (ImportError, ValueError):
+        return
+    except Exception as error:  # whatever goes wrong in drawing, the winner is worth more
+        logger.warning(f"no picture of the competition ({type(error).__name__}: {error})")
 
 
 def _write_lm_eval_config(folder: Path, target: Path, record: dict[str, Any]) -> None:

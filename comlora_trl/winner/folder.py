@@ -20,7 +20,7 @@ COMPETITION_FILE = "competition.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Pictures of the competition that may lie beside an adapter, as `comlora-plot` names them
-PICTURES = tuple(f"{name}.{kind}" for name in ("losses", "wins", "scores") for kind in ("png", "svg"))
+PICTURES = tuple(f"{name}.{kind}" for name in ("competition", "wins", "scores") for kind in ("png", "svg"))
 # Ranks vLLM accepts for max_lora_rank
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _TASKS_FOR = {"demo": "comlora_demo", "mmlu": "comlora_mmlu", "convai2": "comlora_convai2"}

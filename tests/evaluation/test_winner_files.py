@@ -137,8 +137,8 @@ def test_the_card_is_one_the_hub_takes(tmp_path):
     assert "| branch_1 | 1.5000 | – | 25% | disqualified at step 9 |" in text
     assert 'from_pretrained("org/base", revision="v2")' in text and "--max-lora-rank 8" in text
     assert "| `comlora_k` | 2 |" in text and "None" not in text
-    (folder / "losses.png").write_bytes(b"")
-    assert "![The competition](losses.png)" in write_card(folder).read_text()
+    (folder / "competition.png").write_bytes(b"")
+    assert "![The competition](competition.png)" in write_card(folder).read_text()
 
 
 def test_the_card_of_a_local_base_names_the_folder(tmp_path):

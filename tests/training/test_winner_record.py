@@ -1,5 +1,6 @@
 """What a run records with its winner, and in its checkpoints: read back by the evaluation."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_the_card_of_a_run(trained):
         "@inproceedings",
     ):
         assert part in card.text
+    if importlib.util.find_spec("matplotlib"):
+        assert "![The competition](competition.png)" in card.text and (winner / "competition.png").is_file()
+
+
+def test_a_picture_that_fails_costs_no_winner(trained, tmp_path, monkeypatch, caplog):
+    def fail(folder: Path) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("comlora_trl.plots.draw", fail)
+    export_checkpoint(Path(trained.args.output_dir) / "checkpoint-4", None, tmp_path / "winner")
+    assert "no picture of the competition (RuntimeError: no fonts)" in caplog.text
+    assert (tmp_path / "winner" / "README.md").is_file()
 
 
 def test_a_retired_branch_says_which_it_is(trained):

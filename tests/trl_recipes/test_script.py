@@ -14,6 +14,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from comlora_trl import ComLoRASFTTrainer
+from comlora_trl.data import build_prompt
+from comlora_trl.winner.files import read_training_record
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", "--save_strategy", "no"]
 
@@ -86,6 +88,22 @@ def test_text_fields(sft, folder, trainers):
     assert trainers[0].state.global_step == 2
     with pytest.raises(SystemExit, match="has the columns story; .* --dataset_text_field"):
         sft("--dataset_name", folder / "stories.json")
+
+
+@pytest.mark.parametrize("flags, recorded", [([], "comlora"), (["--comlora_prompt", "llm_adapters"], "llm_adapters")])
+def test_instruction_data_is_built_with_the_template_that_is_recorded(sft, tmp_path, trainers, flags, recorded):
+    rows = [{"instruction": f"Say {word}", "output": word} for word in "abcdefgh"]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    sft("--dataset_name", "mine.json", *flags)
+    record = read_training_record("winner")
+    assert record["prompt_template"] == recorded and record["data"] == str(tmp_path / "mine.json")
+    prompt = trainers[0].processing_class.decode(trainers[0].train_dataset[0]["input_ids"])
+    assert build_prompt("Say ", recorded).split("Say ")[0] in prompt
+
+
+def test_prompts_of_ones_own_record_no_template(sft, folder):
+    sft("--dataset_name", folder / "my.json")
+    assert read_training_record("winner")["prompt_template"] is None
 
 
 def test_test_splits_are_evaluated(sft, folder, trainers, capsys):
