@@ -113,7 +113,9 @@ class BranchModel(PeftModelForCausalLM):
 
     def restore_branch(self, branch: int) -> None:
         """Adds an adapter for a branch that was dropped, with new weights."""
-        self.add_adapter(branch_name(branch), copy.deepcopy(next(iter(self.peft_config.values()))))
+        name = branch_name(branch)
+        self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
+        self.set_requires_grad(name, True)  # PEFT's new adapters train once they are active
         self._modules_in_mode = []
 
     def trainable_parameters(self) -> list[nn.Parameter]:
