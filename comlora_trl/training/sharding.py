@@ -82,6 +82,7 @@ def settle_fsdp(accelerator: Accelerator) -> None:
     if plugin is None:
         return
     if plugin.fsdp_version == 1:
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the new type, then
         plugin.set_state_dict_type("FULL_STATE_DICT")
     elif plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)

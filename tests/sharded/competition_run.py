@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +27,41 @@ def fsdp(version: int, state: str = "FULL_STATE_DICT", **config: Any) -> dict[st
 
 
 def zero(stage: int, **config: Any) -> dict[str, Any]:
-    batch = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    batch = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+    }
     optimization = {"stage": stage, **config}
     if stage == 3:
         optimization.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     return {"deepspeed": {"zero_optimization": optimization, **batch, "gradient_clipping": "auto"}}
 
 
-# Arguments of a mode; "dtype" is the base model's. DeepSpeed keeps float32 copies of what it trains
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+
+# Arguments of a mode; "dtype" is the base model's. DeepSpeed keeps float32 copies of what it trains, and FSDP1 takes
+# norms in float32
 MODES: dict[str, dict[str, Any]] = {
     "ddp": {"use_cpu": True, "dtype": "float64"},
     "fsdp1": {**fsdp(1, sync_module_states=False), "dtype": "float32"},
-    "fsdp1_flat": {**fsdp(1, use_orig_params=False, sync_module_states=False), "dtype": "float32"},
-    "fsdp1_sharded": {**fsdp(1, "SHARDED_STATE_DICT", sync_module_states=False), "dtype": "float32"},
+    "fsdp1_flat": {
+        **fsdp(1, "SHARDED_STATE_DICT", use_orig_params=False, sync_module_states=False),
+        "dtype": "float32",
+    },
     "fsdp2": {**fsdp(2), "dtype": "float64"},
     "fsdp2_sharded": {**fsdp(2, "SHARDED_STATE_DICT"), "dtype": "float64"},
-    "fsdp2_efficient": {**fsdp(2, cpu_ram_efficient_loading=True), "dtype": "float64"},
-    "fsdp2_unsharded_forward": {
-        "gradient_accumulation_steps": 2,
+    "fsdp2_efficient": {**fsdp(2, cpu_ram_efficient_loading=True), **CHECKPOINTED, "dtype": "float64"},
+    "fsdp2_gathered_once": {
         **fsdp(2, "SHARDED_STATE_DICT", reshard_after_forward=False, cpu_ram_efficient_loading=True),
-        "dtype": "float64",
-    },
-    "fsdp2_checkpointing": {
-        **fsdp(2),
-        "gradient_checkpointing": True,
         "gradient_accumulation_steps": 2,
         "dtype": "float64",
     },
-    "zero2": zero(2),
-    "zero2_checkpointing": {**zero(2), "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
-    "zero3_checkpointing": {
-        **zero(3, stage3_param_persistence_threshold=0),
-        "gradient_checkpointing": True,
-        "gradient_accumulation_steps": 2,
-    },
-    "zero3": zero(3, stage3_param_persistence_threshold=0),
+    "fsdp2_bf16": {**fsdp(2, "SHARDED_STATE_DICT"), "bf16": True, "dtype": "bfloat16"},
+    "zero2": {**zero(2), **CHECKPOINTED},
+    "zero3": {**zero(3, stage3_param_persistence_threshold=0), **CHECKPOINTED},
     "zero3_persistent": zero(3),
+    "zero3_bf16": {**zero(3, stage3_param_persistence_threshold=0), "bf16": True, "dtype": "bfloat16"},
 }
 
 
@@ -142,7 +142,7 @@ def outcome(trainer: ComLoRASFTTrainer) -> dict[str, Any]:
 
 def prepare(folder: Path) -> None:
     """The base model in folders, as `from_pretrained` reads it."""
-    for name in ("float32", "float64"):
+    for name in ("float32", "float64", "bfloat16"):
         make_model().to(getattr(torch, name)).save_pretrained(folder / f"model-{name}")
 
 
@@ -164,6 +164,9 @@ def run_and_resume(folder: Path, settings: dict[str, Any], batch: int) -> None:
 def main(folder: Path, modes: list[str]) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
+
+    from comlora_trl.training import config
 
     ordinary = PartialState._prepare_backend, PartialState.set_device
 
@@ -176,6 +179,8 @@ def main(folder: Path, modes: list[str]) -> None:
         if not settings.get("use_cpu"):
             PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
             PartialState.set_device = set_device
+            training_args.is_torch_bf16_gpu_available = lambda: True
+            config.settled_without_gpu = nullcontext
         try:
             run_and_resume(folder / mode, settings, batch=4 // settings.get("gradient_accumulation_steps", 1))
         except Exception:
