@@ -54,8 +54,12 @@ def _numel(parameter: Any) -> int:
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
-def start_line(model: ComLoRAModel, kernels: str, chunk: int | None) -> str:
-    """The line that training prints at its start."""
+def start_line(model: ComLoRAModel, kernels: str, chunk: int | None, by_module: bool = False) -> str:
+    """The line that training prints at its start.
+
+    Args:
+        by_module: whether weights are gathered one module at a time, see [`sharding.gathers_by_module`].
+    """
     config = model.peft_config[model.active_adapter]
     k, place = model.settings.k, model.expansion.place
     together = "all at once" if chunk in (None, k) else f"{chunk} at a time"
@@ -64,6 +68,8 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None) -> str:
         together = place
     elif (chunk or k) > 1:
         how += f"; the batch widens {place}"
+    if k > 1 and by_module:
+        how += "; slower than unsharded, for each adapted layer runs its branches one after the other"
     return f"ComLoRA: K={k} branches of rank {config.r}, {together} ({how}); {ParameterCounts.of(model)}"
 
 

@@ -13,7 +13,7 @@ exports, and loaded from them; and the competition reads and changes gradients h
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +86,13 @@ def settle_fsdp(accelerator: Accelerator) -> None:
         plugin.set_state_dict_type("FULL_STATE_DICT")
     elif plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def gathers_by_module(accelerator: Accelerator) -> bool:
+    """Whether a weight is at hand only while its own module runs (FSDP1, ZeRO-3), so that no product takes several."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
 
 
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
@@ -169,11 +176,6 @@ def take_over_clipping(engine: Any) -> float:
     return engine.gradient_clipping()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def _gathered(model: nn.Module, root: nn.Module | None, change: bool) -> Iterator[dict[str, Any]]:
     """Trained parameters by name, with their whole values, as many at a time as are gathered together."""
     if isinstance(root, FSDP):
@@ -188,12 +190,10 @@ def _gathered(model: nn.Module, root: nn.Module | None, change: bool) -> Iterato
         return
     named = _trained(model)
     partitioned = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
-    with _gathered_zero3(partitioned, change) if partitioned else _nothing():
-        if change:
-            yield named
-        else:
-            whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in named.items()}
-            yield whole
+    with _gathered_zero3(partitioned, change) if partitioned else nullcontext():
+        if not change:
+            named = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in named.items()}
+        yield named
 
 
 def _trained(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:

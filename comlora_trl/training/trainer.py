@@ -184,7 +184,8 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
                 self.drop_retired()
         model = self.comlora_model
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
-        self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk))
+        by_module = sharding.gathers_by_module(self.accelerator)
+        self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def begin_competition(self) -> None:

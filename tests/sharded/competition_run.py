@@ -66,7 +66,10 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False) -> ComLoRASFTTrainer:
-    """Ten steps of three branches, one of which diverges; from the checkpoint at the fifth when `resume`."""
+    """Ten steps of three branches, one of which diverges; from the checkpoint at the fifth when `resume`.
+
+    The higher loss counts as the better one, so that at the end the fifth step's checkpoint is loaded.
+    """
     settings = dict(settings)
     base = settings.pop("dtype", "float32")
     arguments = {
@@ -77,6 +80,9 @@ def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False
         "save_steps": SAVED,
         "eval_strategy": "steps",
         "eval_steps": SAVED,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
         "learning_rate": 5e-3,
         "max_grad_norm": 0.1,
         "comlora_selector_learning_rate": 1e-3,

@@ -94,6 +94,7 @@ def test_equals_one_process(runs, mode):
         assert state["row_passes"] == wanted["row_passes"]
         for key in ("step", "examples", "winner"):
             assert state["selection"][key] == wanted["selection"][key]
+        assert state["selection"]["step"] == SAVED  # the best checkpoint's
         nll = "validation_nll"
         assert state["selection"][nll] == pytest.approx(wanted["selection"][nll], abs=NLL[base])
         if base != "bfloat16":
