@@ -109,8 +109,9 @@ def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimiz
         "label_smoothing_factor": (args.label_smoothing_factor > 0, "it needs the full logits of every branch"),
         "compute_loss_func": (compute_loss_func is not None, "it needs the full logits of every branch"),
         "optimizers": (
-            optimizer is not None and args.comlora_selector_learning_rate is not None,
-            "comlora_selector_learning_rate needs the optimizer to be made here",
+            optimizer is not None
+            and (args.comlora_selector_learning_rate is not None or args.comlora_branch_learning_rates is not None),
+            "comlora_selector_learning_rate and comlora_branch_learning_rates need the optimizer to be made here",
         ),
     }
     for option, (given, reason) in refused.items():

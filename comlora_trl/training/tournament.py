@@ -25,7 +25,7 @@ class Tournament:
         """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
         existed = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        pair_branches(optimizer)
+        pair_branches(optimizer, self.args.comlora_rungs)
         if existed or not self._rates_differ:
             return optimizer
         owners = self._parameter_owners()

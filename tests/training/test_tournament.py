@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
 from peft import PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 from reference import ReferenceRun, Row
 from safetensors.torch import load_file
 from torch import Tensor
@@ -326,3 +327,16 @@ def test_bad_settings(tmp_path, options, message):
 def test_more_rungs_than_steps(train):
     with pytest.raises(ValueError, match=r"not possible with 2 optimizer steps: they fall on steps 1, 1 of 2"):
         train(comlora_rungs="0.1:2,0.25:1", **{**TOURNAMENT, "max_steps": 2})
+
+
+def test_an_optimizer_of_ones_own_has_one_rate(train):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match="comlora_branch_learning_rates need the optimizer to be made here"):
+        train(start=False, trainer={"optimizers": (optimizer, None)}, **TOURNAMENT)
+
+
+def test_lora_fa_has_no_rungs(train):
+    trainer = train(start=False, comlora_rungs="0.5:1", **TOURNAMENT)
+    trainer.optimizer = create_lorafa_optimizer(trainer.comlora_model, r=4, lora_alpha=8, lr=1e-3)
+    with pytest.raises(ValueError, match="does not go with LoRA-FA's optimizer"):
+        trainer.create_optimizer()
