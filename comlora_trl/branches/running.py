@@ -81,25 +81,11 @@ def run_in_chunks(
 
     The log-probabilities come back as one weighted sum, whose backward hands out the gradients found already.
     """
-    pieces: list[dict[str, Tensor]] = []
-    found = {"log_probs": _Found(), "aux_loss": _Found()}
+    chunks = _Chunks(model)
     for first in range(0, len(branches), chunk):
         own = branches[first : first + chunk]
-        piece = run_batched(model, inputs, rows, weights[first : first + chunk], own, compiled)
-        parameters = list(_trainable(model, own)) if torch.is_grad_enabled() else []
-        router = piece.pop("aux_loss")
-        found["log_probs"].add(piece.pop("log_probs").sum(), parameters, again=router is not None)
-        if router is not None:
-            found["aux_loss"].add(router.sum(), parameters)
-            piece["router"] = router
-        pieces.append({name: value.detach() for name, value in piece.items()})
-    result = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-    router = result.pop("router", None)
-    if router is not None:
-        # each branch's own value, and the gradient of their sum, which the caller takes a mean of
-        total = found["aux_loss"].with_gradients()
-        router = router + (total - total.detach()) / len(router)
-    return {"log_probs": found["log_probs"].with_gradients(), "aux_loss": router, **result}
+        chunks.add(run_batched(model, inputs, rows, weights[first : first + chunk], own, compiled), own)
+    return chunks.result()
 
 
 def run_dealt(
@@ -122,9 +108,7 @@ def run_dealt(
         as [`run_batched`]; `nll` [K, R], zero where a row has not run, and `ran`, bool [K, R].
     """
     running = sorted(set(owners))
-    pieces, parts = [], [running[first : first + chunk] for first in range(0, len(running), chunk)]
-    totals: dict[str, list[Tensor]] = {"log_probs": [], "aux_loss": []}
-    found = {"log_probs": _Found(), "aux_loss": _Found()}
+    chunks, parts = _Chunks(model), [running[first : first + chunk] for first in range(0, len(running), chunk)]
     nll: Tensor | None = None
     ran = torch.zeros_like(weights, dtype=torch.bool)
     for part in parts:
@@ -141,22 +125,41 @@ def run_dealt(
         nll = own.new_zeros(weights.shape) if nll is None else nll
         nll[owner, row] = own[0, place]
         ran[owner, row] = True
-        log_probs, router = piece.pop("log_probs"), piece.pop("aux_loss")
         if len(parts) == 1:
-            return {"log_probs": log_probs, "aux_loss": router, "nll": nll, "ran": ran, **piece}
-        parameters = list(_trainable(model, part)) if torch.is_grad_enabled() else []
-        found["log_probs"].add(log_probs.sum(), parameters, again=router is not None)
+            return {"nll": nll, "ran": ran, **piece}
+        # Chunks differ in length: only sums over their tokens are read
+        chunks.add({name: value.flatten() if name in _PER_TOKEN else value for name, value in piece.items()}, part)
+    return {"nll": nll, "ran": ran, **chunks.result()}
+
+
+class _Chunks:
+    """The outputs of chunks, each one's backward done before the next runs."""
+
+    def __init__(self, model: "BranchModel") -> None:
+        self.model = model
+        self.pieces: list[dict[str, Tensor]] = []
+        self.routers: list[Tensor] = []
+        self.log_probs, self.aux_loss = _Found(), _Found()
+
+    def add(self, piece: dict[str, Tensor], branches: Sequence[int]) -> None:
+        """Takes the output of [`run_batched`] over some branches, and their gradients out of it."""
+        parameters = list(_trainable(self.model, branches)) if torch.is_grad_enabled() else []
+        router = piece.pop("aux_loss")
+        self.log_probs.add(piece.pop("log_probs").sum(), parameters, again=router is not None)
         if router is not None:
-            found["aux_loss"].add(router.sum(), parameters)
-            totals["aux_loss"].append(router.detach())
-        # Pieces differ in length: only sums over their tokens are read
-        pieces.append({name: value.detach().flatten() for name, value in piece.items()})
-    result = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-    router = None
-    if totals["aux_loss"]:
-        router, total = torch.cat(totals["aux_loss"]), found["aux_loss"].with_gradients()
-        router = router + (total - total.detach()) / len(router)
-    return {"log_probs": found["log_probs"].with_gradients(), "aux_loss": router, "nll": nll, "ran": ran, **result}
+            self.aux_loss.add(router.sum(), parameters)
+            self.routers.append(router.detach())
+        self.pieces.append({name: value.detach() for name, value in piece.items()})
+
+    def result(self) -> dict[str, Tensor]:
+        """All chunks as one output."""
+        result = {name: torch.cat([piece[name] for piece in self.pieces]) for name in self.pieces[0]}
+        router = None
+        if self.routers:
+            # each branch's own value, and the gradient of their sum, which the caller takes a mean of
+            router, total = torch.cat(self.routers), self.aux_loss.with_gradients()
+            router = router + (total - total.detach()) / len(router)
+        return {"log_probs": self.log_probs.with_gradients(), "aux_loss": router, **result}
 
 
 class _Found:
