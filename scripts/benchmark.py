@@ -21,6 +21,7 @@ import torch
 from benchmark_accuracy import check_gradients
 from benchmark_cases import Bench, Shape, forced_kernels, release
 from benchmark_report import Results
+from benchmark_stacked import stacked_parameters
 from benchmark_tournament import tournaments
 from benchmark_trainers import alternate_trainers, make_trainer
 from rich.console import Console
@@ -221,6 +222,7 @@ SECTIONS = (
     chunk_memory,
     upper_half,
     four_bit,
+    stacked_parameters,
     tournaments,
 )
 GROUPS = {"steps": (trainer_steps,), "tournament": (tournaments,)}
