@@ -1,11 +1,10 @@
 """K LoRA branches on one frozen base, as one PEFT model."""
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CellType, FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers.utils import ModelOutput
 from comlora_trl.branches.dealing import indices
 from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
 from comlora_trl.branches.layers import make_branch_layers, make_plain_layers
+from comlora_trl.branches.rebinding import rebound
 from comlora_trl.branches.routers import keep_router_logits
 from comlora_trl.branches.rows import Rows
 from comlora_trl.branches.running import is_whole, run_batched, run_dealt, run_in_chunks, touch
@@ -76,6 +76,7 @@ class BranchModel(PeftModelForCausalLM):
         base = self.get_base_model()
         adapted, self.competing = make_branch_layers(base, branch_name(0))
         self.adapted_layers = list(adapted.values())
+        self._layer_names = [f"base_model.model.{name}" for name in adapted]
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
         self._modules_in_mode: list[nn.Module] = []
         self.expansion = BranchExpansion(self.competing, list(adapted))
@@ -95,17 +96,30 @@ class BranchModel(PeftModelForCausalLM):
         name, known = branch_name(branch), self._known_parameters.get(branch)
         if name not in self.peft_config:
             return []
-        if not known or known[0] is not next(_layer_parameters(self.adapted_layers[0], name)):
-            known = [parameter for layer in self.adapted_layers for parameter in _layer_parameters(layer, name)]
+        if not known or known[0] is not next(_layer_parameters(self.adapted_layers[0], name))[1]:
+            known = list(self.named_branch_parameters(branch).values())
             self._known_parameters[branch] = known
         return known
 
+    def named_branch_parameters(self, branch: int) -> dict[str, nn.Parameter]:
+        """[`branch_parameters`] by the names they have in the model, without wrappers' parts."""
+        name = branch_name(branch)
+        if name not in self.peft_config:
+            return {}
+        layers = zip(self._layer_names, self.adapted_layers, strict=True)
+        return {f"{place}.{own}": p for place, layer in layers for own, p in _layer_parameters(layer, name)}
+
     def drop_branch(self, branch: int) -> None:
-        """Deletes a branch's adapter and frees its weights; the others keep their names."""
+        """Deletes a branch's adapter and frees its weights; the others keep their names.
+
+        As PEFT's `delete_adapter`, of the adapted layers alone: its own walks through every module of the model.
+        """
         name = branch_name(branch)
         if self.active_adapter == name:
             self.set_adapter(next(other for other in self.peft_config if other != name))
-        self.delete_adapter(name)
+        for layer in self.adapted_layers:
+            layer.delete_adapter(name)
+        del self.peft_config[name]
         self._known_parameters.pop(branch, None)
         self._modules_in_mode = []
         for group in self.competing.groups:
@@ -136,10 +150,8 @@ class BranchModel(PeftModelForCausalLM):
         The Trainer asks for training mode before every step, and PyTorch's own walk through the tree of modules costs
         milliseconds each time; reading a flag of each known module does not.
         """
-        if self.training is not mode or not self._modules_in_mode:
-            super().train(mode)
-            self._modules_in_mode = list(self.modules())
-        elif not all(module.training is mode for module in self._modules_in_mode):
+        self._modules_in_mode = self._modules_in_mode or list(self.modules())
+        if not all(module.training is mode for module in self._modules_in_mode):
             super().train(mode)
         return self
 
@@ -176,7 +188,7 @@ class BranchModel(PeftModelForCausalLM):
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         own = new.get_base_model()
         if isinstance(own.__dict__.get("forward"), MethodType):
-            own.forward = MethodType(_rebound(own.forward.__func__, self.get_base_model(), own), own)
+            own.forward = MethodType(rebound(own.forward.__func__, self.get_base_model(), own), own)
         return new
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -273,26 +285,13 @@ def branch_name(branch: int) -> str:
     return f"branch_{branch}"
 
 
-def _rebound(function: Callable, old: nn.Module, new: nn.Module) -> Callable:
-    """A function whose closure has methods of one module, with another module in their place."""
-    cells = []
-    for cell in getattr(function, "__closure__", None) or ():
-        held = cell.cell_contents
-        if isinstance(held, MethodType) and held.__self__ is old:
-            cell = CellType(MethodType(_rebound(held.__func__, old, new), new))
-        cells.append(cell)
-    if not cells:
-        return function
-    result = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
-    result.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(result, function)
-
-
-def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[nn.Parameter]:
+def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
     # a set: PEFT's DoRA layers name their magnitudes twice
-    for container in (getattr(layer, kind) for kind in sorted({*layer.adapter_layer_names})):
+    for kind in sorted({*layer.adapter_layer_names}):
+        container = getattr(layer, kind)
         if name in container:
-            part = container[name]
-            yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
+            part, place = container[name], f"{kind}.{name}"
+            if isinstance(part, nn.Parameter):
+                yield place, part
+            else:
+                yield from ((f"{place}.{own}", parameter) for own, parameter in part.named_parameters())

@@ -6,16 +6,17 @@ The export is atomic: it is written into a temporary folder beside the target an
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.checkpoints import load_state
-from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.model import BranchSnapshot, ComLoRAModel
 from comlora_trl.training.report import competition_summary, write_summary
-from comlora_trl.winner.files import read_training_record, write_winner_files
+from comlora_trl.winner.files import read_training_record, write_training_record, write_winner_files
 from comlora_trl.winner.folder import TOKENIZER_FILES
 
 # Where branches that a rung has retired are kept, below output_dir
@@ -103,6 +104,43 @@ def save_branch(
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     write_summary(summary, folder)
+
+
+class Background:
+    """Writes in a thread while training goes on; an error comes out where the writing is waited for."""
+
+    def __init__(self) -> None:
+        self._pending: list[Future[None]] = []
+
+    def start(self, write: Callable[..., None], *args: Any) -> None:
+        """Begins to write."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="comlora-export")
+        self._pending.append(thread.submit(write, *args))
+        thread.shutdown(wait=False)  # it ends with its work, which the interpreter's end waits for too
+
+    def wait(self) -> None:
+        """Waits for all that was begun."""
+        pending, self._pending = self._pending, []
+        for written in pending:
+            written.result()
+
+
+def write_snapshots(
+    snapshots: dict[int, BranchSnapshot], folder: Path, summary: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Writes branches as plain adapters, each into a folder of its own, with `competition.json` and `training.json`.
+
+    Tokenizer and card are the winner's: an adapter gets its own when it is exported from a checkpoint.
+
+    Args:
+        folder: what they lie in; an earlier run's are replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for branch, snapshot in snapshots.items():
+        with new_folder(folder / branch_name(branch), overwrite=True) as own:
+            snapshot.save(own)
+            write_summary(summary | {"exported_branch": branch}, own)
+            write_training_record(own, record)
 
 
 def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | Path, overwrite: bool = False) -> int:

@@ -3,7 +3,10 @@
 DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forward.
 """
 
+import copy
+import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings, CompetitionState, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
 from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, save_state
-from comlora_trl.training.sharding import load_trained_state, state_to_save
+from comlora_trl.training.sharding import is_sharded, load_trained_state, state_to_save, trained_state
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -57,6 +60,24 @@ class CompetitionOutput(BranchOutput):
 
     scores: Tensor | None = None
     probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BranchSnapshot:
+    """A branch as it was at some step, as PEFT writes it; nothing of the model is needed any more.
+
+    Attributes:
+        config: the adapter's configuration.
+        weights: under their names in PEFT's files, on the CPU.
+    """
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+
+    def save(self, folder: Path) -> None:
+        """Writes an ordinary PEFT adapter into an existing folder."""
+        save_file(self.weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        self.config.save_pretrained(str(folder))
 
 
 class ComLoRAModel(BranchModel):
@@ -96,7 +117,7 @@ class ComLoRAModel(BranchModel):
                 self.selector.double()  # half precisions train in float32, as PEFT's adapters do
             self.selector_input = selector.input
         self.competition_state = CompetitionState.new(settings.k)
-        self._saved_names = {name: self._names_to_save(name) for name in self.branch_names}
+        self._saved_names, self._frozen_names = self._names_to_save()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The branches' and the selector's parameters, all that a run trains."""
@@ -187,12 +208,43 @@ class ComLoRAModel(BranchModel):
                 weights = {key: kwargs["state_dict"][own] for key, own in self._saved_names[name].items()}
                 save_file(weights, Path(folder) / name / WEIGHTS_FILE, metadata={"format": "pt"})
 
-    def _names_to_save(self, name: str) -> dict[str, str]:
-        """The names of an adapter's weights in PEFT's files, and in the model; asked before a wrapper changes them."""
-        marks = {own: torch.empty(0) for own, parameter in self.named_parameters() if parameter.requires_grad}
+    def snapshot(self, branch: int, root: nn.Module | None = None) -> "BranchSnapshot":
+        """A branch as it is now, to be written while training goes on; every process has to call it.
+
+        Args:
+            root: the wrapped model.
+        """
+        name, named = branch_name(branch), self.named_branch_parameters(branch)
+        if not isinstance(root, FSDP):
+            frozen = {own: self.get_parameter(own) for own in self._frozen_names.values()}
+            named |= {own: parameter for own, parameter in frozen.items() if not is_sharded([parameter])}
+        state = trained_state(self, root, named)
+        names = self._saved_names[name] | self._frozen_names
+        config, base = copy.deepcopy(self.peft_config[name]), self.get_base_model()
+        config.inference_mode = True
+        config.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path or None
+        if config.task_type is None:
+            config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        return BranchSnapshot(config, {key: state[own] for key, own in names.items() if own in state})
+
+    def _names_to_save(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """The names of each adapter's weights in PEFT's files, and in the model; asked before a wrapper changes them.
+
+        Beside them those of the frozen weights that PEFT saves too: embeddings that were resized, or are adapted.
+        """
+        first = branch_name(0)
+        marks = {own: torch.empty(0) for own, _ in self.named_parameters()}
         known = {id(mark): own for own, mark in marks.items()}
-        saved = get_peft_model_state_dict(self, marks, name, save_embedding_layers=False)
-        return {key: known[id(mark)] for key, mark in saved.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT has to say of the embeddings it says when it saves
+            saved = get_peft_model_state_dict(self, marks, first)
+        names = {key: known[id(mark)] for key, mark in saved.items()}
+        trained = {key: own for key, own in names.items() if self.get_parameter(own).requires_grad}
+        own_names = {
+            name: {key: re.sub(rf"\.{first}(?=\.|$)", f".{name}", own) for key, own in trained.items()}
+            for name in self.branch_names
+        }
+        return own_names, {key: own for key, own in names.items() if key not in trained}
 
     def _saved_weights(self, folder: Path) -> dict[str, Tensor]:
         """The weights in a checkpoint, by the names that they have in the model."""

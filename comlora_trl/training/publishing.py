@@ -64,6 +64,7 @@ class WinnerPublishing:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the winner as an ordinary adapter; within a checkpoint, which the Trainer makes, every branch."""
         if _internal_call and output_dir is not None:
+            self.retired_files.wait()
             self._save(output_dir, state_dict=state_to_save(self.comlora_model, self.model_wrapped))
             if self.args.should_save:
                 write_training_record(output_dir, self.training_record())

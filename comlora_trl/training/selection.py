@@ -86,6 +86,7 @@ class WinnerSelection:
         if self.can_select and not self._decided:
             self.select()
         folder = self.export_winner()
+        self.retired_files.wait()
         if self.is_world_process_zero():
             print_table(self.competition_summary())
         line = f"winner: {branch_name(self.determine_winner())} in {folder}"
@@ -115,10 +116,12 @@ class WinnerSelection:
     def log_selection(self) -> None:
         """Logs the newest selection, where no evaluation does."""
         self._unlogged = False
-        training = self.comlora_model.training
-        self.comlora_model.eval()  # what is logged in training mode ends the window of training's own figures
+        training = self.model.training
+        # What is logged in training mode ends the window of training's own figures. The loggers, TRL's and ours, read
+        # the model's own mode; that of its thousands of modules stays
+        self.model.training = False
         self.log(selection_metrics(self.comlora_model.competition_state.selection, "eval"))
-        self.comlora_model.train(training)
+        self.model.training = training
 
     @property
     def can_select(self) -> bool:

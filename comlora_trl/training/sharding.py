@@ -28,7 +28,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-def trained_state(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tensor]:
+def trained_state(
+    model: nn.Module, root: nn.Module | None = None, named: Mapping[str, nn.Parameter] | None = None
+) -> dict[str, Tensor]:
     """The whole values of all trained parameters, by the names they have in the model, on every process's CPU.
 
     Every process has to call it.
@@ -36,11 +38,12 @@ def trained_state(model: nn.Module, root: nn.Module | None = None) -> dict[str, 
     Args:
         model: the model with its branches, out of any wrapper.
         root: the wrapped model, which FSDP1 needs before the first forward.
+        named: some parameters alone, by their names, which spares a walk through the model.
     """
     state: dict[str, Tensor] = {}
-    for named in _gathered(model, root, change=False):
-        state |= {name: value.detach().to("cpu", copy=True).contiguous() for name, value in named.items()}
-    return state
+    for values in _gathered(model, root, False, named):
+        state |= {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+    return state if named is None else {name: state[name] for name in named}
 
 
 def state_to_save(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tensor]:
@@ -176,19 +179,22 @@ def take_over_clipping(engine: Any) -> float:
     return engine.gradient_clipping()
 
 
-def _gathered(model: nn.Module, root: nn.Module | None, change: bool) -> Iterator[dict[str, Any]]:
+def _gathered(
+    model: nn.Module, root: nn.Module | None, change: bool, named: Mapping[str, nn.Parameter] | None = None
+) -> Iterator[Mapping[str, Any]]:
     """Trained parameters by name, with their whole values, as many at a time as are gathered together."""
     if isinstance(root, FSDP):
         with FSDP.summon_full_params(root, recurse=False, writeback=False):
             pass  # it becomes the root, which otherwise the first unit asked would
-    units = {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
+    known = named is not None and not isinstance(root, FSDP)
+    units = {} if known else {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
     if isinstance(root, FSDP) or units:
         for prefix, unit in (units | ({"": root} if isinstance(root, FSDP) else {})).items():
             if _trained(unit.module):
                 with FSDP.summon_full_params(unit, recurse=False, writeback=change):
                     yield _trained(unit.module, prefix)
         return
-    named = _trained(model)
+    named = named if known else _trained(model)
     partitioned = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
     with _gathered_zero3(partitioned, change) if partitioned else nullcontext():
         if not change:

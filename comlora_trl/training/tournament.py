@@ -8,7 +8,7 @@ from torch import nn
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.competition.rungs import Rung, parse_rungs, retired_at, rung_record, rung_steps
-from comlora_trl.training.export import RETIRED
+from comlora_trl.training.export import RETIRED, Background, write_snapshots
 from comlora_trl.training.gradients import revive
 from comlora_trl.training.lora_fa import pair_branches
 from comlora_trl.training.report import print_rung
@@ -17,8 +17,13 @@ _OWNER = "comlora_owner"
 
 
 class Tournament:
-    """Mixin before TRL's trainer: one rate a branch, and rungs at which the worse ones are retired."""
+    """Mixin before TRL's trainer: one rate a branch, and rungs at which the worse ones are retired.
 
+    Attributes:
+        retired_files: writes the retired branches' folders.
+    """
+
+    retired_files: Background
     _step_rates: dict[int, float] | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -83,15 +88,22 @@ class Tournament:
         state.rungs.append(rung_record(rung, self.state.global_step, selection, losers))
         if self.is_world_process_zero():
             print_rung(state.rungs[-1], self.args.branch_learning_rates, self.state.max_steps)
-        for branch in losers:
-            self._retire(branch)
+        self._retire(losers)
 
-    def _retire(self, branch: int) -> None:
-        """Keeps a branch as it is, as a plain adapter, and frees what it took: optimizer state, gradients, weights."""
-        model, name = self.comlora_model, branch_name(branch)
-        self.export_branch(branch, Path(self.args.output_dir) / RETIRED / name, overwrite=True)
-        model.competition_state.retired[branch] = self.state.global_step
-        parameters = model.branch_parameters(branch)
+    def _retire(self, branches: list[int]) -> None:
+        """Keeps branches as they are, as plain adapters, and frees their optimizer state, gradients and weights.
+
+        They are written in the background, which ends before a checkpoint relies on it, and before training does.
+        """
+        self.retired_files.wait()
+        model = self.comlora_model
+        snapshots = {branch: model.snapshot(branch, self.model_wrapped) for branch in branches}
+        model.competition_state.retired |= dict.fromkeys(branches, self.state.global_step)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / RETIRED
+            summary, record = self.competition_summary(), self.training_record()
+            self.retired_files.start(write_snapshots, snapshots, folder, summary, record)
+        parameters = [parameter for branch in branches for parameter in model.branch_parameters(branch)]
         self._forget_optimizer_state(parameters)
         for parameter in parameters:
             parameter.grad = None

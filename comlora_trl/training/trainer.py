@@ -22,7 +22,7 @@ from comlora_trl.competition import CompetitionState
 from comlora_trl.training import sharding
 from comlora_trl.training.checkpoints import check_checkpoint, load_state
 from comlora_trl.training.config import ComLoRAConfig
-from comlora_trl.training.export import check_target, check_writable
+from comlora_trl.training.export import Background, check_target, check_writable
 from comlora_trl.training.flow import CompetitionFlow
 from comlora_trl.training.gradients import revive
 from comlora_trl.training.hold_out import hold_out
@@ -145,6 +145,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         self.model_accepts_loss_kwargs = True
         self._settings = model.settings
         self._exported: set[Path] = set()
+        self.retired_files = Background()
         self._unlogged = self._decided = False
         self._resumed: CompetitionState | None = None
         self._plan: StepPlan | None = None
@@ -186,7 +187,10 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.retired_files.wait()
 
     def begin_competition(self) -> None:
         """Begins a competition, or goes on with that of the checkpoint; again when a smaller batch is tried."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig
-from comlora_trl.training.export import export_checkpoint
+from comlora_trl.competition import CompetitionSettings
+from comlora_trl.training.export import export_checkpoint, write_snapshots
+from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.validation import evaluation_mode
 
 RATES = [5e-3, 1e-2, 2e-2, 4e-2]
 
@@ -205,6 +209,74 @@ def test_packed_lines_go_to_one_branch_whole(train):
     together, chunked = train(**settings), train(**settings, comlora_branch_chunk=1)
     assert difference(parameters(together), parameters(chunked)) < 1e-5
     assert together.comlora_model.competition_state.row_passes == 8 * 4
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}, {"task_type": None, "use_rslora": True}],
+    ids=["lora", "dora", "embeddings", "no task"],
+)
+def test_a_branch_kept_at_a_rung_is_what_peft_would_save(lora, tmp_path):
+    model = ComLoRAModel(make_model(), make_lora(**lora), CompetitionSettings(k=3))
+    for branch, parameter in enumerate(model.trainable_parameters()):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(branch))
+    model.save_adapters(tmp_path, ["branch_1"])
+    snapshot = model.snapshot(1)
+    model.drop_branch(1)
+    assert model.branch_parameters(1) == [] and list(model.peft_config) == ["branch_0", "branch_2"]
+    assert not any("branch_1" in name for name, _ in model.named_parameters())
+    (tmp_path / "kept").mkdir()
+    snapshot.save(tmp_path / "kept")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        theirs, own = (tmp_path / folder / file for folder in ("branch_1", "kept"))
+        if file.endswith("json"):
+            theirs, own = ({**json.loads(one.read_text()), "target_modules": None} for one in (theirs, own))
+            assert own == theirs
+        else:
+            theirs, own = load_file(theirs), load_file(own)
+            assert own.keys() == theirs.keys()
+            assert all(torch.equal(own[name], value) for name, value in theirs.items())
+
+
+def test_retired_branches_are_written_before_what_relies_on_them(train, monkeypatch):
+    """Also when the disk is slow: before the checkpoint of the rung's step, and before training ends."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(sorted(Path(args.output_dir).glob("retired/branch_*/adapter_model.safetensors")))
+
+        def on_save(self, args, state, control, **kwargs):
+            seen.append(sorted(Path(args.output_dir).glob("retired/branch_*/adapter_model.safetensors")))
+
+    def slowly(*args):
+        time.sleep(0.5)
+        write_snapshots(*args)
+
+    monkeypatch.setattr("comlora_trl.training.tournament.write_snapshots", slowly)
+    settings = {**TOURNAMENT, "max_steps": 4, "comlora_rungs": "0.25:2,0.75:1", "trainer": {"callbacks": [Look()]}}
+    trainer = train(save_strategy="steps", save_steps=1, **settings)
+    assert list(map(len, seen)) == [0, 2, 2, 2, 2, 3, 3, 3]
+    retired = trainer.comlora_model.competition_state.retired
+    assert {int(file.parent.name[-1]) for file in seen[-1]} == retired.keys()
+
+
+def test_a_retired_branch_that_cant_be_written_ends_training(train, monkeypatch):
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("comlora_trl.training.tournament.write_snapshots", fail)
+    with pytest.raises(OSError, match="no space left"):
+        train(**{**TOURNAMENT, "max_steps": 4, "comlora_rungs": "0.25:1"})
+
+
+def test_validation_leaves_each_modules_mode():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(), torch.nn.Linear(2, 2)).train()
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("rows", ["all", "shared"])

@@ -109,14 +109,22 @@ def test_a_picture_that_fails_costs_no_winner(trained, tmp_path, monkeypatch, ca
     assert (tmp_path / "winner" / "README.md").is_file()
 
 
-def test_a_retired_branch_says_which_it_is(trained):
+def test_a_retired_branch_says_which_it_is(trained, tmp_path):
     [retired] = trained.comlora_model.competition_state.retired
     folder = Path(trained.args.output_dir) / "retired" / f"branch_{retired}"
     assert Adapter.read(folder).method == f"ComLoRA K=3 r=4, w/o selector, branch {retired}"
-    card = (folder / "README.md").read_text()
-    assert f"peft=branch_{retired}/ --tasks comlora_boolq" in card
-    assert "this adapter" in next(line for line in card.splitlines() if line.startswith(f"| branch_{retired} "))
     assert recorded_prompt(str(folder)) == "llm_adapters"
+    [line] = [line for line in Adapter.read(folder).competition["branches"] if line["branch"] == retired]
+    assert line["retired_at_step"] == 2
+    # what it lacks of a winner's, a tokenizer and a card, comes with an export
+    files = {"adapter_config.json", "adapter_model.safetensors", "competition.json", "training.json"}
+    assert {file.name for file in folder.iterdir()} == files
+    exported = tmp_path / f"branch_{retired}"
+    export_checkpoint(Path(trained.args.output_dir) / "checkpoint-4", retired, exported)
+    card = (exported / "README.md").read_text()
+    assert f"peft=branch_{retired}/ --tasks comlora_boolq" in card and (exported / "tokenizer.json").is_file()
+    assert "this adapter" in next(line for line in card.splitlines() if line.startswith(f"| branch_{retired} "))
+    assert (exported / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_checkpoints_carry_the_record_to_what_is_exported_from_them(trained, tmp_path):
