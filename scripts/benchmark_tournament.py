@@ -61,7 +61,8 @@ def tournaments(bench: Bench, results: Results) -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _run(make_trainer(bench, "trl", shape.rows, folder, 3, VALIDATION), 3)  # warm-up
+        for kind, settings in (("trl", {}), ("comlora", {**_TOURNAMENT, "comlora_rungs": "0.3:2,0.6:1"})):
+            _run(make_trainer(bench, kind, shape.rows, folder, 3, VALIDATION, **settings), 3)  # warm-up
         runs: dict[str, list[Run]] = {arm: [] for arm in arms}
         for turn in range(max(1, shape.rounds // 4)):
             for arm in rotated(arms, turn):
