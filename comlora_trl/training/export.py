@@ -14,7 +14,7 @@ from typing import Any
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.checkpoints import load_state
-from comlora_trl.training.model import BranchSnapshot, ComLoRAModel
+from comlora_trl.training.model import BranchSnapshot
 from comlora_trl.training.report import competition_summary, write_summary
 from comlora_trl.winner.files import read_training_record, write_training_record, write_winner_files
 from comlora_trl.winner.folder import TOKENIZER_FILES
@@ -85,22 +85,9 @@ def new_folder(target: str | Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_branch(
-    model: ComLoRAModel,
-    branch: int,
-    folder: Path,
-    summary: dict[str, Any],
-    state_dict: dict[str, Any],
-    processing_class: Any = None,
-) -> None:
-    """Writes one branch of a model into a folder as an ordinary PEFT adapter, with tokenizer and `competition.json`.
-
-    Args:
-        state_dict: the trained weights, see [`sharding.state_to_save`].
-    """
-    name = branch_name(branch)
-    model.save_adapters(folder, [name], state_dict=state_dict)
-    _flatten(folder / name, folder)
+def save_branch(snapshot: BranchSnapshot, folder: Path, summary: dict[str, Any], processing_class: Any = None) -> None:
+    """Writes a branch into a folder as an ordinary PEFT adapter, with tokenizer and `competition.json`."""
+    snapshot.save(folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     write_summary(summary, folder)
@@ -138,8 +125,7 @@ def write_snapshots(
     folder.mkdir(parents=True, exist_ok=True)
     for branch, snapshot in snapshots.items():
         with new_folder(folder / branch_name(branch), overwrite=True) as own:
-            snapshot.save(own)
-            write_summary(summary | {"exported_branch": branch}, own)
+            save_branch(snapshot, own, summary | {"exported_branch": branch})
             write_training_record(own, record)
 
 
@@ -180,10 +166,3 @@ def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | 
         if record := read_training_record(checkpoint):
             write_winner_files(folder, target=target, record=record)
     return branch
-
-
-def _flatten(source: Path, folder: Path) -> None:
-    """Moves an adapter's files from its subfolder, where PEFT puts a named adapter, to the root."""
-    for file in source.iterdir():
-        os.replace(file, folder / file.name)
-    source.rmdir()

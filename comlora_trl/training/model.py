@@ -209,7 +209,7 @@ class ComLoRAModel(BranchModel):
                 save_file(weights, Path(folder) / name / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def snapshot(self, branch: int, root: nn.Module | None = None) -> "BranchSnapshot":
-        """A branch as it is now, to be written while training goes on; every process has to call it.
+        """A branch as it is now, as PEFT would write it; every process has to call it.
 
         Args:
             root: the wrapped model.

@@ -15,6 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import save_branch
+from comlora_trl.training.model import BranchSnapshot
 from comlora_trl.training.sharding import state_to_save
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import (
@@ -49,16 +50,16 @@ class WinnerPublishing:
             seed=self.args.seed,
         )
 
-    def write_adapter(self, branch: int, folder: Path, target: Path, state_dict: dict[str, torch.Tensor]) -> None:
+    def write_adapter(self, branch: int, folder: Path, target: Path, snapshot: BranchSnapshot) -> None:
         """Writes a branch as an ordinary adapter, with all that an exported one carries.
 
         Args:
             folder: where it is written, which exists.
             target: where it will be.
-            state_dict: the trained weights, see [`sharding.state_to_save`].
+            snapshot: the branch as it is now.
         """
         summary = self.competition_summary() | {"exported_branch": branch}
-        save_branch(self.comlora_model, branch, folder, summary, state_dict, self.processing_class)
+        save_branch(snapshot, folder, summary, self.processing_class)
         write_winner_files(folder, target=target, record=self.training_record())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -74,10 +75,11 @@ class WinnerPublishing:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_winner(self, folder: Path) -> None:
-        winner, state_dict = self.determine_winner(), state_to_save(self.comlora_model, self.model_wrapped)
+        winner = self.determine_winner()
+        snapshot = self.comlora_model.snapshot(winner, self.model_wrapped)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            self.write_adapter(winner, folder, folder, state_dict)
+            self.write_adapter(winner, folder, folder, snapshot)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
 

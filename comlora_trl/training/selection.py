@@ -10,7 +10,6 @@ from typing import Any
 from transformers.trainer_utils import EvalLoopOutput
 
 from comlora_trl.branches.model import branch_name
-from comlora_trl.training import sharding
 from comlora_trl.training.export import RETIRED, new_folder
 from comlora_trl.training.report import competition_summary, print_table
 from comlora_trl.training.validation import validate
@@ -70,11 +69,11 @@ class WinnerSelection:
 
     def export_branch(self, branch: int, path: Path, overwrite: bool) -> None:
         """Exports a branch, see [`write_adapter`]; called by all processes."""
-        state_dict = sharding.state_to_save(self.comlora_model, self.model_wrapped)
+        snapshot = self.comlora_model.snapshot(branch, self.model_wrapped)
         if self.args.should_save:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_folder(path, overwrite) as folder:
-                self.write_adapter(branch, folder, path, state_dict)
+                self.write_adapter(branch, folder, path, snapshot)
         self.accelerator.wait_for_everyone()
 
     def competition_summary(self) -> dict[str, Any]:
