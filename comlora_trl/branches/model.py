@@ -102,7 +102,7 @@ class BranchModel(PeftModelForCausalLM):
         return known
 
     def named_branch_parameters(self, branch: int) -> dict[str, nn.Parameter]:
-        """[`branch_parameters`] by the names they have in the model, without wrappers' parts."""
+        """[`branch_parameters`] by the names they have in the model."""
         name = branch_name(branch)
         if name not in self.peft_config:
             return {}

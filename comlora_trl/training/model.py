@@ -214,11 +214,13 @@ class ComLoRAModel(BranchModel):
         Args:
             root: the wrapped model.
         """
-        name, named = branch_name(branch), self.named_branch_parameters(branch)
-        if not isinstance(root, FSDP):
+        name = branch_name(branch)
+        if isinstance(root, FSDP):
+            state = trained_state(self, root)
+        else:
             frozen = {own: self.get_parameter(own) for own in self._frozen_names.values()}
-            named |= {own: parameter for own, parameter in frozen.items() if not is_sharded([parameter])}
-        state = trained_state(self, root, named)
+            whole = {own: parameter for own, parameter in frozen.items() if not is_sharded([parameter])}
+            state = trained_state(self, root, self.named_branch_parameters(branch) | whole)
         names = self._saved_names[name] | self._frozen_names
         config, base = copy.deepcopy(self.peft_config[name]), self.get_base_model()
         config.inference_mode = True

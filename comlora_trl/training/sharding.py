@@ -38,12 +38,12 @@ def trained_state(
     Args:
         model: the model with its branches, out of any wrapper.
         root: the wrapped model, which FSDP1 needs before the first forward.
-        named: some parameters alone, by their names, which spares a walk through the model.
+        named: some parameters alone, by their names, which spares a walk through the model; not with FSDP1.
     """
     state: dict[str, Tensor] = {}
     for values in _gathered(model, root, False, named):
         state |= {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
-    return state if named is None else {name: state[name] for name in named}
+    return state
 
 
 def state_to_save(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tensor]:
@@ -186,15 +186,18 @@ def _gathered(
     if isinstance(root, FSDP):
         with FSDP.summon_full_params(root, recurse=False, writeback=False):
             pass  # it becomes the root, which otherwise the first unit asked would
-    known = named is not None and not isinstance(root, FSDP)
-    units = {} if known else {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
+    units = (
+        {}
+        if named is not None
+        else {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
+    )
     if isinstance(root, FSDP) or units:
         for prefix, unit in (units | ({"": root} if isinstance(root, FSDP) else {})).items():
             if _trained(unit.module):
                 with FSDP.summon_full_params(unit, recurse=False, writeback=change):
                     yield _trained(unit.module, prefix)
         return
-    named = named if known else _trained(model)
+    named = _trained(model) if named is None else named
     partitioned = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
     with _gathered_zero3(partitioned, change) if partitioned else nullcontext():
         if not change:
