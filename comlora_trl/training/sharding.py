@@ -186,11 +186,8 @@ def _gathered(
     if isinstance(root, FSDP):
         with FSDP.summon_full_params(root, recurse=False, writeback=False):
             pass  # it becomes the root, which otherwise the first unit asked would
-    units = (
-        {}
-        if named is not None
-        else {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
-    )
+    modules = model.named_modules() if named is None else ()
+    units = {name: module for name, module in modules if isinstance(module, FSDP)}
     if isinstance(root, FSDP) or units:
         for prefix, unit in (units | ({"": root} if isinstance(root, FSDP) else {})).items():
             if _trained(unit.module):
