@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 from comlora_trl.branches import layer_groups
+from comlora_trl.branches.expansion import INPUTS
 from comlora_trl.branches.kernels import selected_kernels
 
 
@@ -185,7 +186,7 @@ def upper_half(bench: Bench, results: Results) -> None:
     upper = list(range(layers // 2, layers))
     rows, models = bench.shape.rows, [bench.competing(4, layers_to_transform=upper) for _ in range(3)]
     late, whole, frozen_below = models
-    whole.expansion.start = frozen_below.expansion.start = None  # expand the model's inputs
+    whole.expansion.place = frozen_below.expansion.place = INPUTS
     whole.get_base_model().get_input_embeddings().register_forward_hook(lambda *seen: seen[-1].requires_grad_())
     names = ("late", "full, gradients to the embeddings as in the floor", "full, no gradient below")
     arms = {
