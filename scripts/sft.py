@@ -66,11 +66,20 @@ def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
     """Parses flags and --config; with neither a model nor data given, the embedded default's recipe comes first."""
     parser = TrlParser((ScriptArguments, ComLoRAScriptConfig, ComLoRAModelConfig, DatasetMixtureConfig))
     parser.description = __doc__
-    if not {"model_name_or_path", "dataset_name", "datasets"} & _given(argv):
-        recipe = yaml.safe_load(demo_recipe_path().read_text())
-        unknown = parser.set_defaults_with_config(**recipe)
-        assert not unknown, f"the demo's recipe has unknown fields: {unknown}"
-    return parser.parse_args_and_config(args=argv)
+    given = _given(argv)
+    if {"model_name_or_path", "dataset_name", "datasets"} & given:
+        return parser.parse_args_and_config(args=argv)
+    recipe = yaml.safe_load(demo_recipe_path().read_text())
+    tournament = recipe.pop("tournament")
+    unknown = parser.set_defaults_with_config(**recipe)
+    arguments = parser.parse_args_and_config(args=argv)
+    # The section is for the short way as it is: with rungs, rows or branches of one's own its parts don't fit together
+    own = {"comlora_k", "comlora_rungs", "comlora_rows", "comlora_branch_learning_rates", "comlora_selector"} & given
+    if arguments[1].comlora_tournament and not own:
+        unknown += parser.set_defaults_with_config(**tournament)
+        arguments = parser.parse_args_and_config(args=argv)
+    assert not unknown, f"the demo's recipe has unknown fields: {unknown}"
+    return arguments
 
 
 def _given(argv: list[str]) -> set[str]:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.competition import CompetitionState
-from comlora_trl.competition.rungs import Rung, edge_remark
+from comlora_trl.competition.rungs import Rung, early_remark, edge_remark
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.winner.folder import COMPETITION_FILE
 from comlora_trl.winner.table import cell, competition_table
@@ -73,12 +73,15 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None, by_module: 
     return f"ComLoRA: K={k} branches of rank {config.r}, {together} ({how}); {ParameterCounts.of(model)}"
 
 
-def field_line(args: Any, rungs: dict[int, Rung]) -> str | None:
+def field_line(args: Any, rungs: dict[int, Rung], max_steps: int) -> str | None:
     """The line on rates, rungs and shared rows that training prints at its start, None without any of them.
+
+    A remark follows in a line of its own where the first rung comes too early to tell much.
 
     Args:
         args: the `ComLoRAConfig`.
         rungs: the rungs by optimizer step.
+        max_steps: of the run.
     """
     parts = []
     if args.comlora_branch_learning_rates is not None:
@@ -88,7 +91,12 @@ def field_line(args: Any, rungs: dict[int, Rung]) -> str | None:
         parts.append(f"branches that go on: {steps}, by {args.winner_by.replace('_', ' ')}")
     if args.comlora_rows == "shared":
         parts.append("rows shared: the cost of one LoRA")
-    return "Tournament: " + "; ".join(parts) if parts else None
+    if not parts:
+        return None
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    warmup = args.get_warmup_steps(max_steps)
+    remark = early_remark(rungs, rows, args.comlora_k, args.comlora_rows == "shared", warmup)
+    return "Tournament: " + "; ".join(parts) + (f"\n{remark}" if remark else "")
 
 
 def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         model.competition_state.rates = self.args.comlora_branch_learning_rates
         self._plan, self._decided = None, False
         self.drop_retired()
-        if line := field_line(self.args, self.rungs):  # rungs that fall on one step end here
+        if line := field_line(self.args, self.rungs, self.state.max_steps):  # rungs that fall on one step end here
             self.accelerator.print(line)
         self._sums = StepSums(self._settings.k, self.args.device)
         self._window = LogWindow(self._settings.k)

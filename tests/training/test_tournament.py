@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig
 from comlora_trl.competition import CompetitionSettings
+from comlora_trl.competition.rungs import Rung, early_remark
 from comlora_trl.training.export import export_checkpoint, write_snapshots
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.validation import evaluation_mode
@@ -364,6 +365,33 @@ def test_the_short_way(tmp_path):
     plain = ComLoRAConfig(**make_arguments(tmp_path))
     assert (plain.comlora_k, plain.comlora_selector, plain.comlora_rows, plain.comlora_rungs) == (2, True, "all", None)
     assert plain.winner_by == "selector" and not plain.independent
+
+
+EARLY = [
+    # steps of the rungs, rows, branches, shared, warm-up; rows each branch has seen, the step to try
+    (6, 16, 4, True, 5, "each branch has seen 24 rows by then: try a first rung after step 25 "),
+    (6, 16, 4, False, 5, "each branch has seen 96 rows by then: try a first rung after step 7 "),
+    (7, 16, 4, False, 5, None),
+    (25, 16, 4, True, 5, None),
+    (24, 16, 4, True, 5, "each branch has seen 96 rows by then: try a first rung after step 25 "),
+    (20, 64, 4, True, 30, "seen 320 rows by then, all in the warm-up of 30 steps: try a first rung after step 31 "),
+]
+
+
+@pytest.mark.parametrize("step, rows, k, shared, warmup, expected", EARLY)
+def test_a_first_rung_that_tells_little_is_remarked(step, rows, k, shared, warmup, expected):
+    remark = early_remark({step: Rung(0.1, 2), step + 9: Rung(0.2, 1)}, rows, k, shared, warmup)
+    assert remark is None if expected is None else expected in remark and f"rung at step {step} " in remark
+    assert early_remark({}, rows, k, shared, warmup) is None
+
+
+def test_the_remark_is_printed_at_the_start(train, capsys):
+    settings = {**TOURNAMENT, "comlora_rows": "shared", "comlora_rungs": "0.5:1", "gradient_accumulation_steps": 2}
+    train(**settings, warmup_steps=2)
+    lines = capsys.readouterr().out.splitlines()
+    [place] = [place for place, line in enumerate(lines) if line.startswith("Tournament: ")]
+    assert lines[place + 1].startswith("the rung at step 6 may decide by chance, for each branch has seen 24 rows")
+    assert lines[place + 1].endswith("or all rows for every branch (--comlora_rows all)")
 
 
 BAD = {

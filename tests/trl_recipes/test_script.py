@@ -9,12 +9,15 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from conftest import make_dataset, make_model, make_tokenizer
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from comlora_trl import ComLoRASFTTrainer
+from comlora_trl.competition.rungs import default_rungs
 from comlora_trl.data import build_prompt
+from comlora_trl.demo import demo_recipe_path
 from comlora_trl.winner.files import read_training_record
 
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", "--save_strategy", "no"]
@@ -158,3 +161,25 @@ def test_a_mixture(sft, folder, trainers, tmp_path):
     assert (len(trainers[-1].train_dataset), len(trainers[-1].eval_dataset)) == (32, 8)
     with pytest.raises(SystemExit, match="--dataset_name does nothing with a mixture"):
         sft("--config", recipe, "--dataset_name", "demo", "--comlora_overwrite_winner")
+
+
+def test_the_demos_tournament_has_settings_of_its_own(script, tmp_path):
+    """They come with the short way alone, and flags and --config win."""
+
+    def parsed(*argv):
+        return script.parse_arguments(list(argv))[1]
+
+    own = yaml.safe_load(demo_recipe_path().read_text())["tournament"]
+    plain, short = parsed("--comlora_k", "2"), parsed("--comlora_tournament")
+    assert plain.comlora_rungs is None and plain.comlora_rows == "all" and plain.comlora_winner_by == "selector"
+    assert {name: getattr(short, name) for name in own} == own and short.comlora_k == 4
+    assert parsed("--comlora_tournament", "--learning_rate", "1e-3").comlora_rungs == own["comlora_rungs"]
+    # with a part of one's own the others are the package's
+    assert parsed("--comlora_tournament", "--comlora_k", "6").comlora_rungs == default_rungs(6)
+    assert parsed("--comlora_tournament", "--comlora_rows", "shared").comlora_rungs == default_rungs(4)
+    assert parsed("--comlora_tournament", "false").comlora_rungs is None
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("comlora_tournament: true\nmax_steps: 90\n")
+    assert parsed("--config", str(recipe)).comlora_rungs == own["comlora_rungs"]
+    recipe.write_text("comlora_tournament: true\ncomlora_rungs: 0.5:1\n")
+    assert parsed("--config", str(recipe)).comlora_rungs == "0.5:1"
