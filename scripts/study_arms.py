@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from comlora_trl.competition.rungs import Rung
+
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RANK, ROWS, STEPS = 4, 64, 200
 UNIT = ROWS * STEPS
@@ -22,6 +24,7 @@ class Arm:
     Attributes:
         fields: of `ComLoRAConfig`; the other ones are the study's own, the same for all arms.
         rank: of each branch; `lora_alpha` is twice the rank.
+        watch: fractions of the steps at which every branch is measured.
     """
 
     name: str
@@ -29,6 +32,17 @@ class Arm:
     rank: int = RANK
     rows: int = ROWS
     steps: int = STEPS
+    watch: tuple[float, ...] = ()
+
+    @property
+    def k(self) -> int:
+        """Its branches."""
+        return self.fields.get("comlora_k", 2)
+
+    @property
+    def watched_steps(self) -> list[int]:
+        """The steps after which every branch is measured, those of rungs at these fractions."""
+        return [Rung(share, 1).step(self.steps) for share in self.watch]
 
     @property
     def core(self) -> bool:
