@@ -22,6 +22,7 @@ UNIT = ROWS * STEPS
 SIZES = {"6000": 750, "640": 80}  # training rows in all, and of each of the eight tasks
 EARLY, MIDDLE, LATE = "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:2,0.75:1"
 EARLY_OF_EIGHT, MIDDLE_OF_EIGHT = "0.1:4,0.25:1", "0.25:4,0.5:1"
+SHARE = 1.0  # of the facts, which the study's worlds have re-paired
 RUNG_SHARES = (0.1, 0.25, 0.5, 0.75)
 
 
@@ -55,6 +56,11 @@ class Arm:
     def watched_steps(self) -> list[int]:
         """The steps after which every branch is measured, those of rungs at these fractions."""
         return [Rung(share, 1).step(self.steps) for share in self.watch]
+
+    @property
+    def expected(self) -> float:
+        """About how long a run takes, in steps of one branch: a step costs the host as much as eight branches do."""
+        return self.row_passes / self.rows + 8 * self.steps
 
     @property
     def row_passes(self) -> int:
@@ -93,13 +99,14 @@ def comlora(k: int, rate: float, name: str = "", core: bool = False, **fields: A
 
 def tournament(
     rungs: str, sharing: str = "shared", rates: Sequence[float] = RATES, by: str = "nll", name: str = "",
-    fields: Mapping[str, Any] | None = None, **more: Any,
+    **more: Any,
 ) -> Arm:  # fmt: skip
     """Branches of different rates, of which the rungs leave one."""
     rows = more.get("rows", ROWS)
     label = tournament_name(len(rates), rungs, sharing, by, f" {rows} a step" if rows != ROWS else "") + name
-    criterion = {"nll": "validation_loss", "accuracy": "validation_accuracy"}[by]
-    given = {"comlora_rungs": rungs, "comlora_rows": sharing, "comlora_winner_by": criterion, **(fields or {})}
+    criterion = {"nll": "validation_loss", "accuracy": "validation_accuracy", "selector": "selector"}[by]
+    given = {"comlora_rungs": rungs, "comlora_rows": sharing, "comlora_winner_by": criterion}
+    given["comlora_selector"] = by == "selector"
     return Arm(label, with_rates(rates, **given), **more)
 
 
@@ -133,10 +140,9 @@ def tournament_arms() -> list[Arm]:
     """Tournaments that no field contains, on shared rows and with the selector; two runs to check the fields."""
     narrow = {"rows": NARROW, "steps": STEPS * ROWS // NARROW}
     core = [tournament(rungs, by=by, core=True) for rungs in (EARLY, MIDDLE, LATE) for by in ("nll", "accuracy")]
-    selector = {"comlora_selector": True, "comlora_winner_by": "selector"}
     return [
         *core,
-        tournament(MIDDLE, "all", name=" with selector", fields=selector, core=True),
+        tournament(MIDDLE, "all", by="selector", core=True),
         *(tournament(EARLY_OF_EIGHT, rates=sorted(EIGHT_RATES), by=by) for by in ("nll", "accuracy")),
         tournament(MIDDLE_OF_EIGHT, rates=sorted(EIGHT_RATES), by="accuracy"),
         *(tournament(rungs, by="accuracy", **narrow) for rungs in (EARLY, MIDDLE, LATE)),
@@ -146,6 +152,17 @@ def tournament_arms() -> list[Arm]:
     ]
 
 
+# Timed alone on the machine: what the wall clock says of one LoRA, four, tournaments and ComLoRA
+BASE = Arm("base", with_rates([1e-12]), steps=1, core=True)  # hardly trained: what the base knows
+TIMED = (
+    BASE.name,  # warms the machine up
+    f"LoRA r4 {TUNED:g} (trained)",
+    tournament_name(4, EARLY, "shared", "nll"),
+    tournament_name(4, EARLY, "all", "nll") + " (trained)",
+    f"ComLoRA K4 {TUNED:g}",
+)
+
+
 def all_arms(tuned: float = TUNED) -> list[Arm]:
     """Every arm that is trained."""
-    return [*fields_of_branches(), *comlora_arms(tuned), *tournament_arms()]
+    return [BASE, *fields_of_branches(), *comlora_arms(tuned), *tournament_arms()]

@@ -169,7 +169,7 @@ def run(job: dict[str, Any], arms: dict[str, Arm]) -> dict[str, Any]:
         trainer, watch = train(arm, job["seed"], data, folder)
         seconds = time.perf_counter() - begin
         figures = score(trainer, data)
-    kept = {key: job[key] for key in ("arm", "size", "seed")}
+    kept = {key: job[key] for key in ("arm", "size", "seed", "alone") if key in job}
     watched = {"watched": watch.seen} if watch.seen else {}
     return {**kept, "row_passes": arm.row_passes, "seconds": round(seconds, 2), **figures, **watched}
 
