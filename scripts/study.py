@@ -24,7 +24,8 @@ from demo_facts import shuffled_world
 from make_demo_data import make_splits
 from study_arms import SHARE, SIZES, TIMED, TUNED, Arm, all_arms
 from study_pool import Job, Pool, shared_gpu
-from study_report import print_report, read_results
+from study_questions import print_report
+from study_report import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 VALIDATION, TEST = 25, 150  # rows of each task

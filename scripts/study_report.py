@@ -106,12 +106,3 @@ def headroom(results: Iterable[Row], size: str) -> str:
         cells = [f"{statistics.fmean(values[name]):.1f}" if values[name] else "–" for name in names]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def print_report(results: list[Row]) -> None:
-    """The tables of every size that has results, and where they come from."""
-    for size in sorted({row["size"] for row in results}, key=int, reverse=True):
-        print(f"\n{table(results, size)}\n\n{headroom(results, size)}")
-    origins = sorted({(row["commit"], row["machine"], row["workers"]) for row in results})
-    for commit, machine, workers in origins:
-        print(f"\ncommit {commit}, {machine}, {workers} runs at a time")

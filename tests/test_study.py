@@ -15,6 +15,7 @@ import study  # noqa: E402
 import study_arms  # noqa: E402
 import study_derived  # noqa: E402
 import study_pool  # noqa: E402
+import study_questions  # noqa: E402
 import study_report  # noqa: E402
 
 FIELD = study_arms.fields_of_branches()[0]
@@ -93,6 +94,21 @@ def test_an_all_rows_tournament_retires_by_the_figures_at_its_rungs() -> None:
     early[0] = None  # and here before them
     arms = study_report.arms_by_seed([line], "640")
     assert arms[study_arms.tournament_name(4, study_arms.EARLY, "all", "nll")][0]["test"] == 0.3
+
+
+def test_every_question_names_arms_and_best_rates_are_those_of_the_best_mean() -> None:
+    names = {arm.name for arm in [*study_arms.all_arms(), *study_derived.derived_arms()]} | set(
+        study_questions.FAMILIES
+    )
+    assert all({arm, baseline} <= names for _, arm, baseline in study_questions.questions())
+    figures = [(0.4, 0.5, 0.30), (0.2, 0.6, 0.50), (0.3, 0.9, 0.70), (0.5, 0.1, 0.10)]
+    results = [field_row(seed, *figures) for seed in (0, 1)]
+    best = study_questions.with_best_rates(study_report.arms_by_seed(results, "640"))["LoRA r4 at its best rate"]
+    assert [row["test"] for row in best.values()] == [0.7, 0.7]
+    line = (
+        "| a grid against a guess | grid of 4 by accuracy | LoRA r4, rate guessed among the four | +30.0 ± 0.0 (2) |"
+    )
+    assert line in study_questions.comparisons(results, ["640"])
 
 
 def test_differences_are_paired_by_seed() -> None:
