@@ -39,17 +39,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, help="processes at a time (default %(default)s)")
     parser.add_argument("--tuned", type=float, default=TUNED, help="rate of ComLoRA's ablations (default %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "studies" / "results.jsonl", help="file of the results")
-    parser.add_argument("--seconds", type=float, help="give out no run after this many seconds")
+    parser.add_argument("--seconds", type=float, help="give out no run after this many, and wait 60 more")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 (default: float32, tf32 on a GPU)")
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs and their cost")
     parser.add_argument("--report", action="store_true", help="print the tables, train nothing")
     return parser.parse_args()
 
 
 def missing_jobs(arms: Iterable[Arm], sizes: list[str], seeds: int, results: Path) -> list[Job]:
-    """The runs that have no line yet: the core's first, seed by seed, the longest of a seed first."""
+    """The runs that have no line yet: by priority, then seed by seed, the longest of a seed first."""
     done = {(row["arm"], row["size"], row["seed"]) for row in read_results(results) if "alone" not in row}
     ordered = sorted(arms, key=lambda arm: -arm.expected)
-    groups = ([arm for arm in ordered if arm.core], [arm for arm in ordered if not arm.core])
+    groups = [[arm for arm in ordered if arm.priority == priority] for priority in (1, 2, 3)]
     runs = ((arm, seed, size) for group in groups for seed in range(seeds) for arm in group for size in sizes)
     jobs = [{"arm": arm.name, "size": size, "seed": seed} for arm, seed, size in runs if seed < (arm.seeds or seeds)]
     return [job for job in jobs if (job["arm"], job["size"], job["seed"]) not in done]
@@ -76,23 +77,24 @@ def write_data(jobs: list[Job], folder: Path) -> None:
 def train(jobs: list[Job], alone: list[Job], arguments: argparse.Namespace) -> int:
     """Trains the jobs, first those that are timed alone; returns how many failed."""
     deadline = time.monotonic() + arguments.seconds if arguments.seconds else None
-    command = [sys.executable, str(Path(__file__).with_name("study_run.py")), str(arguments.tuned)]
+    precision = "bf16" if arguments.bf16 else "float32"
+    command = [sys.executable, str(Path(__file__).with_name("study_run.py")), str(arguments.tuned), precision]
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    single = Pool(command, arguments.results, describe_run(1), 1 if alone else 0, deadline)
+    single = Pool(command, arguments.results, describe_run(1, precision), 1 if alone else 0, deadline)
     with tempfile.TemporaryDirectory() as folder, shared_gpu() as environment:
-        about, workers = describe_run(arguments.workers) | {"mps": bool(environment)}, arguments.workers
+        about, workers = describe_run(arguments.workers, precision) | {"mps": bool(environment)}, arguments.workers
         pool = Pool(command, arguments.results, about, min(workers, len(jobs)), deadline, environment=environment)
         write_data([*alone, *jobs], Path(folder))
         return single.run(alone) + pool.run(jobs)
 
 
-def describe_run(workers: int) -> dict[str, Any]:
-    """Commit, machine and how many runs shared it."""
+def describe_run(workers: int, precision: str) -> dict[str, Any]:
+    """Commit, machine, how many runs shared it, and in what precision."""
     import torch
 
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {"commit": commit.strip() or "unknown", "machine": machine, "workers": workers}
+    return {"commit": commit.strip() or "unknown", "machine": machine, "workers": workers, "precision": precision}
 
 
 def main() -> None:

@@ -13,16 +13,17 @@ from typing import Any
 
 from comlora_trl.competition.rungs import Rung, parse_rungs
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-EIGHT_RATES = (*RATES, 2.5e-4, 5e-4, 1.6e-2, 3.2e-2)  # the four first: they are branches 0 to 3 of every field
+RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
+EIGHT_RATES = (*RATES, 5e-4, 2e-3, 8e-3, 3.2e-2)  # the four first: they are branches 0 to 3 of the first field
 TUNED = 4e-3  # where branches of one rate compete, and of ComLoRA's ablations
 RANK, ROWS, STEPS = 4, 64, 200
-NARROW = 16  # rows a step, for as many row passes: small batches, which shared rows thin out
+NARROW, NARROW_STEPS = 16, 2 * STEPS  # small batches, which shared rows thin out
 UNIT = ROWS * STEPS
 SIZES = {"6000": 750, "640": 80}  # training rows in all, and of each of the eight tasks
 EARLY, MIDDLE, LATE = "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:2,0.75:1"
 EARLY_OF_EIGHT, MIDDLE_OF_EIGHT = "0.1:4,0.25:1", "0.25:4,0.5:1"
-SHARE = 1.0  # of the facts, which the study's worlds have re-paired
+SHARE = 0.5  # of the facts, which the study's worlds have re-paired: of all, rank 4 learns nothing in a unit
+CRITERIA = ("nll", "accuracy")
 RUNG_SHARES = (0.1, 0.25, 0.5, 0.75)
 
 
@@ -34,7 +35,7 @@ class Arm:
         fields: of `ComLoRAConfig`; the other ones are the study's own, the same for all arms.
         rank: of each branch; `lora_alpha` is twice the rank.
         watch: fractions of the steps at which every branch is measured.
-        core: whether the questions at the top of the report need the arm; such arms are trained first.
+        priority: 1 for what the questions at the top of the report need, which is trained first.
         seeds: it is trained with at most as many, None for all.
     """
 
@@ -44,7 +45,7 @@ class Arm:
     rows: int = ROWS
     steps: int = STEPS
     watch: tuple[float, ...] = ()
-    core: bool = False
+    priority: int = 3
     seeds: int | None = None
 
     @property
@@ -92,9 +93,9 @@ def field_of(name: str, rates: Iterable[float], **more: Any) -> Arm:
     return Arm(f"field {name}", with_rates(rates), watch=RUNG_SHARES, **more)
 
 
-def comlora(k: int, rate: float, name: str = "", core: bool = False, **fields: Any) -> Arm:
+def comlora(k: int, rate: float, name: str = "", priority: int = 3, **fields: Any) -> Arm:
     """The paper's competition; `fields` are the ablations'."""
-    return Arm(f"ComLoRA K{k} {rate:g}{name}", {"comlora_k": k, "learning_rate": rate, **fields}, core=core)
+    return Arm(f"ComLoRA K{k} {rate:g}{name}", {"comlora_k": k, "learning_rate": rate, **fields}, priority=priority)
 
 
 def tournament(
@@ -116,44 +117,46 @@ def tournament_name(k: int, rungs: str, sharing: str, by: str, note: str = "") -
 
 
 def fields_of_branches() -> list[Arm]:
-    """The fields: at the usual steps, also with other seeds of the tuned rate; longer; of a larger rank; narrow."""
-    same = (TUNED,) * 3
+    """The fields: all rates, twice the steps, a larger rank, one rate, four times the steps, small batches."""
     return [
-        field_of("r4", (*EIGHT_RATES, *same), core=True),
-        field_of("r4 2x steps", (*RATES, *same), steps=2 * STEPS, core=True),
-        field_of("r16", RATES, rank=4 * RANK, core=True),
-        field_of("r4 16 rows", RATES, rows=NARROW, steps=STEPS * ROWS // NARROW),
-        field_of("r4 4x steps", RATES[1:], steps=4 * STEPS),
+        field_of("r4", EIGHT_RATES, priority=1),
+        field_of("r4 2x steps", RATES, steps=2 * STEPS, priority=1),
+        field_of("r16", RATES[1:3], rank=4 * RANK, priority=1),
+        field_of(f"r4 all {TUNED:g}", (TUNED,) * 4, priority=2),
+        field_of("r4 4x steps", (TUNED / 2, TUNED), steps=4 * STEPS),
+        field_of("r4 16 rows", RATES, rows=NARROW, steps=NARROW_STEPS),
+        field_of(f"r4 2x steps all {TUNED:g}", (TUNED,) * 4, steps=2 * STEPS),
     ]
 
 
 def comlora_arms(tuned: float) -> list[Arm]:
-    """ComLoRA at each rate, and its ablations (Table 5) at the tuned one."""
+    """ComLoRA at the rates around LoRA's best, and its ablations (Table 5) at the tuned one."""
+    priorities = {4: {TUNED: 1, TUNED / 2: 1, TUNED / 4: 2, TUNED * 2: 3}, 2: {TUNED: 2, TUNED / 2: 2, TUNED / 4: 3}}
     ablations = {"lm": "L_LM", "alignment": "L_align", "pairwise": "L_pairwise"}
     without = [
         comlora(4, tuned, name=f" w/o {title}", **{f"comlora_{loss}_weight": 0.0}) for loss, title in ablations.items()
     ]
-    return [*(comlora(k, rate, core=True) for k in (2, 4) for rate in RATES), *without]
+    rates = [(k, rate, priority) for k, given in priorities.items() for rate, priority in given.items()]
+    return [*(comlora(k, rate, priority=priority) for k, rate, priority in rates), *without]
 
 
 def tournament_arms() -> list[Arm]:
     """Tournaments that no field contains, on shared rows and with the selector; two runs to check the fields."""
-    narrow = {"rows": NARROW, "steps": STEPS * ROWS // NARROW}
-    core = [tournament(rungs, by=by, core=True) for rungs in (EARLY, MIDDLE, LATE) for by in ("nll", "accuracy")]
+    narrow = {"rows": NARROW, "steps": NARROW_STEPS}
+    first = [tournament(rungs, by=by, priority=1) for rungs in (EARLY, MIDDLE) for by in CRITERIA]
+    eight = {"rates": sorted(EIGHT_RATES), "priority": 2}
     return [
-        *core,
-        tournament(MIDDLE, "all", by="selector", core=True),
-        *(tournament(EARLY_OF_EIGHT, rates=sorted(EIGHT_RATES), by=by) for by in ("nll", "accuracy")),
-        tournament(MIDDLE_OF_EIGHT, rates=sorted(EIGHT_RATES), by="accuracy"),
-        *(tournament(rungs, by="accuracy", **narrow) for rungs in (EARLY, MIDDLE, LATE)),
-        *(tournament(EARLY_OF_EIGHT, rates=sorted(EIGHT_RATES), by="accuracy", **narrow),),
-        tournament(EARLY, "all", name=" (trained)", core=True, seeds=1),
-        Arm(f"LoRA r4 {TUNED:g} (trained)", with_rates([TUNED]), core=True, seeds=1),
+        *first,
+        *(tournament(LATE, by=by, priority=2) for by in CRITERIA),
+        *(tournament(rungs, by="accuracy", **eight) for rungs in (EARLY_OF_EIGHT, MIDDLE_OF_EIGHT)),
+        tournament(MIDDLE, "all", by="selector", priority=2),
+        *(tournament(rungs, by="accuracy", **narrow) for rungs in (EARLY, MIDDLE)),
+        tournament(EARLY, "all", name=" (trained)", priority=1, seeds=1),
+        Arm(f"LoRA r4 {TUNED:g} (trained)", with_rates([TUNED]), priority=1, seeds=1),
     ]
 
 
-# Timed alone on the machine: what the wall clock says of one LoRA, four, tournaments and ComLoRA
-BASE = Arm("base", with_rates([1e-12]), steps=1, core=True)  # hardly trained: what the base knows
+BASE = Arm("base", with_rates([1e-12]), steps=1, priority=1)  # hardly trained: what the base knows
 TIMED = (
     BASE.name,  # warms the machine up
     f"LoRA r4 {TUNED:g} (trained)",

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from study_arms import (
+    CRITERIA,
     EARLY,
     EARLY_OF_EIGHT,
     EIGHT_RATES,
     LATE,
     MIDDLE,
     MIDDLE_OF_EIGHT,
-    RATES,
     TUNED,
     Arm,
     branch_steps,
@@ -20,7 +20,6 @@ from study_arms import (
 
 from comlora_trl.competition.rungs import Rung, parse_rungs, retired_at
 
-CRITERIA = ("nll", "accuracy")
 Row = dict[str, Any]
 
 
@@ -81,28 +80,24 @@ class Derived:
 
 
 def derived_arms() -> list[Derived]:
-    """All of them, the questions' first."""
-    usual, double, wide, narrow, long = fields_of_branches()
-    four, same = tuple(range(4)), tuple(range(len(EIGHT_RATES), len(EIGHT_RATES) + 3))
-    eight = tuple(sorted(range(8), key=lambda branch: EIGHT_RATES[branch]))
-    tuned = RATES.index(TUNED)
+    """All of them: single LoRAs, grids and seeds, tournaments on all rows."""
+    usual, double, wide, same, long, narrow, double_same = fields_of_branches()
+    four, eight = tuple(range(4)), tuple(sorted(range(8), key=lambda branch: EIGHT_RATES[branch]))
     arms = [Derived(f"LoRA r4 {EIGHT_RATES[branch]:g}", usual, (branch,)) for branch in eight]
     arms += [Derived("LoRA r4, rate guessed among the four", usual, four, "mean")]
+    for field, text in ((wide, "LoRA r16 {:g}"), (long, "LoRA r4 {:g} 4x steps"), (double, "LoRA r4 {:g} 2x steps")):
+        rates = field.fields["comlora_branch_learning_rates"]
+        arms += [Derived(text.format(rate), field, (branch,)) for branch, rate in enumerate(rates)]
     for by in CRITERIA:
         arms.append(Derived(f"grid of 4 by {by}", usual, four, by))
         arms.append(Derived(f"grid of 8 by {by}", usual, eight, by))
-        arms.append(Derived(f"best of 4 seeds {TUNED:g} by {by}", usual, (tuned, *same), by))
+        arms.append(Derived(f"best of 4 seeds {TUNED:g} by {by}", same, four, by))
+        arms.append(Derived(f"grid of 4, 16 rows a step by {by}", narrow, four, by))
         arms += [_tournament(usual, four, rungs, by) for rungs in (EARLY, MIDDLE, LATE)]
         arms += [_tournament(usual, eight, rungs, by) for rungs in (EARLY_OF_EIGHT, MIDDLE_OF_EIGHT)]
         arms += [_tournament(double, four, rungs, by, " 2x steps") for rungs in (EARLY, MIDDLE, LATE)]
-        note, again = f" 2x steps, all {TUNED:g}", (tuned, *range(4, 7))
-        arms.append(_tournament(double, again, MIDDLE, by, note))
-        arms.append(Derived(f"grid of 4, 16 rows a step by {by}", narrow, four, by))
         arms += [_tournament(narrow, four, rungs, by, " 16 a step") for rungs in (EARLY, MIDDLE)]
-    arms += [Derived(f"LoRA r16 {rate:g}", wide, (branch,)) for branch, rate in enumerate(RATES)]
-    arms += [Derived(f"LoRA r4 {rate:g}, 16 rows a step", narrow, (branch,)) for branch, rate in enumerate(RATES)]
-    arms += [Derived(f"LoRA r4 {rate:g} 2x steps", double, (branch,)) for branch, rate in enumerate(RATES)]
-    arms += [Derived(f"LoRA r4 {rate:g} 4x steps", long, (branch,)) for branch, rate in enumerate(RATES[1:])]
+        arms.append(_tournament(double_same, four, MIDDLE, by, f" 2x steps, all {TUNED:g}"))
     return arms
 
 

@@ -61,7 +61,7 @@ class Pool:
 
     def __init__(
         self, command: Sequence[str], results: Path, about: Mapping[str, Any], workers: int,
-        deadline: float | None = None, grace: float = 20.0, environment: Mapping[str, str] | None = None,
+        deadline: float | None = None, grace: float = 60.0, environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.command, self.results, self.about = list(command), results, about
         self.deadline, self.grace = deadline, grace

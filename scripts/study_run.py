@@ -46,7 +46,7 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(demo_model_path())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def load_rows(path: str) -> Data:
     """All rows of a file, tokenized once for many runs."""
     with open(path, encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def validation_figures(trainer: ComLoRASFTTrainer) -> dict[str, list[float | Non
     return {"nll": result["validation_nll"], "accuracy": result["validation_accuracy"]}
 
 
-def train(arm: Arm, seed: int, data: Data, folder: str) -> tuple[ComLoRASFTTrainer, Watch]:
+def train(arm: Arm, seed: int, data: Data, folder: str, bf16: bool = False) -> tuple[ComLoRASFTTrainer, Watch]:
     """A finished trainer, its winner determined, and what was watched on the way."""
     args = ComLoRAConfig(
         output_dir=folder,
@@ -100,7 +100,7 @@ def train(arm: Arm, seed: int, data: Data, folder: str) -> tuple[ComLoRASFTTrain
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=bf16,
         tf32=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=arm.steps,
@@ -161,12 +161,12 @@ def score(trainer: ComLoRASFTTrainer, data: Data) -> dict[str, Any]:
     return {"winner": winner, "branches": branches}
 
 
-def run(job: dict[str, Any], arms: dict[str, Arm]) -> dict[str, Any]:
+def run(job: dict[str, Any], arms: dict[str, Arm], bf16: bool = False) -> dict[str, Any]:
     """The result of one job; the seconds are those of training, validation and export."""
     arm, data = arms[job["arm"]], load_rows(job["data"])
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        trainer, watch = train(arm, job["seed"], data, folder)
+        trainer, watch = train(arm, job["seed"], data, folder, bf16)
         seconds = time.perf_counter() - begin
         figures = score(trainer, data)
     kept = {key: job[key] for key in ("arm", "size", "seed", "alone") if key in job}
@@ -182,7 +182,7 @@ def main() -> None:
     arms = {arm.name: arm for arm in all_arms(float(sys.argv[1]))}
     for line in sys.stdin:
         try:
-            result = run(json.loads(line), arms)
+            result = run(json.loads(line), arms, sys.argv[2] == "bf16")
         except Exception as error:  # one arm's failure must not end the study; it is reported as such
             result = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(result) + "\n")
