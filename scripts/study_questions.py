@@ -90,7 +90,8 @@ def comparisons(results: Sequence[Row], sizes: Sequence[str]) -> str:
             own, other = arms[size].get(arm, {}), arms[size].get(baseline, {})
             gap = difference(own, other)
             cells.append(f"{gap[0]:+.1f} ± {gap[1]:.1f} ({len(set(own) & set(other))})" if gap else "–")
-        lines.append(f"| {heading} | {arm} | {baseline} | {' | '.join(cells)} |")
+        if set(cells) != {"–"}:
+            lines.append(f"| {heading} | {arm} | {baseline} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
