@@ -1,4 +1,12 @@
-"""The facts and words of the demo's small world: what is a bird, what cuts paper, who is happy."""
+"""The facts and words of the demo's small world: what is a bird, what cuts paper, who is happy.
+
+Also worlds in which other facts hold, in the same words: what a model of the demo's world has to learn anew.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -91,5 +99,62 @@ SCENES = _pairs(
 )
 NAMES = "Anna Ben Carl Dora Emma Finn Greta Hugo Iris Jack Kate Leo Mia Nick Olga Paul Rosa Sam Tina Will".split()
 PEOPLE = "man woman boy girl".split()
-KIND = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns.split()}
-FEELING = {event: feeling for feeling, events in FEELINGS.items() for event in events.split("|")}
+
+
+@dataclass(frozen=True)
+class World:
+    """Which facts hold. What a kind is like and where it is found (`PROPERTIES`, `PLACES`) is the same everywhere.
+
+    Attributes:
+        categories: kind -> its nouns, separated by spaces.
+        goals: what one wants to do -> what it takes.
+        feelings: feeling -> the events that cause it, separated by `|`.
+        scenes: scene -> how it goes on.
+    """
+
+    categories: dict[str, str]
+    goals: dict[str, str]
+    feelings: dict[str, str]
+    scenes: dict[str, str]
+
+    @cached_property
+    def kind(self) -> dict[str, str]:
+        """noun -> kind"""
+        return {noun: category for category, nouns in self.categories.items() for noun in nouns.split()}
+
+    @cached_property
+    def feeling(self) -> dict[str, str]:
+        """event -> feeling"""
+        return {event: feeling for feeling, events in self.feelings.items() for event in events.split("|")}
+
+
+DEMO = World(CATEGORIES, GOALS, FEELINGS, SCENES)
+
+
+def shuffled_world(seed: int, share: float = 1.0) -> World:
+    """The demo's world with a share of its facts re-paired at random: a robin may be a tool, a gift may sadden.
+
+    Groups keep their sizes; a few shuffled facts hold as before, by chance.
+    """
+    rng = random.Random(f"world {seed}")
+    return World(
+        _regrouped(CATEGORIES, " ", share, rng),
+        dict(zip(GOALS, _shuffled(GOALS.values(), share, rng), strict=True)),
+        _regrouped(FEELINGS, "|", share, rng),
+        dict(zip(SCENES, _shuffled(SCENES.values(), share, rng), strict=True)),
+    )
+
+
+def _shuffled(values: Iterable[str], share: float, rng: random.Random) -> list[str]:
+    """The values, a share of which have changed places among themselves."""
+    values = list(values)
+    places = rng.sample(range(len(values)), round(share * len(values)))
+    for place, value in zip(places, rng.sample([values[place] for place in places], len(places)), strict=True):
+        values[place] = value
+    return values
+
+
+def _regrouped(groups: dict[str, str], mark: str, share: float, rng: random.Random) -> dict[str, str]:
+    """The groups, a share of whose members have changed places."""
+    members = iter(_shuffled((member for group in groups.values() for member in group.split(mark)), share, rng))
+    return {name: mark.join(next(members) for _ in group.split(mark)) for name, group in groups.items()}

@@ -15,18 +15,21 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from demo_world import DEPTHS, GENERATORS, TASKS
+from demo_facts import DEMO, World, shuffled_world
+from demo_world import DEPTHS, Generator, generators
 
 DEPTH_WEIGHTS = (3, 1, 1)  # how often a question has depth 1, 2, 3
 
 
-def draw_rows(task: str, count: int, held_out: bool, seen: set[str], rng: random.Random) -> list[dict[str, str]]:
-    """`count` rows of one task, held out or not, with new instructions and balanced answers.
+def draw_rows(
+    maker: tuple[Generator, list[str]], count: int, held_out: bool, seen: set[str], rng: random.Random
+) -> list[dict[str, str]]:
+    """`count` rows of one task (its generator and facts), held out or not, with new instructions and balanced answers.
 
     Raises:
         ValueError: if there are not as many.
     """
-    make, facts = GENERATORS[task]
+    make, facts = maker
     rows: list[dict[str, str]] = []
     per_answer: Counter[str] = Counter()
     for _ in range(500 * count):
@@ -39,17 +42,19 @@ def draw_rows(task: str, count: int, held_out: bool, seen: set[str], rng: random
             rows.append(row)
         if len(rows) == count:
             return rows
-    raise ValueError(f"{task}: only {len(rows)} of {count} distinct rows found; ask for fewer rows per task")
+    raise ValueError(f"{item.task}: only {len(rows)} of {count} distinct rows found; ask for fewer rows per task")
 
 
-def make_splits(train: int, validation: int, test: int, seed: int) -> dict[str, list[dict[str, str]]]:
+def make_splits(
+    train: int, validation: int, test: int, seed: int, world: World = DEMO
+) -> dict[str, list[dict[str, str]]]:
     """All three splits, the given number of rows per task; test keeps the tasks in order, the others are shuffled."""
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
-    for task in TASKS:
+    for task, maker in generators(world).items():
         rng, seen = random.Random(f"{seed} {task} rows"), set()
-        splits["test"] += draw_rows(task, test, True, seen, rng)
-        splits["validation"] += draw_rows(task, validation, True, seen, rng)
-        splits["train"] += draw_rows(task, train, False, seen, rng)
+        splits["test"] += draw_rows(maker, test, True, seen, rng)
+        splits["validation"] += draw_rows(maker, validation, True, seen, rng)
+        splits["train"] += draw_rows(maker, train, False, seen, rng)
     for name in ("train", "validation"):
         random.Random(f"{seed} {name}").shuffle(splits[name])
     return splits
@@ -65,9 +70,12 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=25, help="validation rows per task (default %(default)s)")
     parser.add_argument("--test", type=int, default=75, help="test rows per task (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--world", type=int, help="seed of a world with other facts, which the base does not know")
     arguments = parser.parse_args()
+    world = DEMO if arguments.world is None else shuffled_world(arguments.world)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in make_splits(arguments.train, arguments.validation, arguments.test, arguments.seed).items():
+    counts = (arguments.train, arguments.validation, arguments.test)
+    for name, rows in make_splits(*counts, arguments.seed, world).items():
         path = arguments.out / f"{name}.json"
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e6:.2f} MB")

@@ -1,18 +1,30 @@
-"""The arms of the study: what is trained, as data, and what is chosen among finished runs.
+"""The arms of the study: what is trained, as data.
 
 A unit of cost is one LoRA's usual training: `UNIT` row passes (one row through one branch, forward and backward).
+
+Branches that all see every row, without a selector, do not know of each other: each is the LoRA that training it alone
+gives, and a branch that retires changes nothing for the others (the package's tests show both). So a *field* of many
+branches trains many arms at once; `study_derived.py` says which.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+from comlora_trl.competition.rungs import Rung, parse_rungs
+
+RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
+EIGHT_RATES = (*RATES, 5e-4, 2e-3, 8e-3, 3.2e-2)  # the four first: they are branches 0 to 3 of the first field
+TUNED = 4e-3  # where branches of one rate compete, and of ComLoRA's ablations
 RANK, ROWS, STEPS = 4, 64, 200
+NARROW, NARROW_STEPS = 16, 2 * STEPS  # small batches, which shared rows thin out
 UNIT = ROWS * STEPS
 SIZES = {"6000": 750, "640": 80}  # training rows in all, and of each of the eight tasks
+EARLY, MIDDLE, LATE = "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:2,0.75:1"
+EARLY_OF_EIGHT, MIDDLE_OF_EIGHT = "0.1:4,0.25:1", "0.25:4,0.5:1"
+SHARE = 0.5  # of the facts, which the study's worlds have re-paired: of all, rank 4 learns nothing in a unit
+CRITERIA = ("nll", "accuracy")
+RUNG_SHARES = (0.1, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,9 @@ class Arm:
     Attributes:
         fields: of `ComLoRAConfig`; the other ones are the study's own, the same for all arms.
         rank: of each branch; `lora_alpha` is twice the rank.
+        watch: fractions of the steps at which every branch is measured.
+        priority: 1 for what the questions at the top of the report need, which is trained first.
+        seeds: it is trained with at most as many, None for all.
     """
 
     name: str
@@ -29,156 +44,128 @@ class Arm:
     rank: int = RANK
     rows: int = ROWS
     steps: int = STEPS
+    watch: tuple[float, ...] = ()
+    priority: int = 3
+    seeds: int | None = None
 
     @property
-    def core(self) -> bool:
-        """Whether the questions at the top of the report need the arm; such arms are trained first."""
-        return self.name in _core_names()
+    def k(self) -> int:
+        """Its branches."""
+        return self.fields.get("comlora_k", 2)
+
+    @property
+    def watched_steps(self) -> list[int]:
+        """The steps after which every branch is measured, those of rungs at these fractions."""
+        return [Rung(share, 1).step(self.steps) for share in self.watch]
+
+    @property
+    def expected(self) -> float:
+        """About how long a run takes, in steps of one branch: a step costs the host as much as eight branches do."""
+        return self.row_passes / self.rows + 8 * self.steps
 
     @property
     def row_passes(self) -> int:
         """What the run costs: over its steps, its rows times the branches that see them."""
-        if self.fields.get("comlora_rows", "all") == "shared":
-            return self.rows * self.steps
-        return self.rows * sum(length * living for length, living in self._spans())
-
-    def _spans(self) -> list[tuple[int, int]]:
-        """(steps, living branches) between the rungs."""
-        spans, begin, living = [], 0, self.fields.get("comlora_k", 2)
-        for share, left in _rungs(self.fields.get("comlora_rungs")):
-            end = math.ceil(share * self.steps)
-            spans.append((end - begin, living))
-            begin, living = end, left
-        return [*spans, (self.steps - begin, living)]
+        shared = self.fields.get("comlora_rows", "all") == "shared"
+        return self.rows * (
+            self.steps if shared else branch_steps(self.steps, self.k, self.fields.get("comlora_rungs"))
+        )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The best branch of several arms' runs of one seed by a validation figure, at the cost of all of them.
-
-    Attributes:
-        by: `nll` (lowest) or `accuracy` (highest token accuracy).
-    """
-
-    name: str
-    arms: tuple[str, ...]
-    by: str
+def branch_steps(steps: int, k: int, rungs: str | None) -> int:
+    """Steps times the branches that take them, where every living branch sees all rows."""
+    total, begin, living = 0, 0, k
+    for rung in parse_rungs(rungs, k):
+        total += (rung.step(steps) - begin) * living
+        begin, living = rung.step(steps), rung.survivors
+    return total + (steps - begin) * living
 
 
-def _rungs(text: str | None) -> list[tuple[float, int]]:
-    pairs = [rung.split(":") for rung in text.split(",")] if text else []
-    return [(float(share), int(left)) for share, left in pairs]
+def with_rates(rates: Iterable[float], **more: Any) -> dict[str, Any]:
+    """The configuration of branches that differ in their rate."""
+    rates = list(rates)
+    alone = {"comlora_selector": False, "comlora_winner_by": "validation_loss"}
+    return {"comlora_k": len(rates), "comlora_branch_learning_rates": rates, **alone, **more}
 
 
-def lora(rate: float, rank: int = RANK, rows: int = ROWS, steps: int = STEPS) -> Arm:
-    """Plain LoRA."""
-    name = f"lora r{rank} {rate:g}" + (f" {rows} rows" if rows != ROWS else "")
-    name += f" {rows * steps / UNIT:.0f}x steps" if rows * steps > 1.5 * UNIT else ""
-    fields = {"comlora_k": 1, "comlora_selector": False, "comlora_winner_by": "validation_loss"}
-    return Arm(name, {**fields, "learning_rate": rate}, rank, rows, steps)
+def field_of(name: str, rates: Iterable[float], **more: Any) -> Arm:
+    """Independent branches, one a rate, measured at every rung."""
+    return Arm(f"field {name}", with_rates(rates), watch=RUNG_SHARES, **more)
 
 
-def comlora(k: int, rate: float, rank: int = RANK, name: str = "", **fields: Any) -> Arm:
+def comlora(k: int, rate: float, name: str = "", priority: int = 3, **fields: Any) -> Arm:
     """The paper's competition; `fields` are the ablations'."""
-    return Arm(f"comlora K{k} r{rank} {rate:g}{name}", {"comlora_k": k, "learning_rate": rate, **fields}, rank)
-
-
-def same_rate(rate: float, k: int = 4) -> Arm:
-    """K independent branches of one rate, which differ in their random A alone."""
-    name = f"{k} branches {rate:g}"
-    fields = {"comlora_k": k, "comlora_selector": False, "comlora_winner_by": "validation_loss", "learning_rate": rate}
-    return Arm(name, fields)
+    return Arm(f"ComLoRA K{k} {rate:g}{name}", {"comlora_k": k, "learning_rate": rate, **fields}, priority=priority)
 
 
 def tournament(
-    rungs: str, sharing: str = "shared", rates: Iterable[float] = RATES, rows: int = ROWS, steps: int = STEPS,
-    by: str = "validation_loss", name: str = "", **fields: Any,
+    rungs: str, sharing: str = "shared", rates: Sequence[float] = RATES, by: str = "nll", name: str = "",
+    **more: Any,
 ) -> Arm:  # fmt: skip
     """Branches of different rates, of which the rungs leave one."""
-    rates = tuple(rates)
-    label = f"tournament K{len(rates)} {rungs} {sharing} rows" + (f" {rows} a step" if rows != ROWS else "") + name
-    label += " by accuracy" if by == "validation_accuracy" else ""
-    given = {
-        "comlora_k": len(rates),
-        "comlora_branch_learning_rates": list(rates),
-        "comlora_rungs": rungs,
-        "comlora_rows": sharing,
-        "comlora_selector": False,
-        "comlora_winner_by": by,
-    }
-    return Arm(label, {**given, **fields}, rows=rows, steps=steps)
+    rows = more.get("rows", ROWS)
+    label = tournament_name(len(rates), rungs, sharing, by, f" {rows} a step" if rows != ROWS else "") + name
+    criterion = {"nll": "validation_loss", "accuracy": "validation_accuracy", "selector": "selector"}[by]
+    given = {"comlora_rungs": rungs, "comlora_rows": sharing, "comlora_winner_by": criterion}
+    given["comlora_selector"] = by == "selector"
+    return Arm(label, with_rates(rates, **given), **more)
 
 
-EARLY, MIDDLE, LATE = "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:1"
-EIGHT_RATES = tuple(rate * factor for rate in RATES for factor in (1, math.sqrt(2)))
-NARROW = 16  # rows a step, for a quarter of a unit: small batches, which shared rows thin out
-TUNED = 2e-3  # ComLoRA's ablations run at this rate; --tuned names another once the rates' own rows are known
+def tournament_name(k: int, rungs: str, sharing: str, by: str, note: str = "") -> str:
+    """What a tournament is called in the tables."""
+    return f"tournament K{k} {rungs} {sharing} rows{note} by {by}"
 
 
-def lora_arms() -> list[Arm]:
-    """One LoRA at each rate, at larger ranks, in smaller batches, and with four times the steps."""
-    ranks = [lora(rate, rank) for rank in (RANK, 2 * RANK, 4 * RANK) for rate in RATES]
-    narrow = [lora(rate, rows=NARROW) for rate in RATES]
-    return [*ranks, *narrow, *(lora(rate, steps=4 * STEPS) for rate in RATES[1:])]
+def fields_of_branches() -> list[Arm]:
+    """The fields: all rates, twice the steps, a larger rank, one rate, four times the steps, small batches."""
+    return [
+        field_of("r4", EIGHT_RATES, priority=1),
+        field_of("r4 2x steps", RATES, steps=2 * STEPS, priority=1),
+        field_of("r16", RATES[1:3], rank=4 * RANK, priority=1),
+        field_of(f"r4 all {TUNED:g}", (TUNED,) * 4, priority=2),
+        field_of("r4 4x steps", (TUNED / 2, TUNED), steps=4 * STEPS),
+        field_of("r4 16 rows", RATES, rows=NARROW, steps=NARROW_STEPS),
+        field_of(f"r4 2x steps all {TUNED:g}", (TUNED,) * 4, steps=2 * STEPS),
+    ]
 
 
 def comlora_arms(tuned: float) -> list[Arm]:
-    """ComLoRA at each rate, its ablations (Table 5) and independent branches at the tuned one."""
+    """ComLoRA at the rates around LoRA's best, and its ablations (Table 5) at the tuned one."""
+    priorities = {4: {TUNED: 1, TUNED / 2: 1, TUNED / 4: 2, TUNED * 2: 3}, 2: {TUNED: 2, TUNED / 2: 2, TUNED / 4: 3}}
     ablations = {"lm": "L_LM", "alignment": "L_align", "pairwise": "L_pairwise"}
     without = [
         comlora(4, tuned, name=f" w/o {title}", **{f"comlora_{loss}_weight": 0.0}) for loss, title in ablations.items()
     ]
-    return [*(comlora(k, rate) for k in (2, 4) for rate in RATES), *without, *(same_rate(rate) for rate in RATES)]
+    rates = [(k, rate, priority) for k, given in priorities.items() for rate, priority in given.items()]
+    return [*(comlora(k, rate, priority=priority) for k, rate, priority in rates), *without]
 
 
 def tournament_arms() -> list[Arm]:
-    """Tournaments: rungs, shared and all rows, batches, K, criterion, with the selector, at four units."""
-    one_unit = [tournament(rungs, by=by) for rungs in (EARLY, MIDDLE, LATE) for by in _CRITERIA]
-    double = {"steps": 2 * STEPS, "name": " 2x steps"}
+    """Tournaments that no field contains, on shared rows and with the selector; two runs to check the fields."""
+    narrow = {"rows": NARROW, "steps": NARROW_STEPS}
+    first = [tournament(rungs, by=by, priority=1) for rungs in (EARLY, MIDDLE) for by in CRITERIA]
+    eight = {"rates": sorted(EIGHT_RATES), "priority": 2}
     return [
-        *one_unit,
-        *(tournament(rungs, "all", by=by) for rungs in (EARLY, MIDDLE) for by in _CRITERIA),
-        *(tournament(MIDDLE, "all", by=by, **double) for by in _CRITERIA),
-        tournament(MIDDLE, "all", rates=[TUNED] * 4, steps=2 * STEPS, name=" 2x steps, one rate"),
-        tournament(MIDDLE, "all", comlora_selector=True, by="selector", name=" with selector"),
-        tournament(EARLY, rows=NARROW),
-        tournament("0.1:4,0.25:1", rates=EIGHT_RATES),
-        tournament("0.1:4,0.25:1", rates=EIGHT_RATES, rows=NARROW),
+        *first,
+        *(tournament(LATE, by=by, priority=2) for by in CRITERIA),
+        *(tournament(rungs, by="accuracy", **eight) for rungs in (EARLY_OF_EIGHT, MIDDLE_OF_EIGHT)),
+        tournament(MIDDLE, "all", by="selector", priority=2),
+        *(tournament(rungs, by="accuracy", **narrow) for rungs in (EARLY, MIDDLE)),
+        tournament(EARLY, "all", name=" (trained)", priority=1, seeds=1),
+        Arm(f"LoRA r4 {TUNED:g} (trained)", with_rates([TUNED]), priority=1, seeds=1),
     ]
 
 
-_CRITERIA = ("validation_loss", "validation_accuracy")
-
-
-@lru_cache
-def _core_names() -> frozenset[str]:
-    double = {"steps": 2 * STEPS, "name": " 2x steps"}
-    arms = [
-        *(lora(rate) for rate in RATES),
-        lora(TUNED, 4 * RANK),
-        *(comlora(k, TUNED) for k in (2, 4)),
-        comlora(4, RATES[-1]),
-        same_rate(TUNED),
-        *(tournament(rungs) for rungs in (EARLY, MIDDLE)),
-        tournament(EARLY, by="validation_accuracy"),
-        tournament(EARLY, "all"),
-        tournament(MIDDLE, "all", **double),
-        tournament(MIDDLE, "all", comlora_selector=True, by="selector", name=" with selector"),
-        tournament("0.1:4,0.25:1", rates=EIGHT_RATES),
-    ]
-    return frozenset(arm.name for arm in arms)
-
-
-def choices() -> list[Choice]:
-    """The grids, and the best of four seeds at each rate."""
-    groups = {
-        "grid of 4": tuple(lora(rate).name for rate in RATES),
-        f"grid of 4, {NARROW} rows": tuple(lora(rate, rows=NARROW).name for rate in RATES),
-        **{f"best of 4 seeds {rate:g}": (same_rate(rate).name,) for rate in RATES},
-    }
-    return [Choice(f"{name} by {by}", arms, by) for name, arms in groups.items() for by in ("nll", "accuracy")]
+BASE = Arm("base", with_rates([1e-12]), steps=1, priority=1)  # hardly trained: what the base knows
+TIMED = (
+    BASE.name,  # warms the machine up
+    f"LoRA r4 {TUNED:g} (trained)",
+    tournament_name(4, EARLY, "shared", "nll"),
+    tournament_name(4, EARLY, "all", "nll") + " (trained)",
+    f"ComLoRA K4 {TUNED:g}",
+)
 
 
 def all_arms(tuned: float = TUNED) -> list[Arm]:
     """Every arm that is trained."""
-    return [*lora_arms(), *comlora_arms(tuned), *tournament_arms()]
+    return [BASE, *fields_of_branches(), *comlora_arms(tuned), *tournament_arms()]

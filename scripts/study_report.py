@@ -3,12 +3,13 @@
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_arms import RATES, UNIT, Choice, choices, lora
+from study_arms import RATES, UNIT, all_arms
+from study_derived import derived_arms
 
 Row = dict[str, Any]
 BASELINE = "grid of 4 by accuracy"
@@ -32,29 +33,31 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * statistics.stdev(values) / math.sqrt(degrees + 1)
 
 
-def chosen(choice: Choice, runs: dict[str, Row]) -> Row | None:
-    """A choice as a row: the best branch of the seed's runs, the cost of all; None while a run is missing."""
-    if not set(choice.arms) <= set(runs):
-        return None
-    rows = [runs[arm] for arm in choice.arms]
-    branches = [branch for row in rows for branch in row["branches"].values()]
-    sign = 1 if choice.by == "nll" else -1
-    best = min(branches, key=lambda branch: sign * branch[choice.by])
-    return {key: sum(row[key] for row in rows) for key in ("row_passes", "seconds")} | {"test": best["test"]}
-
-
 def arms_by_seed(results: Iterable[Row], size: str) -> dict[str, dict[int, Row]]:
-    """arm -> seed -> {test, row_passes, seconds} of one data size, the choices included; a later line wins."""
-    runs: dict[int, dict[str, Row]] = defaultdict(dict)
+    """arm -> seed -> {test, rate, row_passes, seconds} of one data size: the derived arms, then the trained ones.
+
+    Fields are told by what is read off them; a later line wins.
+    """
+    runs: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in results:
-        if row["size"] == size:
-            runs[row["seed"]][row["arm"]] = {**row, "test": row["branches"][str(row["winner"])]["test"]}
-    arms: dict[str, dict[int, Row]] = defaultdict(dict)
-    for seed, rows in sorted(runs.items()):
-        picked = {choice.name: chosen(choice, rows) for choice in choices()}
-        for name, row in {**rows, **{name: row for name, row in picked.items() if row}}.items():
-            arms[name][seed] = row
-    return arms
+        if row["size"] == size and "alone" not in row:
+            runs[row["arm"]][row["seed"]] = row
+    arms: dict[str, dict[int, Row]] = {}
+    for derived in derived_arms():
+        arms[derived.name] = {seed: derived.result(row) for seed, row in sorted(runs[derived.field.name].items())}
+    fields = {derived.field.name for derived in derived_arms()}
+    rates = {arm.name: arm.fields.get("comlora_branch_learning_rates") for arm in all_arms()}
+    for name, rows in runs.items():
+        if name not in fields:
+            arms[name] = {
+                seed: {**row, "test": row["branches"][str(row["winner"])]["test"], "rate": _rate(row, rates.get(name))}
+                for seed, row in sorted(rows.items())
+            }
+    return {name: rows for name, rows in arms.items() if rows}
+
+
+def _rate(row: Row, rates: list[float] | None) -> float | None:
+    return rates[row["winner"]] if rates else None
 
 
 def difference(arm: dict[int, Row], baseline: dict[int, Row]) -> tuple[float, float] | None:
@@ -63,42 +66,43 @@ def difference(arm: dict[int, Row], baseline: dict[int, Row]) -> tuple[float, fl
     return interval([100 * (arm[seed]["test"] - baseline[seed]["test"]) for seed in seeds]) if seeds else None
 
 
-def table(results: Iterable[Row], size: str, baseline: str = BASELINE) -> str:
-    """One data size as a Markdown table."""
+def chosen_rates(rows: Iterable[Row]) -> str:
+    """Which rates won, how often; nothing for an arm of one rate."""
+    counts = Counter(row["rate"] for row in rows if row["rate"] is not None)
+    return ", ".join(f"{rate:g}×{count}" for rate, count in sorted(counts.items())) if len(counts) > 1 else ""
+
+
+def table(results: Sequence[Row], size: str, baseline: str = BASELINE) -> str:
+    """One data size as a Markdown table; the seconds are those of a run that had the machine to itself."""
     arms = arms_by_seed(results, size)
+    alone = {row["arm"]: row["seconds"] for row in results if "alone" in row and row["size"] == size}
     lines = [
-        f"| arm, {size} rows | seeds | units | seconds | accuracy | against {baseline} |",
-        "|---|---|---|---|---|---|",
+        f"| arm, {size} rows | seeds | units | seconds alone | accuracy | against {baseline} | rates chosen |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, rows in arms.items():
         mean, half = interval([100 * row["test"] for row in rows.values()])
         gap = difference(rows, arms.get(baseline, {}))
         against = f"{gap[0]:+.1f} ± {gap[1]:.1f}" if gap and name != baseline else "–"
         units = statistics.fmean(row["row_passes"] for row in rows.values()) / UNIT
-        seconds = statistics.fmean(row["seconds"] for row in rows.values())
-        lines.append(f"| {name} | {len(rows)} | {units:.2f} | {seconds:.0f} | {mean:.1f} ± {half:.1f} | {against} |")
+        seconds = f"{alone[name]:.1f}" if name in alone else ""
+        cells = (name, len(rows), f"{units:.2f}", seconds, f"{mean:.1f} ± {half:.1f}", against)
+        lines.append(f"| {' | '.join(map(str, cells))} | {chosen_rates(rows.values())} |")
     return "\n".join(lines)
 
 
 def headroom(results: Iterable[Row], size: str) -> str:
     """Each task's accuracy under plain LoRA at each rate: whether there is something to tell apart."""
+    singles = [arm for arm in derived_arms() if arm.name in [f"LoRA r4 {rate:g}" for rate in RATES]]
     tasks: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    names = [lora(rate).name for rate in RATES]
     for row in results:
-        if row["size"] == size and row["arm"] in names:
-            for task, value in row["branches"]["0"]["tasks"].items():
-                tasks[task][row["arm"]].append(100 * value)
+        for arm in singles:
+            if row["size"] == size and row["arm"] == arm.field.name:
+                for task, value in row["branches"].get(str(arm.branches[0]), {"tasks": {}})["tasks"].items():
+                    tasks[task][arm.name].append(100 * value)
+    names = [arm.name for arm in singles]
     lines = [f"| {size} rows | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for task, values in tasks.items():
         cells = [f"{statistics.fmean(values[name]):.1f}" if values[name] else "–" for name in names]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def print_report(results: list[Row]) -> None:
-    """The tables of every size that has results, and where they come from."""
-    for size in sorted({row["size"] for row in results}, key=int, reverse=True):
-        print(f"\n{table(results, size)}\n\n{headroom(results, size)}")
-    origins = sorted({(row["commit"], row["machine"], row["workers"]) for row in results})
-    for commit, machine, workers in origins:
-        print(f"\ncommit {commit}, {machine}, {workers} runs at a time")

@@ -107,3 +107,16 @@ def test_an_unknown_split_names_the_allowed_ones() -> None:
 def test_the_paths_need_no_torch() -> None:
     code = "import sys, comlora_trl.demo as d; d.demo_model_path(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_another_world_has_other_facts_in_the_same_words(world: ModuleType) -> None:
+    facts = importlib.import_module("demo_facts")
+    assert facts.shuffled_world(0, share=0.0) == facts.DEMO and facts.shuffled_world(0) == facts.shuffled_world(0)
+    other = facts.shuffled_world(0)
+    for name in ("kind", "goals", "feeling", "scenes"):
+        known, new = getattr(facts.DEMO, name), getattr(other, name)
+        assert set(known) == set(new) and Counter(known.values()) == Counter(new.values())
+        assert sum(known[fact] == new[fact] for fact in known) < len(known) / 4
+    make, nouns = world.generators(other)["ARC-Easy"]
+    item = make(nouns[0], 1, random.Random(0))
+    assert other.kind[nouns[0]] in item.question and item.options[item.right] == nouns[0]
