@@ -98,7 +98,18 @@ def derived_arms() -> list[Derived]:
         arms += [_tournament(double, four, rungs, by, " 2x steps") for rungs in (EARLY, MIDDLE, LATE)]
         arms += [_tournament(narrow, four, rungs, by, " 16 a step") for rungs in (EARLY, MIDDLE)]
         arms.append(_tournament(double_same, four, MIDDLE, by, f" 2x steps, all {TUNED:g}"))
+    for low in (1, 2, 3):
+        close = eight[low : low + 4]
+        arms.append(Derived(f"LoRA r4, rate guessed among{close_rates(low)}", usual, close, "mean"))
+        arms += [Derived(f"grid of 4{close_rates(low)} by {by}", usual, close, by) for by in CRITERIA]
+        arms += [_tournament(usual, close, EARLY, by, close_rates(low)) for by in CRITERIA]
     return arms
+
+
+def close_rates(low: int) -> str:
+    """The name of four rates a factor of 2 apart, as the package's own tournament has them, by the lowest's place."""
+    rates = sorted(EIGHT_RATES)
+    return f" {rates[low]:g} to {rates[low + 3]:g}"
 
 
 def _tournament(field: Arm, branches: tuple[int, ...], rungs: str, by: str, note: str = "") -> Derived:

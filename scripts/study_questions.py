@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from study_arms import EARLY, LATE, MIDDLE, NARROW, TUNED, tournament_name
+from study_derived import close_rates
 from study_report import arms_by_seed, difference, headroom, table
 
 Row = dict[str, Any]
@@ -58,6 +59,10 @@ def questions() -> list[tuple[str, str, str]]:
     for rungs in (EARLY, MIDDLE, LATE):
         for name in (_shared, _all):
             asked.append(("accuracy or NLL: tournaments", name(rungs, "accuracy"), name(rungs, "nll")))
+    for low in (1, 2, 3):
+        close = tournament_name(4, EARLY, "all", "nll", close_rates(low))
+        asked.append(("rates a factor of 2 apart: a guess", close, f"LoRA r4, rate guessed among{close_rates(low)}"))
+        asked.append(("rates a factor of 2 apart: a grid", close, f"grid of 4{close_rates(low)} by nll"))
     narrow = f" {NARROW} a step"
     for rungs in (EARLY, MIDDLE):
         narrow_grid = f"grid of 4, {NARROW} rows a step by accuracy"
