@@ -113,7 +113,7 @@ def score(run: Planned, options: argparse.Namespace, environment: dict[str, str]
 def remaining(runs: list[Planned], output: Path, jobs: int) -> str:
     """What is left to train, and how long that takes if any run in the folder tells."""
     passes = sum(run.row_passes for run in runs if not run.trained)
-    costs = [json.loads(file.read_text()) for file in output.rglob(COST_FILE)]
+    costs = [json.loads(file.read_text()) for file in output.glob(f"*/*/*/*/{COST_FILE}")]
     text = f"{passes:,} row passes left"
     if costs and passes:
         rate = sum(cost["seconds"] for cost in costs) / sum(cost["row_passes"] for cost in costs)
