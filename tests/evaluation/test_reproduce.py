@@ -89,8 +89,8 @@ def test_a_figure_is_drawn_of_one_run(tmp_path, monkeypatch, capsys, figure):
 def test_a_dry_run_lists_runs_and_cost_and_does_nothing(tmp_path, capsys):
     reproduce.main(["--table", "5", "--dry_run", "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "Table 5, scale demo: 5 runs, 0 done; 12,800 row passes left\n" in said
-    assert "ComLoRA K=4 r=4, w/o selector, seed 0: 2,560 row passes" in said
+    assert "Table 5, scale demo: 5 runs, 0 done; 19,200 row passes left\n" in said
+    assert "ComLoRA K=4 r=4, w/o selector, seed 0: 3,840 row passes" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -149,7 +149,7 @@ def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, capsys):
     assert run_table("5", tmp_path) == 0
     assert len(done) == 1 + 3 * 2, "the second run's score, and the other three"
     said = capsys.readouterr().out
-    assert "Table 5, scale demo: 5 runs, 1 done; 7,680 row passes left, about" in said
+    assert "Table 5, scale demo: 5 runs, 1 done; 11,520 row passes left, about" in said
     assert "[4/4] ComLoRA K=4 r=4, w/o selector, seed 0: 0 s; 0 row passes left" in said
     assert "| ComLoRA K=4 r=4, w/o L_LM | 1 run | **50.00** |" in said and "<u>81.25</u>" in said
     done = pretend(monkeypatch)
