@@ -135,7 +135,4 @@ def test_the_default_run_leaves_every_task_between_chance_and_100(
     trainer.train()
     responses = generate(trainer.comlora_model.eval(), tokenizer, [build_prompt(r["instruction"]) for r in test_rows])
     accuracy, chance = accuracy_and_chance(test_rows, responses)
-    outside = {task for task in accuracy if not chance[task] + 0.1 < accuracy[task] < 0.95}
-    assert outside <= {"boolq"}, accuracy
-    if outside:
-        pytest.xfail(f"BoolQ is at chance after 60 steps, as README says: {accuracy['boolq']:.1%}")
+    assert all(chance[task] + 0.1 < accuracy[task] < 0.95 for task in accuracy), accuracy
