@@ -28,7 +28,8 @@ class Planned:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return yaml.safe_load((RECIPES / f"{self.recipe}.yaml").read_text(encoding="utf-8"))
+        """What its recipe says."""
+        return read_recipe(self.recipe)
 
     @property
     def method(self) -> str:
@@ -62,7 +63,7 @@ def results_of(adapter: Path) -> Path:
 
 def tables_file() -> dict[str, Any]:
     """What `recipes/tables.yaml` says."""
-    return yaml.safe_load((RECIPES / "tables.yaml").read_text(encoding="utf-8"))
+    return read_recipe("tables")
 
 
 def settings_of(table: str, scale: str, model: str | None) -> tuple[dict[str, Any], int, str, str]:
@@ -89,7 +90,9 @@ def plan(table: str, scale: str, output: Path, seeds: int | None, model: str | N
     for recipe in content["tables"][table]:
         for seed in range(seeds) if seeds else content["scales"][scale]["seeds"]:
             folder = output / scale / where / (f"{recipe}-branches" if every_branch else recipe) / f"seed{seed}"
-            runs.append(Planned(recipe, seed, folder, flags, tasks, rows * branches_of(recipe), every_branch))
+            runs.append(
+                Planned(recipe, seed, folder, flags, tasks, rows * read_recipe(recipe)["comlora_k"], every_branch)
+            )
     return runs
 
 
@@ -100,12 +103,12 @@ def plan_figure(figure: str, scale: str, output: Path, model: str | None) -> Pla
     flags |= content["scales"][scale]["figure_flags"]
     recipe = content["figures"][figure]["recipe"]
     folder = output / scale / where / f"{recipe}-figures" / "seed0"
-    return Planned(recipe, 0, folder, flags, tasks, rows * branches_of(recipe), False)
+    return Planned(recipe, 0, folder, flags, tasks, rows * read_recipe(recipe)["comlora_k"], False)
 
 
-def branches_of(recipe: str) -> int:
-    """K of a recipe."""
-    return yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))["comlora_k"]
+def read_recipe(name: str) -> dict[str, Any]:
+    """A file of `recipes/`."""
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def training_command(run: Planned, launch: str, extra: list[str]) -> list[str]:

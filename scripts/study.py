@@ -43,7 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 (default: float32, tf32 on a GPU)")
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs and their cost")
     parser.add_argument("--report", action="store_true", help="print the tables, train nothing")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in ("seeds", "workers"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} is not possible: give 1 or more")
+    return arguments
 
 
 def missing_jobs(arms: Iterable[Arm], sizes: list[str], seeds: int, results: Path) -> list[Job]:
@@ -102,7 +106,7 @@ def main() -> None:
     arms = [arm for arm in all_arms(arguments.tuned) if any(fnmatch(arm.name, name) for name in arguments.arms)]
     if not arms:
         sys.exit(f"error: no arm is called {' or '.join(arguments.arms)}; --dry_run without --arms lists them")
-    jobs = missing_jobs(arms, arguments.sizes, arguments.seeds, arguments.results)
+    jobs = [] if arguments.report else missing_jobs(arms, arguments.sizes, arguments.seeds, arguments.results)
     if arguments.dry_run:
         passes = {arm.name: arm.row_passes for arm in arms}
         for job in jobs:

@@ -49,9 +49,9 @@ class Derived:
 
     def chosen(self, row: Row) -> int:
         """The branch that wins in a result line of the field."""
-        seen = [row["watched"][str(rung.step(self.field.steps))][self.by] for rung in self.rungs_of_field]
         living = list(self.branches)
-        for rung, values in zip(self.rungs_of_field, seen, strict=True):
+        for rung in self.own_rungs:
+            values = row["watched"][str(rung.step(self.field.steps))][self.by]
             gone = retired_at(rung, [values[branch] for branch in living], self._highest)
             living = [branch for place, branch in enumerate(living) if place not in gone]
         end = [row["branches"].get(str(branch), {}).get(self.by) for branch in living]
@@ -70,8 +70,8 @@ class Derived:
         return {"test": tests[branch], "rate": rates[branch], **cost}
 
     @property
-    def rungs_of_field(self) -> tuple[Rung, ...]:
-        """Its rungs."""
+    def own_rungs(self) -> tuple[Rung, ...]:
+        """Its rungs, which the field has been measured at; none for a grid."""
         return parse_rungs(self.rungs, len(self.branches))
 
     @property

@@ -48,7 +48,7 @@ def test_arms_have_names_of_their_own_and_what_is_derived_names_fields_that_are_
     assert len(names) == len(set(names)) and set(study_arms.TIMED) <= set(names)
     for arm in derived:
         assert arm.field in arms
-        assert {rung.step(arm.field.steps) for rung in arm.rungs_of_field} <= set(arm.field.watched_steps)
+        assert {rung.step(arm.field.steps) for rung in arm.own_rungs} <= set(arm.field.watched_steps)
 
 
 @pytest.mark.parametrize(
