@@ -242,7 +242,7 @@ def main() -> int:
     shape = Shape.of(arguments.layers, arguments.rounds)
     if shape.device.type != "cuda":
         console.print("No GPU here: a small shape on the CPU, whose figures say nothing about speed.")
-    results, bench = Results(shape), Bench(shape)
+    results, bench = Results(shape, arguments.output), Bench(shape)
     wanted = set(arguments.only or (section.__name__ for section in SECTIONS))
     wanted |= {section.__name__ for group in wanted & GROUPS.keys() for section in GROUPS[group]}
     for section in SECTIONS:
@@ -256,7 +256,7 @@ def main() -> int:
             results.missing(section.__name__, f"failed: {type(error).__name__}: {error}"[:200])
         release()
         console.print(f"{section.__name__}: {time.perf_counter() - begun:.0f} s", highlight=False)
-        results.write(arguments.output)
+        results.write()
     console.print(results.table())
     console.print(f"{time.perf_counter() - start:.0f} s in all; every figure in {arguments.output}", highlight=False)
     return 1 if any("failed" in row["detail"] for row in results.rows) else 0

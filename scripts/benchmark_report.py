@@ -14,9 +14,10 @@ from rich.table import Table
 
 
 class Results:
-    """Rows of the table, and every figure behind them."""
+    """Rows of the table, and every figure behind them, in the JSON file `output`."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, output: str) -> None:
+        self.output = Path(output)
         self.rows: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {"environment": _environment(shape)}
 
@@ -29,10 +30,10 @@ class Results:
         """A row that could not be measured."""
         self.rows.append({"row": name, "value": None, "goal": None, "met": None, "detail": reason})
 
-    def write(self, output: str) -> None:
+    def write(self) -> None:
         """Writes everything found so far."""
         content = {"rows": self.rows, "figures": self.figures}
-        Path(output).write_text(json.dumps(content, indent=1) + "\n")
+        self.output.write_text(json.dumps(content, indent=1) + "\n")
 
     def table(self) -> Table:
         """The rows with goal and verdict."""

@@ -69,11 +69,12 @@ def tournaments(bench: Bench, results: Results) -> None:
                 kind, rows, settings = arms[arm]
                 runs[arm].append(_run(make_trainer(bench, kind, rows, folder, steps, VALIDATION, **settings), steps))
                 gc.collect()  # trainers hold themselves in circles
-    found = {arm: _median(measured) for arm, measured in runs.items()}
-    results.figures[f"runs of {steps} steps"] = {
-        arm: {"median": asdict(found[arm]), "runs": [asdict(one) for one in measured]}
-        for arm, measured in runs.items()
-    }
+            found = {arm: _median(measured) for arm, measured in runs.items()}
+            results.figures[f"runs of {steps} steps"] = {
+                arm: {"median": asdict(found[arm]), "runs": [asdict(one) for one in measured]}
+                for arm, measured in runs.items()
+            }
+            results.write()  # a call that is cut keeps the turns it had
     _rows(found, results, shape.rows, small, shape.device.type == "cuda")
 
 
