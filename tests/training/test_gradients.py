@@ -148,6 +148,36 @@ def test_the_loss_outside_the_loop_takes_the_batch_for_a_step(train):
     assert sum(trainer.comlora_model.competition_state.wins) == 8
 
 
+@pytest.mark.parametrize("event", ["on_step_end", "on_substep_end"])
+def test_a_callbacks_own_loss_changes_nothing(train, event):
+    def ask(self, args, state, control, model, **kwargs):
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+        own.append(trainer.compute_loss(model, batch).item())
+
+    own, options = [], {"comlora_k": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
+    calm = train(**options)
+    trainer = train(start=False, **options)
+    trainer.add_callback(type("Asking", (TrainerCallback,), {event: ask})())
+    trainer.train()
+    assert len(own) == 4 and difference(parameters(trainer), parameters(calm)) == 0
+    assert trainer.comlora_model.competition_state == calm.comlora_model.competition_state
+    for entry, expected in zip(trainer.state.log_history[:4], calm.state.log_history[:4], strict=True):
+        names = [name for name in expected if name.startswith("comlora/") or name in ("loss", "grad_norm")]
+        assert {name: entry[name] for name in names} == {name: expected[name] for name in names}
+
+
+def test_the_loss_after_an_interrupted_step(train):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = train(start=False, comlora_k=2, gradient_accumulation_steps=2, trainer={"callbacks": [Interrupt()]})
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
 def test_a_flattened_line_counts_its_sequences(train):
     """transformers' own collator, without boundaries for flash attention: rows begin at position 0."""
     flattened = DataCollatorWithFlattening()
