@@ -91,7 +91,7 @@ def _content(example: dict[str, Any]) -> str:
 
 
 def _check_not_empty(validation: Any) -> None:
-    for dataset in validation.values() if isinstance(validation, dict) else [validation]:
+    for dataset in (validation.values() or [()]) if isinstance(validation, dict) else [validation]:
         if next(iter(dataset), None) is None:
             raise ValueError(
                 "the eval_dataset is empty, so no winner could be chosen: give it examples, or leave it out."

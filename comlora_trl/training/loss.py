@@ -20,6 +20,7 @@ class CompetitionLoss:
     """Mixin before TRL's trainer: the loss over all living branches, normalised over the whole step."""
 
     _in_step = False
+    current_gradient_accumulation_steps = 1  # the Trainer's own, which it has in its loop alone
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Fetches an optimizer step's micro-batches, counts M and plans their rows' places in the step."""
@@ -79,12 +80,13 @@ class CompetitionLoss:
     @contextmanager
     def _step_of_its_own(self, inputs: dict) -> Iterator[None]:
         """A step for a loss that is asked for outside the training loop, or by a callback in it; nothing is left."""
-        kept = self._plan, self._sums
+        kept = self._plan, self._sums, self.current_gradient_accumulation_steps
         self._plan, self._sums = self._plan_of([inputs]), StepSums(self._settings.k, self.args.device)
+        self.current_gradient_accumulation_steps = 1  # TRL divides the routers' loss by them
         try:
             yield
         finally:
-            self._plan, self._sums = kept
+            self._plan, self._sums, self.current_gradient_accumulation_steps = kept
 
     def _step_loss(self, model: Any, inputs: dict, return_outputs: bool, num_items_in_batch: Any) -> Any:
         per_line = inputs.pop(ROWS_PER_LINE, None)
