@@ -61,6 +61,7 @@ DATA = {
     "no completion": ({"train_dataset": Dataset.from_dict({"prompt": ["a"]})}, "no completion column"),
     "empty training set": ({"train_dataset": Dataset.from_dict({"prompt": []})}, "training dataset is empty"),
     "no training set": ({"train_dataset": None}, "train_dataset is missing"),
+    "no validation set in a dict": ({"eval_dataset": {}}, "eval_dataset is empty"),
     "empty validation set": ({"eval_dataset": make_dataset().select([])}, "eval_dataset is empty"),
 }
 

@@ -9,7 +9,7 @@ import comlora_trl
 
 PACKAGE = Path(comlora_trl.__file__).parent
 SCRIPTS = PACKAGE.parent / "scripts"
-LONGEST = 300
+LONGEST = 299
 # What each floor may import of the package
 ALLOWED = {
     "branches": {"branches"},

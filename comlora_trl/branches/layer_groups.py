@@ -104,7 +104,7 @@ class LayerGroup:
         for layer, base in zip(layers, bases, strict=True):
             a, (b,) = weights if len(layers) == 1 else self._part(weights, layer)
             output = base(x)
-            seen = _has_forward_hooks(base)  # a hook may have kept the frozen output, which must stay as it is
+            seen = _is_watched(base)  # a hook may have kept the frozen output, which must stay as it is
             outputs.append(kernels.branch_delta(x, output, a.to(output.dtype), b.to(output.dtype), p, not seen))
         return outputs
 
@@ -170,11 +170,12 @@ def _is_plain_linear(layer: nn.Module) -> bool:
         type(layer) is nn.Linear
         and type(layer.weight.data) is Tensor
         and not layer.weight.requires_grad
-        and not _has_forward_hooks(layer)
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
+        and not _is_watched(layer)
     )
 
 
-def _has_forward_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or nn.modules.module._global_forward_hooks)
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody sees or changes what passes a layer: a hook of any kind, its own or one for all modules, or a
+    forward put in the place of its own (accelerate's offloading)."""
+    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(own) or "forward" in layer.__dict__ or bool(nn.modules.module._has_any_global_hook())

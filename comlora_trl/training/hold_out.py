@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 
 from comlora_trl.training.config import ComLoRAConfig
@@ -56,14 +57,16 @@ def _out_of_stream(train: IterableDataset, size: int | None) -> tuple[IterableDa
     examples = list(islice(train, wanted))
     # A stream that goes on has at least one example more than were read
     size = _checked(size, len(examples) if len(examples) < wanted else max(wanted, (size or 0) + 1))
-    held_out = {_content(example) for example in examples[:size]}
+    # A stream that shuffles without a seed gives each process others: the main process's are everyone's
+    examples = broadcast_object_list(examples[:size])
+    held_out = {_content(example) for example in examples}
     rest = train.filter(lambda example: _content(example) not in held_out)
     if next(iter(rest), None) is None:
         raise ValueError(
             f"every example of the training stream is among the {size} held out (or a copy of one): pass an "
             "eval_dataset, or a smaller comlora_validation_size."
         )
-    return rest, Dataset.from_list(examples[:size], features=train.features)
+    return rest, Dataset.from_list(examples, features=train.features)
 
 
 def _checked(size: int | None, available: int) -> int:
@@ -88,7 +91,7 @@ def _content(example: dict[str, Any]) -> str:
 
 
 def _check_not_empty(validation: Any) -> None:
-    for dataset in validation.values() if isinstance(validation, dict) else [validation]:
+    for dataset in (validation.values() or [()]) if isinstance(validation, dict) else [validation]:
         if next(iter(dataset), None) is None:
             raise ValueError(
                 "the eval_dataset is empty, so no winner could be chosen: give it examples, or leave it out."

@@ -1,5 +1,7 @@
 """The loss of an optimizer step, and what a step leaves behind: the competition's half of TRL's training step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from comlora_trl.training.step_plan import ROWS_PER_LINE, StepPlan
 
 class CompetitionLoss:
     """Mixin before TRL's trainer: the loss over all living branches, normalised over the whole step."""
+
+    _in_step = False
+    current_gradient_accumulation_steps = 1  # the Trainer's own, which it has in its loop alone
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Fetches an optimizer step's micro-batches, counts M and plans their rows' places in the step."""
@@ -46,9 +51,11 @@ class CompetitionLoss:
         """
         if self.is_deepspeed_enabled:
             sharding.around_step(self.deepspeed, self._finish_step, self._keep_disqualified)
+        self._in_step = True
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
+            self._in_step = False
             self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
         if self._settings.independent:
             loss = loss / len(self.comlora_model.competition_state.living)
@@ -59,15 +66,29 @@ class CompetitionLoss:
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
         """TRL's loss over the weighted rows of all branches, L_LM + L_align, plus the pairwise loss.
 
-        In evaluation mode it is TRL's own, of the leader. Called outside the training loop it takes the batch for a
-        whole optimizer step.
+        In evaluation mode it is TRL's own, of the leader. Called outside a training step it takes the batch for a
+        whole optimizer step, and no figure of the run changes.
         """
         if not self.model.training:
             inputs.pop(ROWS_PER_LINE, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._plan is None or self._plan.exhausted:
-            self._plan = self._plan_of([inputs])
-            num_items_in_batch = self._normaliser(self._plan)
+        if self._in_step:
+            return self._step_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._step_of_its_own(inputs):
+            return self._step_loss(model, inputs, return_outputs, self._normaliser(self._plan))
+
+    @contextmanager
+    def _step_of_its_own(self, inputs: dict) -> Iterator[None]:
+        """A step for a loss that is asked for outside the training loop, or by a callback in it; nothing is left."""
+        kept = self._plan, self._sums, self.current_gradient_accumulation_steps
+        self._plan, self._sums = self._plan_of([inputs]), StepSums(self._settings.k, self.args.device)
+        self.current_gradient_accumulation_steps = 1  # TRL divides the routers' loss by them
+        try:
+            yield
+        finally:
+            self._plan, self._sums, self.current_gradient_accumulation_steps = kept
+
+    def _step_loss(self, model: Any, inputs: dict, return_outputs: bool, num_items_in_batch: Any) -> Any:
         per_line = inputs.pop(ROWS_PER_LINE, None)
         branch_pass = self._branch_pass(None if per_line is None else tuple(per_line.tolist()), num_items_in_batch)
         competed: list[CompetitionOutput] = []

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.models import enable_selective_activation_checkpointing
 
+from comlora_trl.branches.layers import BranchLayer
 from comlora_trl.data.prompts import is_built_with
 from comlora_trl.training.adapters import check_lora_config, check_model, complete_lora_config
 from comlora_trl.training.config import ComLoRAConfig
@@ -68,6 +69,11 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
             check_same_shape(peft_config, existing)
         model, start = take_apart(model)
         peft_config = replace(peft_config or existing, init_lora_weights=True, inference_mode=False)
+    if any(isinstance(module, BranchLayer) for module in model.modules()):
+        raise ValueError(
+            "the model is the base of another trainer's branches, which are still in it: call unload() or "
+            "merge_and_unload() on that trainer's model and give what comes back, or give that trainer's model itself."
+        )
     check_model(model)
     _keep_differentiable(model)
     peft_config = complete_lora_config(peft_config, model)

@@ -93,15 +93,23 @@ class WinnerSelection:
             line += f"; the retired branches are in {Path(self.args.output_dir) / RETIRED}"
         self.accelerator.print(line)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; the loop's own evaluations follow a selection, those too that a user's callback asks for."""
+        if self.is_in_train and self.control.should_evaluate and self.can_select:
+            self.select()
+        return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's evaluation, of the leader; beside it every branch's figures from a selection at this step."""
         parameters = self.comlora_model.trainable_parameters()
         values = [parameter.data for parameter in parameters]
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if self.args.bf16_full_eval or self.args.fp16_full_eval:
-            # The Trainer casts the model for good; what is trained and exported keeps its own precision
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.data = value
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:
+            if self.args.bf16_full_eval or self.args.fp16_full_eval:
+                # The Trainer casts the model for good; what is trained and exported keeps its own precision
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.data = value
         selection = self.comlora_model.competition_state.selection
         if selection is not None and selection["step"] == self.state.global_step and self.is_in_train:
             prefix = kwargs.get("metric_key_prefix", "eval")

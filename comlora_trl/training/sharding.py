@@ -275,8 +275,7 @@ def _in_pieces(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerato
 
 def _replicas(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator) -> float:
     """Processes that hold the same piece (hybrid sharding)."""
-    shards = accelerator.num_processes
-    first = groups[0][0]
+    shards, first = accelerator.num_processes, groups[0][0]
     if isinstance(first, DTensor):
         placements = zip(first.placements, first.device_mesh.shape, strict=True)
         shards = 1

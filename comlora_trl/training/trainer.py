@@ -201,7 +201,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
             revive(model, model.competition_state.disqualified)
             model.competition_state = CompetitionState.new(self._settings.k)
         model.competition_state.rates = self.args.comlora_branch_learning_rates
-        self._plan, self._decided = None, False
+        self._plan, self._decided, self._unlogged = None, False, False
         self.drop_retired()
         if line := field_line(self.args, self.rungs, self.state.max_steps):  # rungs that fall on one step end here
             self.accelerator.print(line)
@@ -249,5 +249,6 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         # The winner is the best checkpoint's leader; wins, rungs and disqualifications are the whole run's
         state = self.comlora_model.competition_state
         state.selection = load_state(self.state.best_model_checkpoint).selection
-        self._decided = state.selection is not None
+        # A branch that has diverged since can't win: another one of that checkpoint is chosen
+        self._decided = state.selection is not None and state.selection["winner"] not in state.disqualified
         self._follow_the_leader()

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.branches.trial import settle_expansion
 from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.step_plan import ROWS_PER_LINE
 
 logger = get_logger(__name__)
 
@@ -91,7 +92,7 @@ def _collated(collator: Callable, examples: list[dict[str, list[int]]]) -> dict[
         batch = dict(collator(examples))
     except Exception:  # a user's own collator may want anything
         return None
-    batch.pop("rows_per_example", None)
+    batch.pop(ROWS_PER_LINE, None)
     return batch if {"input_ids", "labels"} <= batch.keys() else None
 
 

@@ -162,6 +162,25 @@ def test_a_hook_keeps_the_frozen_output(everywhere, path):
         assert torch.equal(output, nn.functional.linear(x, layer.weight, layer.bias))
 
 
+def test_every_kind_of_hook_on_a_frozen_layer_is_called(path):
+    """Also one for all modules, and a forward put in place of the layer's own, as accelerate's offloading does."""
+    model = make_comlora(CompetitionSettings(k=K), lora={"target_modules": "all-linear"})
+    attention, expected, called = model.get_base_model().model.layers[1].self_attn, gradients(model), set()
+    q, k, v, o = (getattr(attention, name).base_layer for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    q.register_full_backward_pre_hook(lambda *_: called.add("before its backward"))
+    k.register_full_backward_hook(lambda *_: called.add("after its backward"))
+    own = v.forward
+    v.forward = lambda x: called.add("another forward") or own(x)
+    everyones = nn.modules.module.register_module_forward_pre_hook(
+        lambda layer, _: called.add("everyone's") if layer is o else None
+    )
+    try:
+        assert_equal(gradients(model), expected)
+    finally:
+        everyones.remove()
+    assert called == {"before its backward", "after its backward", "another forward", "everyone's"}
+
+
 def test_what_trains_stays_so_when_another_adapter_is_chosen(model):
     """LoRA-FA freezes every A."""
     for name, parameter in model.named_parameters():

@@ -1,13 +1,16 @@
 """The trainer owns its loss: its normaliser, its clipping, and what a non-finite gradient may touch."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from conftest import difference, make_lora, make_model, parameters
+from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, TrainerCallback
+from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
+from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.branches.model import BranchModel
 from comlora_trl.branches.rows import Rows
 from comlora_trl.training.gradients import clip_gradients, gradient_norms
@@ -146,6 +149,65 @@ def test_the_loss_outside_the_loop_takes_the_batch_for_a_step(train):
     loss.backward()
     trainer.train()
     assert sum(trainer.comlora_model.competition_state.wins) == 8
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_substep_end"])
+def test_a_callbacks_own_loss_changes_nothing(train, event):
+    def ask(self, args, state, control, model, **kwargs):
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+        own.append(trainer.compute_loss(model, batch).item())
+
+    own, options = [], {"comlora_k": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
+    calm = train(**options)
+    trainer = train(start=False, **options)
+    trainer.add_callback(type("Asking", (TrainerCallback,), {event: ask})())
+    trainer.train()
+    assert len(own) == 4 and difference(parameters(trainer), parameters(calm)) == 0
+    assert trainer.comlora_model.competition_state == calm.comlora_model.competition_state
+    for entry, expected in zip(trainer.state.log_history[:4], calm.state.log_history[:4], strict=True):
+        names = [name for name in expected if name.startswith("comlora/") or name in ("loss", "grad_norm")]
+        assert {name: entry[name] for name in names} == {name: expected[name] for name in names}
+
+
+def test_the_loss_after_an_interrupted_step(train):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = train(start=False, comlora_k=2, gradient_accumulation_steps=2, trainer={"callbacks": [Interrupt()]})
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
+def test_a_mixture_of_experts_in_and_outside_the_loop_is_trls(tmp_path):
+    """The routers' loss, which the Trainer shares out among its loop's accumulation steps."""
+    found = []
+    for kind, settings in (
+        (SFTTrainer, SFTConfig),
+        (ComLoRASFTTrainer, partial(ComLoRAConfig, comlora_k=1, comlora_selector=False)),
+    ):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+        base = MixtralForCausalLM(MixtralConfig(vocab_size=128, num_key_value_heads=1, **sizes, **experts))
+        options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3}
+        trainer = kind(
+            base,
+            settings(**make_arguments(tmp_path / kind.__name__, **options)),
+            train_dataset=make_dataset(),
+            processing_class=make_tokenizer(),
+            peft_config=make_lora(target_modules=["q_proj", "v_proj"]),
+        )
+        trainer.model.train()
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        losses = [trainer.compute_loss(trainer.model, dict(batch)).item()]
+        trainer.train()
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.model.train()
+        found.append([*losses, trainer.compute_loss(trainer.model, dict(batch)).item()])
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and len(found[0]) == 5
 
 
 def test_a_flattened_line_counts_its_sequences(train):

@@ -110,6 +110,25 @@ def test_what_an_evaluation_measures_is_the_leader(train, float64):
         assert metrics["eval_nll"] == pytest.approx(own, abs=1e-4)  # the Trainer rounds logits to float32
 
 
+def test_an_evaluation_that_a_callback_asks_for_is_the_leaders_too(train, float64):
+    """As transformers' own examples do: `control.should_evaluate` on a step that `eval_strategy` knows nothing of."""
+    seen = []
+
+    class Asking(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_evaluate = control.should_save = state.global_step == 5
+
+        def on_evaluate(self, args, state, control, model, metrics, **kwargs):
+            seen.append((model.active_adapter, metrics))
+
+    options = {"comlora_k": 3, "comlora_winner_by": "validation_loss", "max_steps": 6}
+    trainer = train(trainer={"callbacks": [Asking()]}, per_device_eval_batch_size=13, **options)
+    ((active, metrics),) = seen
+    own = [metrics[f"eval_comlora/loss_{branch}"] for branch in range(3)]
+    assert active == f"branch_{own.index(min(own))}" and metrics["eval_loss"] == pytest.approx(min(own), abs=1e-6)
+    assert load_state(Path(trainer.args.output_dir) / "checkpoint-5").selection["step"] == 5
+
+
 def test_the_winner_is_out_before_a_callback_fails_and_logs_end_with_the_summary(train):
     class Failing(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
@@ -162,6 +181,26 @@ def test_the_best_checkpoints_leader_wins_and_all_wins_count(train):
     assert all(torch.equal(exported[name], kept[name]) for name in kept)
 
 
+def test_a_best_checkpoints_leader_that_diverged_since_gives_way_to_the_next_best(train):
+    class Diverge(Spoil):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                for branch in range(3):
+                    by = math.inf if branch == model.competition_state.leader else 30
+                    model.branch_parameters(branch)[-1].data.add_(1).mul_(by)
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    options |= {"comlora_k": 3, "comlora_winner_by": "validation_loss", "load_best_model_at_end": True}
+    trainer = train(trainer={"callbacks": [Diverge()]}, **options)
+    state, best = trainer.comlora_model.competition_state, Path(trainer.state.best_model_checkpoint)
+    then = load_state(best).selection
+    assert list(state.disqualified) == [then["winner"]] and best.name != "checkpoint-6"
+    losses = {branch: then["validation_nll"][branch] for branch in state.living}
+    assert selection(trainer)["winner"] == state.leader == min(losses, key=losses.get)
+    found = selection(trainer)["validation_nll"]
+    assert found == [pytest.approx(losses[branch]) if branch in losses else None for branch in range(3)]
+
+
 def test_early_stopping_ends_in_a_winner(train):
     class Stop(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
@@ -183,6 +222,16 @@ def test_validation_rows_are_not_dropped_and_adapters_keep_their_precision(train
     assert all(
         torch.equal(weights[name], first[name]) and value.dtype == torch.float32 for name, value in first.items()
     )
+
+
+def test_adapters_keep_their_precision_when_an_evaluation_fails(train):
+    def fail(prediction):
+        raise RuntimeError("no such metric")
+
+    trainer = train(start=False, comlora_k=2, double=False, bf16_full_eval=True, trainer={"compute_metrics": fail})
+    with pytest.raises(RuntimeError, match="no such metric"):
+        trainer.evaluate()
+    assert {parameter.dtype for parameter in trainer.comlora_model.trainable_parameters()} == {torch.float32}
 
 
 def test_a_disqualified_branch_has_no_figures_and_cannot_lead(train):
@@ -222,6 +271,14 @@ def test_a_stream_never_trains_on_what_was_held_out(shuffled, tmp_path):
         rest.set_epoch(epoch)
         seen = [example["text"] for example in rest]
         assert len(seen) == 36 and not own & set(seen)
+
+
+def test_all_processes_hold_the_same_examples_of_a_stream_out(tmp_path, monkeypatch):
+    """One that shuffles without a seed gives each process other examples first: the main process's are everyone's."""
+    theirs = [{"text": f"row {row}"} for row in range(30, 34)]
+    monkeypatch.setattr("comlora_trl.training.hold_out.broadcast_object_list", lambda own: theirs[: len(own)])
+    rest, held_out = hold_out(stream(40), None, ComLoRAConfig(**make_arguments(tmp_path)))
+    assert held_out.to_list() == theirs and not set(held_out["text"]) & {example["text"] for example in rest}
 
 
 @pytest.mark.parametrize("rows", [2, 3])

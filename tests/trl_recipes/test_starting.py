@@ -115,6 +115,15 @@ def test_branches_of_another_trainer(tmp_path):
     assert sum(state.wins) == 3 and not state.disqualified
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_base_that_has_branches_in_it(k, tmp_path):
+    model = make_model()
+    first = start(model, tmp_path, make_lora(), comlora_k=2)
+    with pytest.raises(ValueError, match="the base of another trainer's branches, which are still in it: call unload"):
+        start(model, tmp_path / "b", make_lora(), comlora_k=k)
+    start(first.model.unload(), tmp_path / "b", make_lora(), comlora_k=k)
+
+
 def test_names_keep_their_options_and_the_tokenizer_its_revision(base, tmp_path, monkeypatch):
     asked, original = [], AutoProcessor.from_pretrained
 
