@@ -85,7 +85,7 @@ class CompetitionLoss:
         return (sum(further, start=result[0]), result[1]) if return_outputs else sum(further, start=result)
 
     def _rest_of_router_losses(self, output: CompetitionOutput) -> Tensor | None:
-        """What the mean of the branches' router losses, TRL's term, lacks for independent ones to have theirs whole."""
+        """What TRL's term, a mean over branches, lacks for independent ones to have their routers' loss whole."""
         if not (self._settings.independent and self.aux_loss_enabled):
             return None
         others = output.ran.any(dim=1).sum() - 1
