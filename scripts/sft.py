@@ -136,7 +136,13 @@ def load_data(given: set[str], script_args: Any, training_args: Any, dataset_arg
         }
         train = load_training_dataset(name, split=script_args.dataset_train_split, **options)
         validation = load_validation(name, given, script_args, training_args, options)
-    built = is_built_with(next(iter(train), {}).get("prompt"), template)
+    first = next(iter(train), {})
+    if "dataset_text_field" in given and training_args.dataset_text_field not in first:
+        raise ValueError(
+            f"--dataset_text_field {training_args.dataset_text_field} does nothing with "
+            f"{data_name(script_args, dataset_args)}, which has the columns {', '.join(first)}: leave it out."
+        )
+    built = is_built_with(first.get("prompt"), template)
     if "comlora_prompt" in given and not built:
         raise ValueError(
             f"--comlora_prompt does nothing with {data_name(script_args, dataset_args)}, whose prompts are its own: "
@@ -208,7 +214,7 @@ def main(argv: list[str]) -> None:
     try:
         arguments = parse_arguments(argv)
         trainer = build_trainer(_given(argv), arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         # Before training starts an error is the input's, and its message says what to do
         sys.exit(f"error: {error}")
 

@@ -93,7 +93,8 @@ class CompetingBranches:
         launches for every matrix.
         """
         first = self.groups.index(group)
-        stack_weights(self.groups[first : first + _GROUPS_AT_A_TIME], self.names)
+        with torch.set_grad_enabled(self.active.differentiable):  # all runs of a layer share its weights
+            stack_weights(self.groups[first : first + _GROUPS_AT_A_TIME], self.names)
 
     def _compiled(self) -> bool:
         """Whether `torch.compile` runs a module of the model around the first adapted layer."""

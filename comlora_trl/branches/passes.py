@@ -29,6 +29,9 @@ class Pass:
         rows: lines of tokens in the batch before it is repeated.
         inputs_are_wide: whether the model's inputs are repeated, and not those of its layers.
         compiled: whether `torch.compile` runs the model.
+
+    Attributes:
+        differentiable: whether gradients are wanted of the pass; a model may run layers without them meanwhile.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Pass:
     ) -> None:
         self.branches, self.names, self.copies, self.rows = branches, names, copies, rows
         self.inputs_are_wide, self.compiled = inputs_are_wide, compiled
+        self.differentiable = torch.is_grad_enabled()
         self.weights: list[tuple[LayerGroup, BranchWeights | None]] | None = None
         self.expanded: dict[int, tuple[Any, Any]] = {}
         self.router_logits: tuple[Tensor, ...] | None = None

@@ -40,7 +40,7 @@ def settle_expansion(model: BranchModel, batches: Sequence[dict[str, Any]]) -> s
         except Exception as error:
             raise ValueError(
                 f"{type(model.get_base_model()).__name__} can't be trained here: one branch's pass over made-up "
-                f"tokens ended in {type(error).__name__} ({_first_line(error)}). A causal language model that takes "
+                f"tokens ended in {type(error).__name__} ({first_line(error)}). A causal language model that takes "
                 "input_ids and labels is needed."
             ) from error
         finally:
@@ -163,5 +163,6 @@ def _undisturbed(model: BranchModel) -> Iterator[None]:
                 module.training = mode
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's message, for a line of ours."""
     return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -95,7 +95,7 @@ def _linear_layers(model: nn.Module) -> dict[str, set[str]]:
         sizes = _sizes(module)
         *parents, name = path.split(".")
         numbers = [place for place, part in enumerate(parents) if part.isdigit()]
-        if not sizes or not numbers:
+        if not sizes or not numbers or name.isdigit():  # a number alone would name the layers of the stack too
             continue
         if len(numbers) > 1:  # a list within a layer: experts
             unfit.add(name)

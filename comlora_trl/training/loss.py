@@ -100,10 +100,16 @@ class CompetitionLoss:
             return competed[0]
 
         result = super().compute_loss(run, inputs, return_outputs, num_items_in_batch)
-        pairwise = self._pairwise_loss(competed[0])
-        if pairwise is None:
-            return result
-        return (result[0] + pairwise, result[1]) if return_outputs else result + pairwise
+        further = (self._pairwise_loss(competed[0]), self._rest_of_router_losses(competed[0]))
+        further = [loss for loss in further if loss is not None]
+        return (sum(further, start=result[0]), result[1]) if return_outputs else sum(further, start=result)
+
+    def _rest_of_router_losses(self, output: CompetitionOutput) -> Tensor | None:
+        """What TRL's term, a mean over branches, lacks for independent ones to have their routers' loss whole."""
+        if not (self._settings.independent and self.aux_loss_enabled):
+            return None
+        others = output.ran.any(dim=1).sum() - 1
+        return others * self.router_aux_loss_coef * output.aux_loss / self.current_gradient_accumulation_steps
 
     def _branch_pass(self, rows_per_line: tuple[int, ...] | None, normaliser: Tensor) -> BranchPass:
         plan, chunk = self._plan, self.args.comlora_branch_chunk

@@ -284,3 +284,13 @@ def check_columns(
         )
     if "prompt" in columns and "completion" not in columns and formatting_func is None:
         raise ValueError(f"the {name} dataset has a prompt column but no completion column: add completion.")
+    if isinstance(dataset, Dataset) and formatting_func is None:
+        _check_filled(dataset, name, {text_field, "completion", *_DATA_COLUMNS} & set(columns))
+
+
+def _check_filled(dataset: Dataset, name: str, columns: set[str]) -> None:
+    for column in sorted(columns):
+        if not dataset.data.column(column).null_count:  # of the whole table, of which this may be a selection
+            continue
+        if (row := next((row for row, value in enumerate(dataset[column]) if value is None), None)) is not None:
+            raise ValueError(f"row {row} of the {name} dataset has no {column}: fill it in, or leave the row out.")

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from torch.nn.utils.rnn import pad_sequence
 
 from comlora_trl.branches.expansion import SEPARATELY
-from comlora_trl.branches.trial import settle_expansion
+from comlora_trl.branches.trial import first_line, settle_expansion
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.step_plan import ROWS_PER_LINE
 
@@ -48,11 +48,12 @@ def try_branches(
         if any(parameter.is_meta for parameter in model.parameters()):
             logger.warning(f"the weights are not loaded yet: {_UNTRIED.format(model.expansion.place)}")
         else:
+            batches = _made_up_batches(model, collator, packed, router_loss)
             try:
-                found[0] = settle_expansion(model, _made_up_batches(model, collator, packed, router_loss))
+                found[0] = settle_expansion(model, batches)
                 found[1] = model.expansion.batched
             except ValueError as error:
-                found[2] = error
+                found[2] = _with_its_cause(error, model, batches) if router_loss else error
     if accelerator.num_processes > 1:
         found = broadcast_object_list(found)
     place, batched, error = found
@@ -67,6 +68,20 @@ def try_branches(
             "DDP, or other target_modules."
         )
     return place
+
+
+def _with_its_cause(error: ValueError, model: ComLoRAModel, batches: list[dict[str, Any]]) -> ValueError:
+    """The error, or one that says what to do where the model runs without its routers' loss."""
+    try:
+        settle_expansion(model, [batch | {"output_router_logits": False} for batch in batches])
+    except ValueError:
+        return error
+    name, cause = type(model.get_base_model()).__name__, error.__cause__
+    found = f"{type(cause).__name__} ({first_line(cause)})"
+    return ValueError(
+        f"the routers' loss of {name} ends in {found}, in TRL's own trainer too: set router_aux_loss_coef=0.0 to "
+        "train without it."
+    )
 
 
 def _made_up_batches(model: ComLoRAModel, collator: Callable, packed: bool, router_loss: bool) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ import torch
 from architectures import Architecture
 from conftest import make_arguments, make_dataset, make_lora, make_tokenizer
 from families import FAMILIES, make_family
-from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import CTRLConfig, CTRLLMHeadModel, GraniteMoeConfig, GraniteMoeForCausalLM, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
@@ -133,12 +134,53 @@ def test_one_branch_is_the_stock_trainer(family, tmp_path):
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_branches_with_rates_of_their_own_have_their_routers_loss_whole(tmp_path, chunk):
+    """Each is the stock trainer's run at its rate, and what is logged is the mean of theirs."""
+    rates, options = [0.2, 0.4], {"optim": "sgd", "max_steps": 3, "router_aux_loss_coef": 0.5}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    lora = make_lora(target_modules=["q_proj", "v_proj"])
+    own = {"comlora_selector": False, "comlora_branch_learning_rates": rates, "comlora_branch_chunk": chunk}
+    ours = construct(tmp_path / "ours", "Mixtral", lora, **options, **own)
+    start = {n: p.detach().clone() for n, p in ours.comlora_model.named_parameters() if p.requires_grad}
+    ours.train()
+    found, runs = dict(ours.comlora_model.named_parameters()), []
+    for branch, rate in enumerate(rates):
+        config = SFTConfig(**make_arguments(tmp_path / str(branch), **options, learning_rate=rate))
+        given = {"train_dataset": make_dataset(), "processing_class": make_tokenizer()}
+        alone = SFTTrainer(make_family("Mixtral"), config, peft_config=lora, **given)
+        adapter = {n: p for n, p in alone.model.named_parameters() if p.requires_grad}
+        for name, parameter in adapter.items():
+            parameter.data.copy_(start[name.replace(".default.", f".branch_{branch}.")])
+        alone.train()
+        for name, parameter in adapter.items():
+            same = found[name.replace(".default.", f".branch_{branch}.")]
+            torch.testing.assert_close(same, parameter, rtol=0, atol=1e-6)
+        runs.append([entry for entry in alone.state.log_history if "loss" in entry])
+    logs = [entry for entry in ours.state.log_history if "loss" in entry]
+    for figure in ("loss", "aux_loss"):
+        expected = [sum(entry[figure] for entry in step) / len(rates) for step in zip(*runs, strict=True)]
+        assert [entry[figure] for entry in logs] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_loss_outside_the_loop_has_the_routers_loss_of_its_batch(tmp_path):
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = construct(tmp_path, "Mixtral", make_lora(target_modules=["q_proj"]), **options)
+    batch, losses = next(iter(trainer.get_train_dataloader())), []
+    trainer.model.train()
+    for coefficient in (0.0, 0.5):
+        trainer.router_aux_loss_coef = coefficient
+        losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+    router = trainer._metrics["train"]["aux_loss"][-1]
+    assert losses[1] - losses[0] == pytest.approx(0.5 * router, abs=1e-5) and router > 1
+
+
 # ---- One clear line ----
 
 
-def construct(tmp_path, family: str, lora: object, **options: object) -> ComLoRASFTTrainer:
+def construct(tmp_path, family: str | PreTrainedModel, lora: object, **options: object) -> ComLoRASFTTrainer:
     return ComLoRASFTTrainer(
-        make_family(family),
+        make_family(family) if isinstance(family, str) else family,
         ComLoRAConfig(**make_arguments(tmp_path, **options)),
         train_dataset=make_dataset(),
         eval_dataset=make_dataset(3),
@@ -163,6 +205,17 @@ def test_what_cannot_be_trained(tmp_path, family, lora, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_routers_loss_that_cannot_be_computed(tmp_path):
+    """GraniteMoE's configuration calls the number of experts otherwise than TRL expects."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    lora = make_lora(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="set router_aux_loss_coef=0.0 to train without it") as error:
+        construct(tmp_path, GraniteMoeForCausalLM(GraniteMoeConfig(**sizes)), lora)
+    assert "\n" not in str(error.value)
+    construct(tmp_path, GraniteMoeForCausalLM(GraniteMoeConfig(**sizes)), lora, router_aux_loss_coef=0.0, max_steps=1)
+
+
 def test_layers_that_are_never_called(monkeypatch):
     def with_a_spare(family):
         model = make_family(family)
@@ -185,6 +238,10 @@ def test_default_targets_fit_and_are_said(tmp_path, caplog):
     assert "MixtralForCausalLM does not have all of q_proj" in caplog.text and "adapt q_proj, k_proj" in caplog.text
     mamba = complete_lora_config(LoraConfig(), make_family("Mamba 2"))  # PEFT knows none
     assert mamba.target_modules == {"in_proj"}
+    sizes = {"vocab_size": 99, "n_positions": 64, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4}
+    numbered = CTRLLMHeadModel(CTRLConfig(**sizes))  # linear layers in lists, without names of their own
+    config = complete_lora_config(None, numbered)
+    assert config.target_modules == {"Wq", "Wk", "Wv", "dense"} and get_peft_model(numbered, config)
     caplog.clear()
     for given in (LoraConfig(), make_lora(), make_lora(target_modules=["o_proj"])):
         assert complete_lora_config(given, make_family("Llama")) is given

@@ -85,6 +85,20 @@ def test_nothing_is_left_after_a_forward_that_fails(model):
     assert_equal(gradients(model), expected, 0.0)
 
 
+def test_layers_that_first_run_without_gradients_get_theirs(model, monkeypatch):
+    """As where a model goes through its layers several times and learns from the last."""
+    expected, backbone = gradients(model), model.get_base_model().model
+    original = backbone.forward
+
+    def forward_twice(*args, **kwargs):
+        with torch.no_grad():
+            original(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(backbone, "forward", forward_twice)
+    assert_equal(gradients(model), expected)
+
+
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_nothing_is_left_after_a_backward_that_fails(model, chunk):
     """Out of memory say; whoever calls next, and be it the base model's layers, finds PEFT's own."""

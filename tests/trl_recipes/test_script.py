@@ -86,11 +86,29 @@ def test_a_wrong_data_name_is_answered_about_the_data(sft):
         sft("--dataset_name", "no/such.data", short=False)
 
 
+def test_a_row_without_its_completion(sft, tmp_path):
+    rows = [*make_dataset(4), {"prompt": "reverse abc:"}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match="error: row 4 of the training dataset has no completion: fill it in"):
+        sft("--dataset_name", tmp_path / "mine.json")
+
+
+def test_what_is_not_installed(sft, folder, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("the package is not installed")
+
+    monkeypatch.setattr("comlora_trl.training.starting.create_model_from_path", missing)
+    with pytest.raises(SystemExit, match="error: the package is not installed"):
+        sft("--dataset_name", folder / "my.json")
+
+
 def test_text_fields(sft, folder, trainers):
     sft("--dataset_name", folder / "stories.json", "--dataset_text_field", "story")
     assert trainers[0].state.global_step == 2
     with pytest.raises(SystemExit, match="has the columns story; .* --dataset_text_field"):
         sft("--dataset_name", folder / "stories.json")
+    with pytest.raises(SystemExit, match="--dataset_text_field story does nothing with .*my.json, which has the colu"):
+        sft("--dataset_name", folder / "my.json", "--dataset_text_field", "story")
 
 
 @pytest.mark.parametrize("flags, recorded", [([], "comlora"), (["--comlora_prompt", "llm_adapters"], "llm_adapters")])
