@@ -187,6 +187,11 @@ def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrai
     """From what the command line says to a trainer that is ready to start."""
     script_args, training_args, model_args, dataset_args = arguments
     check_flags(given, script_args, model_args, dataset_args)
+    resumed = training_args.resume_from_checkpoint
+    if resumed and not Path(resumed).is_dir():
+        raise ValueError(
+            f"--resume_from_checkpoint {resumed} is no folder: give one of {training_args.output_dir}/checkpoint-STEP."
+        )
     model = model_args.model_name_or_path or str(demo_model_path())
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -81,7 +81,7 @@ def write_data(jobs: list[Job], folder: Path) -> None:
 def train(jobs: list[Job], alone: list[Job], arguments: argparse.Namespace) -> int:
     """Trains the jobs, first those that are timed alone; returns how many failed."""
     deadline = time.monotonic() + arguments.seconds if arguments.seconds else None
-    precision = "bf16" if arguments.bf16 else "float32"
+    precision = precision_of(arguments)
     command = [sys.executable, str(Path(__file__).with_name("study_run.py")), str(arguments.tuned), precision]
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     single = Pool(command, arguments.results, describe_run(1, precision), 1 if alone else 0, deadline)
@@ -90,6 +90,18 @@ def train(jobs: list[Job], alone: list[Job], arguments: argparse.Namespace) -> i
         pool = Pool(command, arguments.results, about, min(workers, len(jobs)), deadline, environment=environment)
         write_data([*alone, *jobs], Path(folder))
         return single.run(alone) + pool.run(jobs)
+
+
+def precision_of(arguments: argparse.Namespace) -> str:
+    """What the runs are trained in; ends the program where the file has runs in another precision."""
+    precision = "bf16" if arguments.bf16 else "float32"
+    others = {row["precision"] for row in read_results(arguments.results)} - {precision}
+    if others:
+        sys.exit(
+            f"error: {arguments.results} has runs in {others.pop()}, and arms are compared in one precision: "
+            f"{'leave --bf16 out' if arguments.bf16 else 'add --bf16'}, or give another file with --results"
+        )
+    return precision
 
 
 def describe_run(workers: int, precision: str) -> dict[str, Any]:
@@ -112,7 +124,8 @@ def main() -> None:
         for job in jobs:
             print(f"{job['arm']}, {job['size']} rows, seed {job['seed']}: {passes[job['arm']]:,} row passes")
         sys.exit(f"{len(jobs)} runs, {sum(passes[job['arm']] for job in jobs):,} row passes")
-    failed = 0 if arguments.report else train(jobs, jobs_alone(arms, arguments.results), arguments)
+    alone = [] if arguments.report else jobs_alone(arms, arguments.results)
+    failed = train(jobs, alone, arguments) if jobs or alone else 0
     print_report(read_results(arguments.results))
     if failed:
         sys.exit(f"{failed} of {len(jobs)} runs failed, see above; the same command tries them again")

@@ -59,6 +59,10 @@ def test_adapters_that_branches_cannot_be(train, config, message):
 DATA = {
     "missing columns": ({"train_dataset": Dataset.from_dict({"question": ["a"]})}, "has the columns question"),
     "no completion": ({"train_dataset": Dataset.from_dict({"prompt": ["a"]})}, "no completion column"),
+    "one example": (
+        {"train_dataset": make_dataset(1), "eval_dataset": None},
+        "a single example, so none can be held out",
+    ),
     "empty training set": ({"train_dataset": Dataset.from_dict({"prompt": []})}, "training dataset is empty"),
     "no training set": ({"train_dataset": None}, "train_dataset is missing"),
     "no validation set in a dict": ({"eval_dataset": {}}, "eval_dataset is empty"),

@@ -131,6 +131,14 @@ def test_finished_runs_are_not_run_again_and_a_dead_worker_costs_one_run(tmp_pat
     assert [(line["seed"], line.get("commit")) for line in lines] == [(1, None), (0, "abc"), (3, "abc")]
 
 
+def test_runs_of_another_precision_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_text(json.dumps(field_row(0, (0.4, 0.5, 0.3)) | {"precision": "bf16"}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["study.py", "--results", str(results), "--arms", "base", "--seeds", "1"])
+    with pytest.raises(SystemExit, match="has runs in bf16, and arms are compared in one precision: add --bf16, or"):
+        study.main()
+
+
 def test_a_run_that_outlasts_the_deadline_is_lost(tmp_path: Path) -> None:
     command, jobs = [sys.executable, "-c", "import time; time.sleep(60)"], [{"arm": "a", "size": "640", "seed": 0}] * 3
     begin = time.monotonic()

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -274,10 +273,6 @@ class BranchModel(PeftModelForCausalLM):
     def _keep_router_logits(self, _: nn.Module, __: Any, output: Any) -> None:
         if self.competing.active is not None:
             keep_router_logits(output, self.competing.active)
-
-    def save_adapters(self, folder: str | Path, names: list[str], **kwargs: Any) -> None:
-        """Saves the named adapters alone, each in a folder of its own, in PEFT's ordinary layout."""
-        super().save_pretrained(str(folder), selected_adapters=names, **kwargs)
 
 
 def branch_name(branch: int) -> str:

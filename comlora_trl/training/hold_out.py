@@ -71,6 +71,11 @@ def _out_of_stream(train: IterableDataset, size: int | None) -> tuple[IterableDa
 
 def _checked(size: int | None, available: int) -> int:
     """The number of examples to take out of `available` ones."""
+    if available < 2:
+        raise ValueError(
+            "the training set has a single example, so none can be held out to choose the winner by: pass an "
+            "eval_dataset, or more examples."
+        )
     if size is None:
         size = max(1, min(DEFAULT_SIZE, available // _SHARE))
         if size < DEFAULT_SIZE:

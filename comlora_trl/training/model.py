@@ -7,6 +7,7 @@ import copy
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,17 +169,21 @@ class ComLoRAModel(BranchModel):
         keep = rows.prompt(labels) if self.selector_input == "prompt" else rows.real
         return self.selector(*rows.split(embeddings, keep))
 
-    def save_pretrained(self, save_directory: str, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **_: Any
+    ) -> None:
         """Saves each branch as a PEFT adapter in its own folder, the selector and the competition's state.
 
-        The leader's files lie at the root too, where whatever takes an adapter finds it.
+        The leader's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options change
+        nothing: the files are small, and always safetensors.
         """
-        state_dict = kwargs.pop("state_dict", None) or state_to_save(self)
+        state_dict = state_dict or state_to_save(self)
         if not is_main_process:
             return
-        names = [name for name in self.branch_names if name in self.peft_config]
-        self.save_adapters(save_directory, names, state_dict=state_dict, **kwargs)
         folder = Path(save_directory)
+        for name in (name for name in self.branch_names if name in self.peft_config):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            self._snapshot(name, state_dict).save(folder / name)
         shutil.copytree(folder / branch_name(self.competition_state.leader), folder, dirs_exist_ok=True)
         if self.selector is not None:
             own = {name: value for name, value in state_dict.items() if name.startswith("selector.")}
@@ -199,15 +204,6 @@ class ComLoRAModel(BranchModel):
         check_checkpoint(folder, self.settings.k, self.selector is not None)
         load_trained_state(self, self._saved_weights(folder), root)
 
-    def save_adapters(self, folder: str | Path, names: list[str], **kwargs: Any) -> None:
-        """Saves the named adapters alone, each in a folder of its own, in PEFT's ordinary layout."""
-        super().save_adapters(folder, names, **kwargs)
-        if any(isinstance(module, FSDP) for module in self.modules()):
-            # PEFT asks the modules for the weights' names, and within FSDP1's wrappers they have others
-            for name in names:
-                weights = {key: kwargs["state_dict"][own] for key, own in self._saved_names[name].items()}
-                save_file(weights, Path(folder) / name / WEIGHTS_FILE, metadata={"format": "pt"})
-
     def snapshot(self, branch: int, root: nn.Module | None = None) -> "BranchSnapshot":
         """A branch as it is now, as PEFT would write it; every process has to call it.
 
@@ -221,13 +217,17 @@ class ComLoRAModel(BranchModel):
             frozen = {own: self.get_parameter(own) for own in self._frozen_names.values()}
             whole = {own: parameter for own, parameter in frozen.items() if not is_sharded([parameter])}
             state = trained_state(self, root, self.named_branch_parameters(branch) | whole)
+        return self._snapshot(name, state)
+
+    def _snapshot(self, name: str, state: Mapping[str, Tensor]) -> "BranchSnapshot":
         names = self._saved_names[name] | self._frozen_names
         config, base = copy.deepcopy(self.peft_config[name]), self.get_base_model()
         config.inference_mode = True
         config.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path or None
         if config.task_type is None:
             config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        return BranchSnapshot(config, {key: state[own] for key, own in names.items() if own in state})
+        weights = {key: state[own].contiguous() for key, own in names.items() if own in state}
+        return BranchSnapshot(config, weights)
 
     def _names_to_save(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """The names of each adapter's weights in PEFT's files, and in the model; asked before a wrapper changes them.

@@ -217,11 +217,12 @@ def test_packed_lines_go_to_one_branch_whole(train):
     [{}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}, {"task_type": None, "use_rslora": True}],
     ids=["lora", "dora", "embeddings", "no task"],
 )
-def test_a_branch_kept_at_a_rung_is_what_peft_would_save(lora, tmp_path):
+def test_a_branch_is_written_as_peft_would_save_it(lora, tmp_path):
+    """At a rung, in a checkpoint and as the winner."""
     model = ComLoRAModel(make_model(), make_lora(**lora), CompetitionSettings(k=3))
     for branch, parameter in enumerate(model.trainable_parameters()):
         parameter.data.normal_(generator=torch.Generator().manual_seed(branch))
-    model.save_adapters(tmp_path, ["branch_1"])
+    PeftModel.save_pretrained(model, str(tmp_path), selected_adapters=["branch_1"])
     snapshot = model.snapshot(1)
     model.drop_branch(1)
     assert model.branch_parameters(1) == [] and list(model.peft_config) == ["branch_0", "branch_2"]

@@ -93,6 +93,11 @@ def test_a_row_without_its_completion(sft, tmp_path):
         sft("--dataset_name", tmp_path / "mine.json")
 
 
+def test_a_checkpoint_that_is_not_there(sft, folder):
+    with pytest.raises(SystemExit, match="error: --resume_from_checkpoint nowhere is no folder: give one of comlora"):
+        sft("--dataset_name", folder / "my.json", "--resume_from_checkpoint", "nowhere")
+
+
 def test_what_is_not_installed(sft, folder, monkeypatch):
     def missing(*args, **kwargs):
         raise ImportError("the package is not installed")
