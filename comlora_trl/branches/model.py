@@ -30,7 +30,8 @@ class BranchOutput(ModelOutput):
         log_probs: log-probabilities times their row's weight; [n·B, T−1] for the n branches that ran, or a single sum
             when they ran in chunks.
         entropy, is_top1, label_mask: as TRL's fused LM head gives them, [n·B, T−1].
-        aux_loss: load-balancing loss of a mixture-of-experts base, the mean of the branches' own.
+        aux_loss: load-balancing loss of a mixture-of-experts base: the mean of the branches' own, or their weighted
+            sum.
         nll: S[k, b], summed negative log-likelihood of each row, [K, R], without gradient; 0 where a row has not run.
         ran: whether a row has run through a branch, bool [K, R].
         correct: supervised tokens of each row that were the likeliest, [K, R] like `nll`; without gradients only.
@@ -216,6 +217,7 @@ class BranchModel(PeftModelForCausalLM):
         compiled: bool = False,
         owners: Sequence[int] | None = None,
         rows_per_line: Sequence[int] | None = None,
+        router_weights: Tensor | None = None,
     ) -> BranchOutput:
         """One forward over branches, each on the whole batch or, with `owners`, on its own lines of it.
 
@@ -228,20 +230,22 @@ class BranchModel(PeftModelForCausalLM):
             compiled: whether `torch.compile` runs the model.
             owners: the branch that each line of the batch goes to, None to run each line through all of them.
             rows_per_line: rows that each line of a packed batch has, None for one each.
+            router_weights: [K], with `owners`: `aux_loss` is the sum of the branches' own, so weighted.
         """
         self.competing.abandon()
         branches = list(range(self.k)) if branches is None else list(branches)
         chunk = 1 if self.expansion.place == SEPARATELY else min(chunk or len(branches), len(branches))
         own = weights[indices(branches, weights.device)] if len(branches) < self.k else weights
         if owners is not None:
-            output = run_dealt(self, inputs, rows, weights, owners, rows_per_line, chunk, compiled)
+            output = run_dealt(self, inputs, rows, weights, owners, rows_per_line, router_weights, chunk, compiled)
             branches = sorted(set(owners))
         elif chunk < len(branches):
             output = run_in_chunks(self, inputs, rows, own, branches, chunk, compiled)
         else:
             output = run_batched(self, inputs, rows, own, branches, compiled)
         if output["aux_loss"] is not None:
-            output["aux_loss"] = output["aux_loss"].mean()
+            weighted = owners is not None and router_weights is not None
+            output["aux_loss"] = output["aux_loss"].sum() if weighted else output["aux_loss"].mean()
         if owners is None:
             output |= self._of_all_branches(output, branches, rows)
         if len(branches) < self.k:

@@ -95,6 +95,7 @@ def run_dealt(
     weights: Tensor,
     owners: Sequence[int],
     rows_per_line: Sequence[int] | None,
+    router_weights: Tensor | None,
     chunk: int,
     compiled: bool,
 ) -> dict[str, Tensor]:
@@ -103,6 +104,7 @@ def run_dealt(
     Args:
         weights: [K, R], of which a row's weight under its own branch counts.
         owners, rows_per_line: as for [`deal`].
+        router_weights: [K], of the branches' load-balancing losses.
 
     Returns:
         as [`run_batched`]; `nll` [K, R], zero where a row has not run, and `ran`, bool [K, R].
@@ -121,6 +123,8 @@ def run_dealt(
         weight = weights.new_zeros(1, len(dealt.source))
         weight[0, place] = weights[owner, row]
         piece = run_batched(model, dealt.inputs, Rows.of(dealt.inputs), weight, dealt.branches, compiled, dealt=True)
+        if router_weights is not None and piece["aux_loss"] is not None:
+            piece["aux_loss"] = piece["aux_loss"] * router_weights[list(dealt.branches)].to(weights)
         own = piece.pop("nll")
         nll = own.new_zeros(weights.shape) if nll is None else nll
         nll[owner, row] = own[0, place]

@@ -108,7 +108,7 @@ class CompetitionLoss:
         """What TRL's term, a mean over branches, lacks for independent ones to have their routers' loss whole."""
         if not (self._settings.independent and self.aux_loss_enabled):
             return None
-        others = output.ran.any(dim=1).sum() - 1
+        others = len(self.comlora_model.competition_state.living) - 1
         return others * self.router_aux_loss_coef * output.aux_loss / self.current_gradient_accumulation_steps
 
     def _branch_pass(self, rows_per_line: tuple[int, ...] | None, normaliser: Tensor) -> BranchPass:
@@ -117,7 +117,7 @@ class CompetitionLoss:
             return BranchPass(eta=self._eta(), chunk=chunk)
         # TRL divides by M: a branch's own mean is over its own tokens
         weights = normaliser.to(self._sums.vector.dtype) / plan.branch_tokens.clamp(min=1)
-        return BranchPass(self._eta(), chunk, plan.owners[plan.used], rows_per_line, weights)
+        return BranchPass(self._eta(), chunk, plan.owners[plan.used], rows_per_line, weights, plan.router_weights)
 
     def _eta(self) -> float:
         progress = self.state.global_step / max(self.state.max_steps, 1)
@@ -147,7 +147,7 @@ class CompetitionLoss:
             self._sums.add_gradients(finite)
         figures = StepFigures(k, self.accelerator.reduce(self._sums.vector, reduction="sum").tolist())
         self._sums = StepSums(k, self.args.device)
-        state.row_passes += cost(self._plan.lines, len(state.living), self._plan.owners is not None)
+        state.row_passes += cost(sum(self._plan.lines), len(state.living), self._plan.owners is not None)
         for branch in [branch for branch in state.living if figures.diverged[branch]]:
             disqualify(model, branch, step)
         for branch in (*state.disqualified, *state.retired):

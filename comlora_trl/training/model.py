@@ -41,6 +41,7 @@ class BranchPass:
         owners: the branch each line goes to where rows are shared, None where every branch sees all.
         rows_per_line: rows of each line of a packed batch whose lines are shared.
         branch_weights: a factor on the weights of a branch's rows, [K]; with shared rows M over the branch's tokens.
+        router_weights: on the branches' load-balancing losses, [K], see [`StepPlan`]; where rows are shared.
     """
 
     eta: float = 0.0
@@ -48,6 +49,7 @@ class BranchPass:
     owners: tuple[int, ...] | None = None
     rows_per_line: tuple[int, ...] | None = None
     branch_weights: Tensor | None = None
+    router_weights: Tensor | None = None
 
 
 @dataclass
@@ -150,10 +152,8 @@ class ComLoRAModel(BranchModel):
         weights = row_weights(probabilities, rows.count, branch_pass.eta, self.settings, alive, dtype, state.field)
         if branch_pass.branch_weights is not None:
             weights = weights * branch_pass.branch_weights.to(weights)[:, None]
-        chunk, owners = branch_pass.chunk, branch_pass.owners
-        output = self.run_branches(
-            inputs, rows, weights, state.living, chunk, is_compiling(), owners, branch_pass.rows_per_line
-        )
+        dealt = branch_pass.owners, branch_pass.rows_per_line, branch_pass.router_weights
+        output = self.run_branches(inputs, rows, weights, state.living, branch_pass.chunk, is_compiling(), *dealt)
         return CompetitionOutput(**output, scores=scores, probabilities=probabilities)
 
     def score(self, input_ids: Tensor, rows: Rows, labels: Tensor) -> Tensor:

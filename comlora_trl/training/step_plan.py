@@ -1,6 +1,7 @@
 """The rows, lines and supervised tokens of one optimizer step, across its micro-batches and processes."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ class StepPlan:
         tokens: M, supervised tokens of the whole step, an int64 tensor.
         own_tokens: those of this process.
         line_places: (first line, lines) of each micro-batch.
-        lines: lines of the whole step.
+        lines: lines of each micro-batch of the whole step, process by process.
         owners: the branch of each line of each micro-batch, where rows are shared.
         branch_tokens: M of each branch, [K], where rows are shared.
+        router_weights: what makes the mean over the living branches of each one's mean over the micro-batches that it
+            has lines of, out of sums over branches and means over all micro-batches, [K] on the CPU; where rows are
+            shared.
     """
 
     places: list[tuple[int, int]]
@@ -40,9 +44,10 @@ class StepPlan:
     tokens: Tensor
     own_tokens: Tensor
     line_places: list[tuple[int, int]]
-    lines: int
+    lines: list[int]
     owners: list[tuple[int, ...]] | None = None
     branch_tokens: Tensor | None = None
+    router_weights: Tensor | None = None
     used: int = 0
     noise: Tensor | None = None
 
@@ -66,8 +71,9 @@ class StepPlan:
             sizes, rank = gathered[..., 2:].transpose(0, 1).tolist(), accelerator.process_index
             supervised, tokens = gathered[..., 0].sum(), gathered[..., 1].sum()
         row_places, row_count = _places([[size[0] for size in micro_batch] for micro_batch in sizes], rank)
-        line_places, line_count = _places([[size[1] for size in micro_batch] for micro_batch in sizes], rank)
-        return cls(row_places, row_count, supervised, tokens, own, line_places, line_count)
+        line_counts = [[size[1] for size in micro_batch] for micro_batch in sizes]
+        line_places, _ = _places(line_counts, rank)
+        return cls(row_places, row_count, supervised, tokens, own, line_places, [*chain(*line_counts)])
 
     def deal(
         self, batches: list[dict[str, Any]], step: int, living: list[int], k: int, accelerator: Any
@@ -86,7 +92,15 @@ class StepPlan:
                 by_row = by_row.repeat_interleave(per_line.to(tokens.device))
             own += torch.zeros_like(own, device=tokens.device).index_add(0, by_row, tokens[: by_row.numel()]).to(own)
         self.branch_tokens = accelerator.reduce(own, reduction="sum") if accelerator.num_processes > 1 else own
+        self.router_weights = self._router_weights(step, living, k)
         return self
+
+    def _router_weights(self, step: int, living: list[int], k: int) -> Tensor:
+        having_lines, first = torch.zeros(k), 0
+        for count in self.lines:
+            having_lines[[*{dealt_to(first + line, step, living) for line in range(count)}]] += 1
+            first += count
+        return len(self.lines) / (len(living) * having_lines.clamp(min=1))
 
     @property
     def exhausted(self) -> bool:

@@ -181,6 +181,19 @@ def test_the_loss_after_an_interrupted_step(train):
     assert trainer.compute_loss(trainer.model, batch).isfinite()
 
 
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=128, num_key_value_heads=1, **sizes, **experts))
+
+
+def mixture_trainer(kind: type, arguments: SFTConfig) -> SFTTrainer:
+    lora = make_lora(target_modules=["q_proj", "v_proj"])
+    given = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(5), "processing_class": make_tokenizer()}
+    return kind(mixtral(), arguments, **given, peft_config=lora)
+
+
 def test_a_mixture_of_experts_in_and_outside_the_loop_is_trls(tmp_path):
     """The routers' loss, which the Trainer shares out among its loop's accumulation steps."""
     found = []
@@ -188,18 +201,8 @@ def test_a_mixture_of_experts_in_and_outside_the_loop_is_trls(tmp_path):
         (SFTTrainer, SFTConfig),
         (ComLoRASFTTrainer, partial(ComLoRAConfig, comlora_k=1, comlora_selector=False)),
     ):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-        experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
-        base = MixtralForCausalLM(MixtralConfig(vocab_size=128, num_key_value_heads=1, **sizes, **experts))
         options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3}
-        trainer = kind(
-            base,
-            settings(**make_arguments(tmp_path / kind.__name__, **options)),
-            train_dataset=make_dataset(),
-            processing_class=make_tokenizer(),
-            peft_config=make_lora(target_modules=["q_proj", "v_proj"]),
-        )
+        trainer = mixture_trainer(kind, settings(**make_arguments(tmp_path / kind.__name__, **options)))
         trainer.model.train()
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
         losses = [trainer.compute_loss(trainer.model, dict(batch)).item()]
@@ -208,6 +211,23 @@ def test_a_mixture_of_experts_in_and_outside_the_loop_is_trls(tmp_path):
         trainer.model.train()
         found.append([*losses, trainer.compute_loss(trainer.model, dict(batch)).item()])
     assert found[0] == pytest.approx(found[1], abs=1e-6) and len(found[0]) == 5
+
+
+@pytest.mark.parametrize("rows, chunk", [(2, None), (4, None), (4, 1)])
+def test_shared_rows_have_their_routers_loss_whole(rows, chunk, tmp_path):
+    """A branch's own is the mean over the micro-batches that it has rows of: here each row's, however they are cut."""
+
+    def trained(rows, chunk=None):
+        cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows, "max_steps": 3}
+        shared = {"comlora_k": 4, "comlora_rows": "shared", "comlora_selector": False, "comlora_branch_chunk": chunk}
+        options = make_arguments(tmp_path / f"{rows}-{chunk}", **cut, **shared, learning_rate=1e-2)
+        trainer = mixture_trainer(ComLoRASFTTrainer, ComLoRAConfig(**options))
+        trainer.train()
+        return trainer, [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
+
+    (one, logged), (other, also) = trained(1), trained(rows, chunk)
+    assert difference(parameters(one), parameters(other)) < 1e-5
+    assert logged == pytest.approx(also, abs=1e-4)
 
 
 def test_a_flattened_line_counts_its_sequences(train):
