@@ -4,7 +4,6 @@ A wrong value ends here, in one line, before any training time is spent.
 """
 
 import os
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 import trl
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -21,7 +19,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from trl.models import enable_selective_activation_checkpointing
 
 from comlora_trl.branches.layers import BranchLayer
-from comlora_trl.data.prompts import is_built_with
 from comlora_trl.training.adapters import check_lora_config, check_model, complete_lora_config
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.model import ComLoRAModel
@@ -39,7 +36,6 @@ TESTED_TRL = (1, 16)
 _CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 logger = get_logger(__name__)
-_DATA_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 
 
 def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, args: ComLoRAConfig) -> ComLoRAModel:
@@ -231,66 +227,3 @@ def check_parallelism(accelerator: Accelerator, args: ComLoRAConfig) -> None:
         raise ValueError(
             f"comlora_branch_chunk={args.comlora_branch_chunk} works with a single process or DDP: leave it out."
         )
-
-
-def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:
-    """Refuses data of which TRL's preparation has left nothing, for no supervised token lies within `max_length`.
-
-    Raises:
-        ValueError: saying so.
-    """
-    sets = validation if isinstance(validation, dict) else {"validation": validation}
-    for name, dataset in {"training": train, **sets}.items():
-        if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError(
-                f"no example of the {name} dataset has a token to learn within max_length={max_length}: raise "
-                "max_length, or shorten the examples."
-            )
-
-
-def check_columns(
-    dataset: Dataset | IterableDataset,
-    name: str,
-    formatting_func: Any,
-    text_field: str = "text",
-    template: str | None = None,
-) -> None:
-    """Refuses a data set without a column that TRL's SFT trainer can read, or with prompts of another template.
-
-    Args:
-        text_field: the column of plain text (`dataset_text_field`).
-        template: the prompt template that is said to have built the prompts (`comlora_prompt`).
-
-    Raises:
-        ValueError: naming what was found and what is allowed.
-    """
-    first = next(iter(dataset), {})
-    columns = list(first)
-    if not columns:
-        raise ValueError(f"the {name} dataset is empty: give it at least one example.")
-    if {"image", "images"} & set(columns):
-        raise ValueError(f"the {name} dataset has images: competing branches take text only.")
-    if formatting_func is None and not {text_field, *_DATA_COLUMNS} & set(columns):
-        raise ValueError(
-            f"the {name} dataset has the columns {', '.join(columns)}, none of which is known: name a column "
-            f"{text_field}, messages, prompt (with completion) or input_ids, name the text's column with "
-            "dataset_text_field, or pass formatting_func."
-        )
-    prompt = first.get("prompt")
-    if template is not None and isinstance(prompt, str) and not is_built_with(prompt, template):
-        raise ValueError(
-            f"comlora_prompt={template!r} is not what the {name} dataset's prompts are built with (the first is "
-            f"{textwrap.shorten(prompt, 60)!r}): leave it out, or build them with comlora_trl.data.build_prompt."
-        )
-    if "prompt" in columns and "completion" not in columns and formatting_func is None:
-        raise ValueError(f"the {name} dataset has a prompt column but no completion column: add completion.")
-    if isinstance(dataset, Dataset) and formatting_func is None:
-        _check_filled(dataset, name, {text_field, "completion", *_DATA_COLUMNS} & set(columns))
-
-
-def _check_filled(dataset: Dataset, name: str, columns: set[str]) -> None:
-    for column in sorted(columns):
-        if not dataset.data.column(column).null_count:  # of the whole table, of which this may be a selection
-            continue
-        if (row := next((row for row, value in enumerate(dataset[column]) if value is None), None)) is not None:
-            raise ValueError(f"row {row} of the {name} dataset has no {column}: fill it in, or leave the row out.")

@@ -22,6 +22,7 @@ from comlora_trl.competition import CompetitionState
 from comlora_trl.training import sharding
 from comlora_trl.training.checkpoints import check_checkpoint, load_state
 from comlora_trl.training.config import ComLoRAConfig
+from comlora_trl.training.data_checks import check_columns, check_prepared
 from comlora_trl.training.export import Background, check_target, check_writable
 from comlora_trl.training.flow import CompetitionFlow
 from comlora_trl.training.gradients import revive
@@ -29,9 +30,7 @@ from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.loss import CompetitionLoss
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.preparation import (
-    check_columns,
     check_parallelism,
-    check_prepared,
     check_trainer_arguments,
     is_quantized,
     prepare_model,

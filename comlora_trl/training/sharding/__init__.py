@@ -1,0 +1,39 @@
+"""Where the trained weights and their gradients lie, whoever holds them: the model itself, FSDP, or DeepSpeed.
+
+Adapters and selector are small. So whatever shards the base, their whole values are gathered here for checkpoints and
+exports, and loaded from them; and the competition reads and changes gradients here, each process the part it holds.
+
+| | weights | gradients |
+|---|---|---|
+| one process, DDP | tensors | `.grad`, on every process |
+| FSDP2 | DTensors; tensors while gathered | DTensors |
+| FSDP1 | pieces of flat vectors, one vector a wrapped module | pieces of flat vectors |
+| ZeRO-1, ZeRO-2 | tensors, with float32 masters in pieces | pieces, between backward and step |
+| ZeRO-3 | pieces (`ds_tensor`), with float32 masters | pieces, between backward and step |
+"""
+
+from comlora_trl.training.sharding.gradients import around_step, clip, drop_gradients, norms, take_over_clipping
+from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, settle_fsdp
+from comlora_trl.training.sharding.weights import (
+    load_trained_state,
+    reshard,
+    state_to_save,
+    trained_state,
+    zero_weights,
+)
+
+__all__ = [
+    "around_step",
+    "clip",
+    "drop_gradients",
+    "gathers_by_module",
+    "is_sharded",
+    "load_trained_state",
+    "norms",
+    "reshard",
+    "settle_fsdp",
+    "state_to_save",
+    "take_over_clipping",
+    "trained_state",
+    "zero_weights",
+]

@@ -1,0 +1,134 @@
+"""The whole values of trained weights, wherever they lie, and weights loaded from them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from comlora_trl.training.sharding.pieces import deepspeed_utils, is_partitioned, local
+
+# What FSDP1, activation checkpointing and torch.compile put into parameters' names
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def trained_state(
+    model: nn.Module, root: nn.Module | None = None, named: Mapping[str, nn.Parameter] | None = None
+) -> dict[str, Tensor]:
+    """The whole values of all trained parameters, by the names they have in the model, on every process's CPU.
+
+    Every process has to call it.
+
+    Args:
+        model: the model with its branches, out of any wrapper.
+        root: the wrapped model, which FSDP1 needs before the first forward.
+        named: some parameters alone, by their names, which spares a walk through the model; not with FSDP1.
+    """
+    state: dict[str, Tensor] = {}
+    for values in _gathered(model, root, False, named):
+        state |= {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+    return state
+
+
+def state_to_save(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tensor]:
+    """[`trained_state`], and the frozen weights where they are whole: PEFT saves embeddings that were resized."""
+    state = trained_state(model, root)
+    if isinstance(root, FSDP):
+        return state
+    frozen = {name: p for name, p in model.named_parameters() if not (p.requires_grad or is_partitioned(p))}
+    return {name: value.detach() for name, value in frozen.items()} | state
+
+
+def load_trained_state(model: nn.Module, values: Mapping[str, Tensor], root: nn.Module | None = None) -> None:
+    """Gives parameters the values that [`trained_state`] gathered; every process has to call it, with the same ones.
+
+    Raises:
+        ValueError: if a value's shape is another one than its parameter's.
+    """
+    reshard(model)  # gathered copies would be written in vain
+    with torch.no_grad():
+        for named in _gathered(model, root, change=True):
+            for name in named.keys() & values.keys():
+                _write(named[name], values[name], name)
+
+
+def zero_weights(parameters: Iterable[nn.Parameter]) -> None:
+    """Makes weights zero, and what the optimizer keeps of them; each process those that it holds."""
+    with torch.no_grad():
+        for parameter in parameters:
+            local(parameter).zero_()
+            if hasattr(parameter, "ds_id"):
+                parameter.ds_tensor.zero_()
+                if hasattr(parameter, "_z3_optimizer"):
+                    deepspeed_utils().safe_set_local_fp32_param(parameter, torch.zeros_like(parameter.ds_tensor))
+            elif getattr(parameter, "_hp_mapping", None) is not None:
+                parameter._hp_mapping.hp_fragment.zero_()
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts FSDP2's own parameters back, in the place of gathered copies that a forward without a backward leaves."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _gathered(
+    model: nn.Module, root: nn.Module | None, change: bool, named: Mapping[str, nn.Parameter] | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """Trained parameters by name, with their whole values, as many at a time as are gathered together."""
+    if isinstance(root, FSDP):
+        with FSDP.summon_full_params(root, recurse=False, writeback=False):
+            pass  # it becomes the root, which otherwise the first unit asked would
+    modules = model.named_modules() if named is None else ()
+    units = {name: module for name, module in modules if isinstance(module, FSDP)}
+    if isinstance(root, FSDP) or units:
+        for prefix, unit in (units | ({"": root} if isinstance(root, FSDP) else {})).items():
+            if _trained(unit.module):
+                with FSDP.summon_full_params(unit, recurse=False, writeback=change):
+                    yield _trained(unit.module, prefix)
+        return
+    named = _trained(model) if named is None else named
+    partitioned = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
+    with _gathered_zero3(partitioned, change) if partitioned else nullcontext():
+        if not change:
+            named = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in named.items()}
+        yield named
+
+
+def _trained(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
+    """A module's own trained parameters, without those that a wrapper within it holds."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and "_fsdp_wrapped_module." not in name:
+            name = f"{prefix}.{name}" if prefix else name
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            found[name] = parameter
+    return found
+
+
+def _gathered_zero3(parameters: list[nn.Parameter], change: bool) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if change else None)
+
+
+def _write(parameter: nn.Parameter, value: Tensor, name: str) -> None:
+    if parameter.shape != value.shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(value.shape)} in the checkpoint and {tuple(parameter.shape)} in the model: "
+            "load it with the rank and the base model it was trained with."
+        )
+    if isinstance(parameter, DTensor):
+        # each process cuts its own piece out of the value, which all of them have
+        value = value.to(parameter.device, parameter.dtype)
+        own = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(own.to_local())
+        return
+    parameter.copy_(value)
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        deepspeed_utils().safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
