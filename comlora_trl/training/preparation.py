@@ -57,7 +57,7 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
             "the model was loaded with an adapter by transformers itself: give the adapter's folder or hub id as "
             "model, or load it with peft.PeftModel.from_pretrained."
         )
-    start = None
+    given, start = model, None
     if isinstance(model, PeftModel):
         existing = model.active_peft_config
         check_lora_config(existing, k=1)
@@ -82,6 +82,7 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
         branches.selector.to(model.dtype)  # and trains by float32 masters, whatever its own type
     if start is not None:
         start_branches(branches, start)
+        given.save_pretrained = branches.save_pretrained  # its layers are theirs now, by names that no adapter has
     return branches
 
 
@@ -172,22 +173,24 @@ def checkpointing_kwargs(args: ComLoRAConfig) -> dict[str, Any]:
 
 
 def adopt_chat_template(path: str, model: PreTrainedModel, processing_class: Any) -> None:
-    """Gives a tokenizer the chat template and the end-of-turn token of another one, which TRL's `chat_template_path`
-    names.
+    """Gives a tokenizer the chat template and end-of-turn token of another one, named by TRL's `chat_template_path`.
 
     Raises:
-        ValueError: if that one has tokens the model does not know, for no branch trains their embeddings.
+        ValueError: if these hold tokens the model does not know, for no branch trains their embeddings.
     """
     source = AutoTokenizer.from_pretrained(path)
+    template = source.get_chat_template()
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     known = tokenizer.get_vocab()
-    unknown = [str(token) for token in source.added_tokens_decoder.values() if str(token) not in known]
-    if unknown:
+    # Reserved tokens are in no text; some templates put theirs together from pieces, which only a conversation shows
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    written = template + source.apply_chat_template(conversation, tokenize=False) + (source.eos_token or "")
+    if unknown := [t for t in map(str, source.added_tokens_decoder.values()) if t in written and t not in known]:
         raise ValueError(
             f"chat_template_path={path} brings tokens the model does not know ({', '.join(unknown[:3])}), and no "
             "branch trains embeddings: choose a tokenizer whose tokens it knows, or give a Jinja file."
         )
-    processing_class.chat_template = source.get_chat_template()
+    processing_class.chat_template = template
     tokenizer.eos_token = source.eos_token
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id

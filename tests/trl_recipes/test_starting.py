@@ -143,11 +143,39 @@ def test_chat_template_of_another_tokenizer(base, tmp_path):
     trainer = start(str(base), tmp_path, chat_template_path=str(tmp_path / "chat"))
     assert trainer.processing_class.chat_template == make_chat_tokenizer().chat_template
     assert trainer.args.chat_template_path == str(tmp_path / "chat")
+
+
+@pytest.mark.parametrize(
+    ("writes", "refused"),
+    [("", False), ("<|turn|>", True), ("{{ '<|' + 'turn' + '|>' }}", True), ("{{ eos_token }}", True)],
+)
+def test_only_tokens_that_the_other_template_writes_have_to_be_known(base, tmp_path, writes, refused):
     tokenizer = make_chat_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved|>", "<|turn|>"]})
+    if "eos_token" in writes:
+        tokenizer.eos_token = "<|turn|>"
+    tokenizer.chat_template = writes + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "more")
-    with pytest.raises(ValueError, match=r"tokens the model does not know \(<\|turn\|>\)"):
-        start(str(base), tmp_path, chat_template_path=str(tmp_path / "more"))
+    if refused:
+        with pytest.raises(ValueError, match=r"tokens the model does not know \(<\|turn\|>\)"):
+            start(str(base), tmp_path, chat_template_path=str(tmp_path / "more"))
+    else:
+        trainer = start(str(base), tmp_path, chat_template_path=str(tmp_path / "more"))
+        assert trainer.processing_class.chat_template == tokenizer.chat_template
+        assert "<|reserved|>" not in trainer.processing_class.get_vocab()
+
+
+def test_a_model_whose_adapter_became_branches_saves_the_winner(tmp_path):
+    model = get_peft_model(make_model(), make_lora())
+    start(model, tmp_path, comlora_k=3).train()
+    model.save_pretrained(tmp_path / "mine")
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "mine").eval()
+    expected = PeftModel.from_pretrained(make_model(), tmp_path / "out" / "winner").eval()
+    with torch.no_grad():
+        logits = loaded(input_ids=IDS).logits
+        assert torch.equal(logits, expected(input_ids=IDS).logits)
+        assert torch.equal(logits, model.eval()(input_ids=IDS).logits)
+        assert not torch.allclose(logits, make_model().eval()(input_ids=IDS).logits)
 
 
 def test_reentrant_checkpointing_gives_way_in_a_line(tmp_path, caplog):
