@@ -1,61 +1,18 @@
 """`comlora-tables` on result files as lm_eval writes them."""
 
-import csv
-import io
 import json
 import statistics
 from pathlib import Path
 
 import pytest
+from result_files import commonsense, measured, notes, write_adapter, write_recorded, write_results
 
 from comlora_trl.evaluation.conditions import COMMONSENSE
 from comlora_trl.evaluation.results import paper
-from comlora_trl.evaluation.tables import build_tables, main, read_runs
-from comlora_trl.evaluation.tables_render import Cell, Row, Table, latex, markdown, ranks
+from comlora_trl.evaluation.tables import build_tables, read_runs
+from comlora_trl.evaluation.tables_render import markdown
 
 CONVAI2 = ("bleu", "meteor", "rouge_l", "bertscore_precision", "bertscore_recall", "bertscore_f1", "average")
-
-
-def write_adapter(folder: Path, rank: int = 8, k: int | None = None, base: str = "base", **competition: object) -> str:
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "base_model_name_or_path": base}))
-    if k:
-        (folder / "competition.json").write_text(json.dumps({"k": k, "winner": 0, **competition}))
-    return str(folder)
-
-
-def write_results(folder: Path, model: str, results: dict, day: int = 1, **more: object) -> Path:
-    """One result file in lm_eval 0.4.13's form."""
-    content = {
-        "results": {task: {"alias": task, **values} for task, values in results.items()},
-        "group_subtasks": {},
-        "config": {"model": "hf", "model_args": {"peft": model, "pretrained": "base"}, "limit": None},
-        "date": float(day),
-        "model_name": model,
-        **more,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"results_2026-01-{day:02d}T10-00-00.123456.json"
-    file.write_text(json.dumps(content))
-    return file
-
-
-def commonsense(accuracy: float, without: tuple[str, ...] = ()) -> dict:
-    """The eight tasks' accuracies, each a hundredth above the last."""
-    tasks = [task for task in COMMONSENSE if task not in without]
-    return {
-        f"comlora_{task}": {"acc,none": accuracy + 0.01 * i, "acc_stderr,none": 0.5} for i, task in enumerate(tasks)
-    }
-
-
-def measured(arguments: list[object], number: str = "3") -> dict[str, Row]:
-    (table,) = build_tables(read_runs([str(argument) for argument in arguments]), [number])
-    return {row.method: row for row in table.rows if row.source != "paper"}
-
-
-def notes(arguments: list[object], number: str = "3") -> str:
-    (table,) = build_tables(read_runs([str(argument) for argument in arguments]), [number])
-    return "\n".join(table.notes)
 
 
 def test_the_papers_figures():
@@ -216,23 +173,6 @@ def test_different_base_models_are_no_seeds(tmp_path: Path):
     assert "LoRA r=8 (a) and LoRA r=8 (b) are not merged: base first / second." in notes([tmp_path])
 
 
-def record(sha: str, method: str = "ComLoRA K=2 r=8", **changes: object) -> dict:
-    """What a result records of itself, see `comlora_trl.evaluation.harness`."""
-    adapter = {"sha256": sha * 8, "method": method, "base": "base", "seed": 0, "settings": {"learning_rate": 1e-4}}
-    adapter |= changes.pop("adapter", {})
-    decoding = {"do_sample": False, "max_gen_toks": 32}
-    usual = {"rows": 3270, "expected_rows": 3270, "data_sha256": "d" * 64, "prompt": "comlora"}
-    return {**usual, "chat_template_sha256": None, "decoding": decoding, "adapter": adapter, **changes}
-
-
-def write_recorded(folder: Path, day: int, accuracy: float, sha: str, task: str = "boolq", **changes: object) -> None:
-    entry = record(sha, **changes)
-    configs = {f"comlora_{task}": {"metadata": {"comlora": entry}}}
-    samples = {f"comlora_{task}": {"original": 3270, "effective": entry["rows"]}}
-    more = {"configs": configs, "n-samples": samples}
-    write_results(folder, "winner/", {f"comlora_{task}": {"acc,none": accuracy}}, day=day, **more)
-
-
 def test_two_adapters_that_were_in_one_folder_are_two_runs(tmp_path: Path):
     """Seen: trained one after the other into `winner/`, they became one run under the newer one's name."""
     write_recorded(tmp_path, 1, 0.5, "a", method="LoRA r=8")
@@ -340,112 +280,3 @@ def test_an_ablation_is_recognized_by_its_settings(tmp_path: Path, number: str):
     rows = {(row.method, row.source): row.cells["average"].mean for row in table.rows}
     assert rows[method, "paper"] == average and rows[method, "measured"] == pytest.approx(53.5)
     assert len(rows) == len(paper()["tables"][number]["rows"]) + 1, "no row of another method"
-
-
-def test_ranks_compare_the_measured_with_the_measured():
-    def row(method: str, source: str, figure: float | None) -> Row:
-        return Row(method, source, 1, {"x": Cell() if figure is None else Cell((figure,))})
-
-    rows = [row("a", "paper", 90), row("b", "paper", 80), row("c", "paper", 70)]
-    rows += [
-        row("a", "measured", 30.001),
-        row("b", "measured", 30.004),
-        row("c", "measured", 20),
-        row("d", "measured", None),
-    ]
-    table = Table("9", "t", {"x": "x"}, rows)
-
-    assert ranks(table) == {(0, "x"): 1, (1, "x"): 2, (3, "x"): 1, (4, "x"): 1, (5, "x"): 2}
-    text = markdown([table])
-    assert "| a | paper | **90.00** |" in text and "| b | paper | <u>80.00</u> |" in text
-    assert "| b | 1 run | **30.00** |" in text and "| d | 1 run | – |" in text
-    assert r"a & paper & \textbf{90.00} \\" in latex([table]) and r"d & 1 run & -- \\" in latex([table])
-    alone = Table("9", "t", {"x": "x"}, rows[:1])
-    assert ranks(alone) == {}
-
-
-def test_only_what_was_measured_alike_is_ranked(tmp_path: Path):
-    write_recorded(tmp_path, 1, 0.5, "a", method="LoRA r=8")
-    write_recorded(tmp_path, 2, 0.6, "b", method="LoRA r=4")
-    write_recorded(tmp_path, 3, 0.9, "c", method="LoRA r=16", rows=64)
-    text = markdown(build_tables(read_runs([str(tmp_path)]), ["3"]))
-
-    assert "| LoRA r=4 | 1 run | **60.00** |" in text and "| LoRA r=8 | 1 run | <u>50.00</u> |" in text
-    assert "| LoRA r=16 | 1 run | 90.00 |" in text
-
-
-def test_latex_escapes_names(tmp_path: Path):
-    write_results(tmp_path, "x", commonsense(0.5))
-    text = latex(build_tables(read_runs([f"my_{{50%}} & co={tmp_path}"]), ["3"]))
-
-    assert r"my\_\{50\%\} \& co & 1 run & 50.00" in text
-
-
-def test_csv_is_unrounded_and_has_no_unmeasured_figure(tmp_path: Path, capsys: pytest.CaptureFixture):
-    for seed in range(2):
-        adapter = write_adapter(tmp_path / f"{seed}" / "adapter")
-        write_results(tmp_path / f"{seed}", adapter, {"comlora_boolq": {"acc,none": 0.123456 + seed / 10}})
-
-    assert main([str(tmp_path), "--table", "3", "--format", "csv"]) == 0
-
-    output = capsys.readouterr()
-    lines = [line for line in csv.DictReader(io.StringIO(output.out)) if line["source"] == "measured"]
-    assert [(line["method"], line["column"], line["runs"]) for line in lines] == [("LoRA r=8", "boolq", "2")]
-    assert float(lines[0]["mean"]) == pytest.approx(17.3456)
-    assert float(lines[0]["std"]) == pytest.approx(100 * statistics.stdev([0.123456, 0.223456]))
-    assert "no average" in output.err
-
-
-def test_notes_name_adapters_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_results(tmp_path / "r", write_adapter(tmp_path / "seed1" / "winner", k=2), commonsense(0.5))
-    monkeypatch.chdir(tmp_path)
-
-    assert notes(["r"]).splitlines()[0] == "ComLoRA K=2 r=8: seed1/winner."
-
-
-def test_output_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):
-    write_results(tmp_path / "r", write_adapter(tmp_path / "adapter"), commonsense(0.5))
-    target = tmp_path / "tables.md"
-
-    assert main([str(tmp_path / "r"), "--output", str(target)]) == 0
-
-    assert capsys.readouterr().out == ""
-    text = target.read_text()
-    assert [f"**Table {n}: " in text for n in "234"] == [True] * 3
-    assert text.count("Nothing was measured for this table.") == 2
-
-
-@pytest.mark.parametrize(
-    ("argument", "content", "says"),
-    [
-        ("missing", None, "no such file or folder"),
-        ("name=missing", None, "no such file or folder"),
-        (".", None, "no result file of lm_eval"),
-        ("a.json", "{", "can't be read as JSON"),
-        ("a.json", "[1]", 'has no "results"'),
-        ("a.json", '{"a": 1}', 'has no "results"'),
-        ("a.json", '{"results": {"comlora_boolq": {"acc,none": 61.5}}}', "from 0 to 1"),
-        ("a.json", '{"results": {"comlora_boolq": {"acc,a": 0.1, "acc,b": 0.2}}}', "acc,a, acc,b"),
-    ],
-)
-def test_bad_input_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch, argument: str, content: str | None, says: str
-):
-    monkeypatch.chdir(tmp_path)
-    if content is not None:
-        (tmp_path / argument).write_text(content)
-
-    assert main([argument]) == 1
-
-    output = capsys.readouterr()
-    assert output.out == "" and output.err.count("\n") == 1
-    assert says in output.err and argument in output.err
-
-
-def test_help_teaches(capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert all(part in text for part in ("NAME=RESULTS", "competition.json", "--output_path", "latex"))
