@@ -18,6 +18,8 @@ from comlora_trl.training.validation import validate
 class WinnerSelection:
     """Mixin before TRL's trainer: chooses among the branches and exports the one that wins."""
 
+    _own_evaluation = False
+
     def select(self) -> dict[str, Any]:
         """Measures every living branch on the validation set and makes the best one the leader.
 
@@ -93,14 +95,19 @@ class WinnerSelection:
             line += f"; the retired branches are in {Path(self.args.output_dir) / RETIRED}"
         self.accelerator.print(line)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's; the loop's own evaluations follow a selection, those too that a user's callback asks for."""
-        if self.is_in_train and self.control.should_evaluate and self.can_select:
+        # The loop names no data, and then the sets of a dict by their keys
+        self._own_evaluation = self.is_in_train and (eval_dataset is None or isinstance(eval_dataset, str))
+        if self._own_evaluation and self.control.should_evaluate and self.can_select:
             self.select()
-        return super().evaluate(*args, **kwargs)
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._own_evaluation = False
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's evaluation, of the leader; beside it every branch's figures from a selection at this step."""
+        """The Trainer's, of the leader; the loop's own also has every branch's figures from its selection."""
         parameters = self.comlora_model.trainable_parameters()
         values = [parameter.data for parameter in parameters]
         try:
@@ -111,7 +118,7 @@ class WinnerSelection:
                 for parameter, value in zip(parameters, values, strict=True):
                     parameter.data = value
         selection = self.comlora_model.competition_state.selection
-        if selection is not None and selection["step"] == self.state.global_step and self.is_in_train:
+        if self._own_evaluation and selection is not None and selection["step"] == self.state.global_step:
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics.update(selection_metrics(selection, prefix))
         return output

@@ -62,6 +62,21 @@ def test_evaluations_on_other_data_change_nothing(train):
     assert selection(trainer) == before and trainer.comlora_model.active_adapter == leader
 
 
+def test_only_the_validation_sets_evaluation_has_the_branches_figures(train):
+    class Asking(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if control.should_evaluate:
+                seen.append(trainer.evaluate(make_dataset(5), metric_key_prefix="other"))
+                seen.append(trainer.predict(trainer.eval_dataset).metrics)
+
+    seen, options = [], {"comlora_k": 2, "comlora_selector": False, "eval_strategy": "steps", "eval_steps": 4}
+    trainer = train(start=False, trainer={"callbacks": [Asking()]}, **options)
+    trainer.train()
+    assert len(seen) == 4 and not any("comlora" in name for metrics in seen for name in metrics)
+    calm = [entry for entry in train(**options).state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in calm] == [4, 8] and all("eval_comlora/loss_1" in entry for entry in calm)
+
+
 def test_the_figures_are_those_of_each_branch_alone(train, float64):
     trainer = train(comlora_k=3, comlora_winner_by="validation_loss", per_device_eval_batch_size=4)
     result = selection(trainer)
