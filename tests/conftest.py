@@ -23,6 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CAN_RUN_TRITON = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+RATES = [5e-3, 1e-2, 2e-2, 4e-2]
+TOURNAMENT = {"comlora_k": 4, "comlora_selector": False, "comlora_branch_learning_rates": RATES, "max_steps": 12}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -244,8 +244,7 @@ class BranchModel(PeftModelForCausalLM):
         else:
             output = run_batched(self, inputs, rows, own, branches, compiled)
         if output["aux_loss"] is not None:
-            weighted = owners is not None and router_weights is not None
-            output["aux_loss"] = output["aux_loss"].sum() if weighted else output["aux_loss"].mean()
+            output["aux_loss"] = output["aux_loss"].mean()
         if owners is None:
             output |= self._of_all_branches(output, branches, rows)
         if len(branches) < self.k:

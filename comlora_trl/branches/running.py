@@ -124,7 +124,8 @@ def run_dealt(
         weight[0, place] = weights[owner, row]
         piece = run_batched(model, dealt.inputs, Rows.of(dealt.inputs), weight, dealt.branches, compiled, dealt=True)
         if router_weights is not None and piece["aux_loss"] is not None:
-            piece["aux_loss"] = piece["aux_loss"] * router_weights[list(dealt.branches)].to(weights)
+            # the caller takes the mean over those that run
+            piece["aux_loss"] = piece["aux_loss"] * len(running) * router_weights[list(dealt.branches)].to(weights)
         own = piece.pop("nll")
         nll = own.new_zeros(weights.shape) if nll is None else nll
         nll[owner, row] = own[0, place]

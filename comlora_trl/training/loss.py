@@ -117,7 +117,10 @@ class CompetitionLoss:
             return BranchPass(eta=self._eta(), chunk=chunk)
         # TRL divides by M: a branch's own mean is over its own tokens
         weights = normaliser.to(self._sums.vector.dtype) / plan.branch_tokens.clamp(min=1)
-        return BranchPass(self._eta(), chunk, plan.owners[plan.used], rows_per_line, weights, plan.router_weights)
+        routers, state = None, self.comlora_model.competition_state
+        if self.aux_loss_enabled:
+            routers = plan.router_weights(self.state.global_step, state.living, state.k)
+        return BranchPass(self._eta(), chunk, plan.owners[plan.used], rows_per_line, weights, routers)
 
     def _eta(self) -> float:
         progress = self.state.global_step / max(self.state.max_steps, 1)

@@ -41,7 +41,7 @@ class BranchPass:
         owners: the branch each line goes to where rows are shared, None where every branch sees all.
         rows_per_line: rows of each line of a packed batch whose lines are shared.
         branch_weights: a factor on the weights of a branch's rows, [K]; with shared rows M over the branch's tokens.
-        router_weights: on the branches' load-balancing losses, [K], see [`StepPlan`]; where rows are shared.
+        router_weights: on the branches' load-balancing losses, [K], where rows are shared; from the step's plan.
     """
 
     eta: float = 0.0

@@ -33,9 +33,6 @@ class StepPlan:
         lines: lines of each micro-batch of the whole step, process by process.
         owners: the branch of each line of each micro-batch, where rows are shared.
         branch_tokens: M of each branch, [K], where rows are shared.
-        router_weights: what makes the mean over the living branches of each one's mean over the micro-batches that it
-            has lines of, out of sums over branches and means over all micro-batches, [K] on the CPU; where rows are
-            shared.
     """
 
     places: list[tuple[int, int]]
@@ -47,7 +44,6 @@ class StepPlan:
     lines: list[int]
     owners: list[tuple[int, ...]] | None = None
     branch_tokens: Tensor | None = None
-    router_weights: Tensor | None = None
     used: int = 0
     noise: Tensor | None = None
 
@@ -92,10 +88,14 @@ class StepPlan:
                 by_row = by_row.repeat_interleave(per_line.to(tokens.device))
             own += torch.zeros_like(own, device=tokens.device).index_add(0, by_row, tokens[: by_row.numel()]).to(own)
         self.branch_tokens = accelerator.reduce(own, reduction="sum") if accelerator.num_processes > 1 else own
-        self.router_weights = self._router_weights(step, living, k)
         return self
 
-    def _router_weights(self, step: int, living: list[int], k: int) -> Tensor:
+    def router_weights(self, step: int, living: list[int], k: int) -> Tensor:
+        """Weights of the branches' load-balancing losses where rows are shared, [K], on the CPU.
+
+        They make the mean over the living branches of each one's mean over the micro-batches that it has lines of, out
+        of sums over branches and means over all micro-batches.
+        """
         having_lines, first = torch.zeros(k), 0
         for count in self.lines:
             having_lines[[*{dealt_to(first + line, step, living) for line in range(count)}]] += 1

@@ -134,47 +134,6 @@ def test_one_branch_is_the_stock_trainer(family, tmp_path):
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [None, 1])
-def test_branches_with_rates_of_their_own_have_their_routers_loss_whole(tmp_path, chunk):
-    """Each is the stock trainer's run at its rate, and what is logged is the mean of theirs."""
-    rates, options = [0.2, 0.4], {"optim": "sgd", "max_steps": 3, "router_aux_loss_coef": 0.5}
-    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    lora = make_lora(target_modules=["q_proj", "v_proj"])
-    own = {"comlora_selector": False, "comlora_branch_learning_rates": rates, "comlora_branch_chunk": chunk}
-    ours = construct(tmp_path / "ours", "Mixtral", lora, **options, **own)
-    start = {n: p.detach().clone() for n, p in ours.comlora_model.named_parameters() if p.requires_grad}
-    ours.train()
-    found, runs = dict(ours.comlora_model.named_parameters()), []
-    for branch, rate in enumerate(rates):
-        config = SFTConfig(**make_arguments(tmp_path / str(branch), **options, learning_rate=rate))
-        given = {"train_dataset": make_dataset(), "processing_class": make_tokenizer()}
-        alone = SFTTrainer(make_family("Mixtral"), config, peft_config=lora, **given)
-        adapter = {n: p for n, p in alone.model.named_parameters() if p.requires_grad}
-        for name, parameter in adapter.items():
-            parameter.data.copy_(start[name.replace(".default.", f".branch_{branch}.")])
-        alone.train()
-        for name, parameter in adapter.items():
-            same = found[name.replace(".default.", f".branch_{branch}.")]
-            torch.testing.assert_close(same, parameter, rtol=0, atol=1e-6)
-        runs.append([entry for entry in alone.state.log_history if "loss" in entry])
-    logs = [entry for entry in ours.state.log_history if "loss" in entry]
-    for figure in ("loss", "aux_loss"):
-        expected = [sum(entry[figure] for entry in step) / len(rates) for step in zip(*runs, strict=True)]
-        assert [entry[figure] for entry in logs] == pytest.approx(expected, abs=1e-4)
-
-
-def test_the_loss_outside_the_loop_has_the_routers_loss_of_its_batch(tmp_path):
-    options = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    trainer = construct(tmp_path, "Mixtral", make_lora(target_modules=["q_proj"]), **options)
-    batch, losses = next(iter(trainer.get_train_dataloader())), []
-    trainer.model.train()
-    for coefficient in (0.0, 0.5):
-        trainer.router_aux_loss_coef = coefficient
-        losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
-    router = trainer._metrics["train"]["aux_loss"][-1]
-    assert losses[1] - losses[0] == pytest.approx(0.5 * router, abs=1e-5) and router > 1
-
-
 # ---- One clear line ----
 
 

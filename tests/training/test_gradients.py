@@ -1,16 +1,13 @@
 """The trainer owns its loss: its normaliser, its clipping, and what a non-finite gradient may touch."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
-from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
+from conftest import difference, make_lora, make_model, parameters
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import DataCollatorWithFlattening, TrainerCallback
 
-from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.branches.model import BranchModel
 from comlora_trl.branches.rows import Rows
 from comlora_trl.training.gradients import clip_gradients, gradient_norms
@@ -179,55 +176,6 @@ def test_the_loss_after_an_interrupted_step(train):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.compute_loss(trainer.model, batch).isfinite()
-
-
-def mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=128, num_key_value_heads=1, **sizes, **experts))
-
-
-def mixture_trainer(kind: type, arguments: SFTConfig) -> SFTTrainer:
-    lora = make_lora(target_modules=["q_proj", "v_proj"])
-    given = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(5), "processing_class": make_tokenizer()}
-    return kind(mixtral(), arguments, **given, peft_config=lora)
-
-
-def test_a_mixture_of_experts_in_and_outside_the_loop_is_trls(tmp_path):
-    """The routers' loss, which the Trainer shares out among its loop's accumulation steps."""
-    found = []
-    for kind, settings in (
-        (SFTTrainer, SFTConfig),
-        (ComLoRASFTTrainer, partial(ComLoRAConfig, comlora_k=1, comlora_selector=False)),
-    ):
-        options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3}
-        trainer = mixture_trainer(kind, settings(**make_arguments(tmp_path / kind.__name__, **options)))
-        trainer.model.train()
-        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-        losses = [trainer.compute_loss(trainer.model, dict(batch)).item()]
-        trainer.train()
-        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        trainer.model.train()
-        found.append([*losses, trainer.compute_loss(trainer.model, dict(batch)).item()])
-    assert found[0] == pytest.approx(found[1], abs=1e-6) and len(found[0]) == 5
-
-
-@pytest.mark.parametrize("rows, chunk", [(2, None), (4, None), (4, 1)])
-def test_shared_rows_have_their_routers_loss_whole(rows, chunk, tmp_path):
-    """A branch's own is the mean over the micro-batches that it has rows of: here each row's, however they are cut."""
-
-    def trained(rows, chunk=None):
-        cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows, "max_steps": 3}
-        shared = {"comlora_k": 4, "comlora_rows": "shared", "comlora_selector": False, "comlora_branch_chunk": chunk}
-        options = make_arguments(tmp_path / f"{rows}-{chunk}", **cut, **shared, learning_rate=1e-2)
-        trainer = mixture_trainer(ComLoRASFTTrainer, ComLoRAConfig(**options))
-        trainer.train()
-        return trainer, [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
-
-    (one, logged), (other, also) = trained(1), trained(rows, chunk)
-    assert difference(parameters(one), parameters(other)) < 1e-5
-    assert logged == pytest.approx(also, abs=1e-4)
 
 
 def test_a_flattened_line_counts_its_sequences(train):

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import difference, make_arguments, make_dataset, make_lora, make_model, make_tokenizer, parameters
+from conftest import (
+    RATES,
+    TOURNAMENT,
+    difference,
+    make_arguments,
+    make_dataset,
+    make_lora,
+    make_model,
+    make_tokenizer,
+    parameters,
+)
 from peft import PeftModel, get_peft_model
 from reference import ReferenceRun, Row
 from safetensors.torch import load_file
@@ -19,8 +29,6 @@ from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.export import export_checkpoint, write_snapshots
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.validation import evaluation_mode
-
-RATES = [5e-3, 1e-2, 2e-2, 4e-2]
 
 
 class Recorder(TrainerCallback):
@@ -84,9 +92,6 @@ def test_rates_alone_are_separate_runs_of_trls_lora(train, tmp_path):
 
 def parameters_of(model) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-TOURNAMENT = {"comlora_k": 4, "comlora_selector": False, "comlora_branch_learning_rates": RATES, "max_steps": 12}
 
 
 def test_rungs_stop_the_losers_runs_and_free_what_they_took(train, tmp_path, capsys):

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_arguments
+from conftest import TOURNAMENT, make_arguments
 from peft.optimizers import create_lorafa_optimizer
 
 from comlora_trl import ComLoRAConfig
 from comlora_trl.competition.rungs import Rung, early_remark
-
-TOURNAMENT = {"comlora_k": 4, "comlora_selector": False, "max_steps": 12}
-TOURNAMENT["comlora_branch_learning_rates"] = [5e-3, 1e-2, 2e-2, 4e-2]
 
 
 def test_the_short_way(tmp_path):
