@@ -20,8 +20,8 @@ def norms(
     Where gradients lie in pieces every process has to call it, with the accelerator. With DeepSpeed they are at hand
     between backward and step alone (see [`around_step`]).
     """
-    pieces = [[piece for parameter in group if (piece := gradient_piece(parameter)) is not None] for group in groups]
-    found = torch.stack([_norm(own, device) for own in pieces])
+    pieces = [_pieces(group) for group in groups]
+    found = _norms(pieces, device)
     if accelerator is None or not _in_pieces(groups, accelerator):
         return found
     return (accelerator.reduce(found.square(), reduction="sum") / _replicas(groups, accelerator)).sqrt()
@@ -33,13 +33,17 @@ def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> N
     Args:
         norm: of all gradients of the group.
     """
-    kept = [(parameter, piece) for parameter in parameters if (piece := gradient_piece(parameter)) is not None]
-    if kept:
+    parameters = list(parameters)
+    pieces, kept = _whole_gradients(parameters), []
+    if pieces is None:
+        kept = [(parameter, piece) for parameter in parameters if (piece := gradient_piece(parameter)) is not None]
+        pieces = [piece for _, piece in kept]
+    if pieces:
         # A factor of 1 changes nothing and needs no answer from the device
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([piece for _, piece in kept], factor.to(kept[0][1].device))
-        for parameter, piece in kept:
-            put_gradient_piece(parameter, piece)
+        torch._foreach_mul_(pieces, factor.to(pieces[0].device))
+    for parameter, piece in kept:
+        put_gradient_piece(parameter, piece)
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -96,6 +100,42 @@ def _replicas(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator
     return accelerator.num_processes / shards
 
 
-def _norm(pieces: list[Tensor], device: torch.device) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(pieces) if pieces else torch.zeros((), device=device)
-    return norm if norm.dtype == torch.float64 else norm.float()
+def _whole_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+    """The gradients of parameters that this process holds whole, None where anything is sharded.
+
+    A model has a thousand of them, each step asks several times, and [`gradient_piece`] costs microseconds for each:
+    DeepSpeed marks all its parameters or none, so one is asked; FSDP2's gradients tell by their type.
+    """
+    if parameters and (hasattr(parameters[0], "_z3_optimizer") or hasattr(parameters[0], "_hp_mapping")):
+        return None
+    gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    return gradients if all(type(gradient) is Tensor for gradient in gradients) else None
+
+
+def _pieces(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    whole = _whole_gradients(parameters)
+    if whole is not None:
+        return whole
+    return [piece for parameter in parameters if (piece := gradient_piece(parameter)) is not None]
+
+
+def _norms(groups: Sequence[list[Tensor]], device: torch.device) -> Tensor:
+    """The norm of each group of tensors, [n]: one launch over all tensors and one for each group.
+
+    As `torch.nn.utils.get_total_norm`: the norm of the tensors' norms.
+    """
+    flat = [piece for own in groups for piece in own]
+    if len({(piece.dtype, piece.device) for piece in flat}) > 1:  # a selector of another type, or several devices
+        found = torch.stack(
+            [torch.nn.utils.get_total_norm(own).to(device) if own else _zero(device) for own in groups]
+        )
+    elif flat:
+        parts = torch.stack(torch._foreach_norm(flat)).split([len(own) for own in groups])
+        found = torch.stack([torch.linalg.vector_norm(part) for part in parts]).to(device)
+    else:
+        found = torch.zeros(len(groups), device=device)
+    return found if found.dtype == torch.float64 else found.float()
+
+
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), device=device)
