@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from comlora_trl.branches.graphs import LayerGraphs
 from comlora_trl.branches.layer_groups import LayerGroup, form_groups, stack_weights
 from comlora_trl.branches.passes import Pass
 
@@ -33,6 +34,7 @@ class CompetingBranches:
         groups: the groups of layers with batched products, in the order they run.
         active: the pass whose forward or backward is running.
         names: adapter names of the branches whose rows are in the batch, in order; empty without a pass.
+        graphs: replays decoder layers, None where they run as they are.
     """
 
     def __init__(self, model: nn.Module, first: str) -> None:
@@ -40,6 +42,7 @@ class CompetingBranches:
         self.groups: list[LayerGroup] = []
         self.active: Pass | None = None
         self.names: tuple[str, ...] = ()
+        self.graphs: LayerGraphs | None = None
 
     def begin(self, one: Pass) -> None:
         """Makes a pass active: at its forward's beginning, or again when its backward begins."""
@@ -54,12 +57,16 @@ class CompetingBranches:
         if one.compiled or self._compiled():
             # A compiled layer that finds its weights and one that has to stack them would be two graphs
             stack_weights(self.groups, one.names)
+        elif self.graphs is not None:
+            self.graphs.begin(one)
 
     def end(self, one: Pass) -> None:
         """Ends the forward or the backward of a pass; its weights are its own, for layers that run again."""
         if self.active is not one:
             return
         one.weights = [(group, group.weights) for group in self.groups]
+        if self.graphs is not None:
+            self.graphs.end()
         self.active, self.names = None, ()
         for group in self.groups:
             group.forget()
@@ -77,7 +84,7 @@ class CompetingBranches:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which never hold a pass."""
-        return {**self.__dict__, "active": None, "names": ()}
+        return {**self.__dict__, "active": None, "names": (), "graphs": None}
 
     @property
     def checkpointing(self) -> bool:
@@ -108,7 +115,7 @@ class CompetingBranches:
     @staticmethod
     def _alone(group: LayerGroup) -> list[LayerGroup]:
         for layer in group.layers:
-            layer.group = LayerGroup([layer], group.adapter)
+            layer.group, layer.place = LayerGroup([layer], group.adapter), 0
         return [layer.group for layer in group.layers]
 
 
@@ -121,12 +128,15 @@ class BranchLayer:
 
     competing: CompetingBranches
     group: LayerGroup | None
+    place: int  # in the group
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Copies and pickles by PEFT's class, for the layer's own is made at run time."""
         return _new_layer, (plain_class(self),), self.__dict__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.group is not None and self.group.flat is not None:
+            return self.group.traced_output(self.place, x)
         names = self.competing.names
         if not names or self.competing.current() is None:
             return super().forward(x, *args, **kwargs)
@@ -197,7 +207,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         raise ValueError("the model has no LoRA layer, so there is nothing for the branches to train.")
     competing = CompetingBranches(model, next(iter(adapted)))
     for layer in adapted.values():
-        layer.competing, layer.group = competing, None
+        layer.competing, layer.group, layer.place = competing, None, 0
         layer.__class__ = _branch_class(type(layer))
     places = ((*name.rpartition(".")[::2], layer) for name, layer in adapted.items())
     batched = [
@@ -206,7 +216,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         if _has_batched_path(layer, adapter)
     ]
     for layer, group in form_groups(batched, adapter).items():
-        layer.group = group
+        layer.group, layer.place = group, group.layers.index(layer)
         if group not in competing.groups:
             competing.groups.append(group)
     return adapted, competing
@@ -217,7 +227,7 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
     for layer in layers:
         if isinstance(layer, BranchLayer):
             layer.__class__ = plain_class(layer)
-            del layer.competing, layer.group
+            del layer.competing, layer.group, layer.place
 
 
 def plain_class(layer: BranchLayer) -> type[LoraLayer]:

@@ -26,6 +26,7 @@ from comlora_trl.training.data_checks import check_columns, check_prepared
 from comlora_trl.training.export import Background, check_target, check_writable
 from comlora_trl.training.flow import CompetitionFlow
 from comlora_trl.training.gradients import revive
+from comlora_trl.training.graphing import padding_line, settle_graphs
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.loss import CompetitionLoss
 from comlora_trl.training.model import ComLoRAModel
@@ -135,6 +136,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         check_parallelism(self.accelerator, args)
         sharding.settle_fsdp(self.accelerator)
         try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
+        self._without_graphs = settle_graphs(model, args, self.accelerator)
         if args.comlora_rows == "shared" and self.padding_free:
             self.data_collator = LineCollator(self.data_collator)
         zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
@@ -186,6 +188,9 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
+        for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
+            if line is not None:
+                self.accelerator.print(line)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
