@@ -14,6 +14,7 @@ outside the pool hold what outlives a graph (hidden states between layers, gradi
 """
 
 import gc
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,7 @@ class LayerGraphs:
 
     Attributes:
         off: why nothing is captured any more, None while it is.
+        captures, replays, capture_seconds: shapes captured so far, layers replayed, and what the captures took.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class LayerGraphs:
         self._run: _Run | None = None
         self._forwards = [_Forward(self, index, layer) for index, layer in enumerate(self.layers)]
         self._hooks = [hooks for layer in self.layers for hooks in _hooks(layer)]
-        self.captures = self.replays = 0
+        self.captures, self.replays, self.capture_seconds = 0, 0, 0.0
 
     # ---- A pass's beginning and end ----
 
@@ -249,7 +251,7 @@ class LayerGraphs:
         recompute = self.branches.checkpointing
         ways = [self.run_layer, None] if self.run_layer is not None else [None]
         for way in ways:
-            shape = _Shape(self, recorded, weights, recompute, way)
+            shape, begun = _Shape(self, recorded, weights, recompute, way), time.perf_counter()
             try:
                 with torch.no_grad(), self.maker.capturing():
                     shape.capture(call.hidden, names, check_all=not self._shapes)
@@ -263,6 +265,7 @@ class LayerGraphs:
                 self._shapes[key] = shape
                 del self._seen[key]
                 self.captures += 1
+                self.capture_seconds += time.perf_counter() - begun
                 return shape
             del shape
             if way is not None:
