@@ -29,3 +29,12 @@ class RerunGraphs:
 
     def capturing(self) -> Any:
         return nullcontext()
+
+    def watched(self) -> Any:
+        return nullcontext()
+
+    def release(self) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
