@@ -135,7 +135,7 @@ class BranchLayer:
         return _new_layer, (plain_class(self),), self.__dict__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.group is not None and self.group.flat is not None:
+        if self.group is not None and self.group.kept is not None:
             return self.group.traced_output(self.place, x)
         names = self.competing.names
         if not names or self.competing.current() is None:
