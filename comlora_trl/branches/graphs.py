@@ -101,6 +101,7 @@ class CudaGraphs:
         """Captures and what warms up for them lie inside, on a stream of their own."""
         current = torch.cuda.current_stream()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what passes without graphs have used: the pool can't use it
         collecting = gc.isenabled()
         gc.disable()  # a collection could free other graphs within a capture
         try:
@@ -686,7 +687,7 @@ class _Layer:
             if way is not None:
                 _mark_lengths(hidden, self.tensors)
             try:
-                with _not_checkpointed(self.module), _without_autocast_cache(), _symbols_apart():
+                with _not_checkpointed(self.module), _without_autocast_cache(), _compiler_settings():
                     output = (way or _run_layer)(self.module, args, kwargs)
             finally:
                 for group in self.groups:
@@ -755,14 +756,19 @@ def _not_checkpointed(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _symbols_apart() -> Iterator[None]:
-    """Inside, a compiler takes sizes that happen to be equal (32 rows, 4 branches of rank 8) for different ones."""
-    before = _symbolic.use_duck_shape
-    _symbolic.use_duck_shape = False
+def _compiler_settings() -> Iterator[None]:
+    """Inside, a compiler takes sizes that happen to be equal (32 rows, 4 branches of rank 8) for different ones, and
+    does not collect garbage after each compilation, which takes half a second."""
+    settings = [(_symbolic, "use_duck_shape", False), (torch._dynamo.config, "run_gc_after_compile", False)]
+    before = [(where, name, getattr(where, name)) for where, name, _ in settings if hasattr(where, name)]
+    for where, name, value in settings:
+        if hasattr(where, name):
+            setattr(where, name, value)
     try:
         yield
     finally:
-        _symbolic.use_duck_shape = before
+        for where, name, value in before:
+            setattr(where, name, value)
 
 
 @contextmanager

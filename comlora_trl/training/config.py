@@ -11,7 +11,7 @@ from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, Competi
 from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
 from comlora_trl.data.prompts import PROMPT_TEMPLATES
-from comlora_trl.training.config_checks import WINNER_CRITERIA, check_config, settled_without_gpu
+from comlora_trl.training.config_checks import WINNER_CRITERIA, check_config, settled_without_gpu, takes_graphs
 
 
 @dataclass
@@ -124,7 +124,8 @@ class ComLoRAConfig(SFTConfig):
             "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed: the same loss and "
             "gradients to rounding, a step several times as fast for small models. None means where they can be, on "
             "one GPU; each shape is compared with the layers as they are before it is used. Batches are then padded "
-            "to multiples of 64 tokens, unless pad_to_multiple_of is given. False turns it off."
+            "to multiples of 64 tokens, unless pad_to_multiple_of is given, and torch_compile=True means the same. "
+            "True also asks for it over several processes. False turns it off."
         },
     )
     comlora_equation_signs: str = field(
@@ -180,10 +181,13 @@ class ComLoRAConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.torch_compile and self.torch_compile_backend is None and self.torch_compile_mode is None:
+            # The same by another name; the whole model compiled takes minutes, for less
+            self.torch_compile = not takes_graphs(self)
         lengths_are_free = self.pad_to_multiple_of == "auto"
         with settled_without_gpu(self):
             super().__post_init__()
-        if lengths_are_free and self.device.type == "cuda" and self.comlora_graphs is not False:
+        if lengths_are_free and takes_graphs(self):
             packs = self.packing or self.padding_free
             self.pad_to_multiple_of = self.pad_to_multiple_of if packs else LENGTHS
         self._fill_in()

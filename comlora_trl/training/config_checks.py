@@ -42,6 +42,11 @@ def settled_without_gpu(args: "ComLoRAConfig") -> Iterator[None]:
         logger.warning(f"no GPU is found: training on the CPU, in {'bfloat16' if args.bf16 else 'float32'}.")
 
 
+def takes_graphs(args: "ComLoRAConfig") -> bool:
+    """Whether a run's decoder layers are to be compiled and replayed as CUDA graphs, if they can be."""
+    return args.comlora_graphs is not False and not args.use_cpu and torch.cuda.is_available()
+
+
 def check_config(args: "ComLoRAConfig") -> None:
     """Checks every setting of the competition, those left out being filled in.
 

@@ -199,6 +199,8 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
     def begin_competition(self) -> None:
         """Begins a competition, or goes on with that of the checkpoint; again when a smaller batch is tried."""
         model = self.comlora_model
+        if model.competing.graphs is not None:
+            model.competing.graphs.forget_more_than(0)  # a smaller batch is tried where the memory was too little
         if self._resumed is not None:
             model.competition_state = deepcopy(self._resumed)
         else:
