@@ -56,6 +56,7 @@ OPTIONS = {
     "rungs, all rows": {**TOURNAMENT, "comlora_rungs": "0.34:2,0.67:1"},
     "accumulation": {"comlora_k": 2, "gradient_accumulation_steps": 2},
     "checkpointing": {"comlora_k": 2, "gradient_checkpointing": True},
+    "a smaller last batch": {"comlora_k": 2, "per_device_train_batch_size": 6, "max_steps": 24},
     "chunks": {"comlora_k": 3, "comlora_branch_chunk": 2},
 }
 
