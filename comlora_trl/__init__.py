@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from comlora_trl.training.config import ComLoRAConfig
-    from comlora_trl.training.trainer import ComLoRASFTTrainer
+    from comlora_trl.trainers.sft import ComLoRASFTTrainer
 
 __version__ = "0.1.0"
 __all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
 
 # The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
-_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.training.trainer"}
+_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.trainers.sft"}
 
 
 def __getattr__(name: str) -> Any:

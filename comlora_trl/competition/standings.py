@@ -56,7 +56,7 @@ class CompetitionState:
         return [branch for branch, lives in enumerate(self.alive) if lives]
 
     @property
-    def field(self) -> int:
+    def remaining(self) -> int:
         """How many branches the rungs have left, those that diverged among them."""
         return self.k - len(self.retired)
 

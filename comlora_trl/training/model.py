@@ -1,13 +1,14 @@
 """The model that trains: K branches and the selector that scores them, in one module.
 
-DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forward.
+DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forward. It knows nothing of a competition:
+each forward over the branches is told by a [`BranchPass`] which of them run, and with which weights.
 """
 
 import copy
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,23 @@ from transformers import PreTrainedModel
 
 from comlora_trl.branches.model import BranchModel, BranchOutput, branch_name
 from comlora_trl.branches.rows import Rows
-from comlora_trl.competition import CompetitionSettings, CompetitionState, row_weights, selection_probabilities
+from comlora_trl.competition import CompetitionSettings, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
-from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, save_state
-from comlora_trl.training.sharding import is_sharded, load_trained_state, state_to_save, trained_state
+from comlora_trl.training.checkpoints import SELECTOR_FILE
+from comlora_trl.training.sharding import is_sharded, load_trained_state, state_to_save, trained_state, zero_weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class BranchPass:
-    """How one forward over the competing branches is to run.
+    """How one forward over the competing branches is to run; made by [`Competition.rows_of`].
 
     Attributes:
+        settings: the competition's settings, which the rows' weights follow.
+        living: the branches that run.
+        remaining: the branches that eq. 4 takes the mean over, those that diverged among them.
+        alive: bool [K], False for a branch that is out.
         eta: η(t).
         chunk: branches run at a time; None for all at once.
         owners: the branch each line goes to where rows are shared, None where every branch sees all.
@@ -44,6 +49,10 @@ class BranchPass:
         router_weights: on the branches' load-balancing losses, [K], where rows are shared; from the step's plan.
     """
 
+    settings: CompetitionSettings
+    living: tuple[int, ...]
+    remaining: int
+    alive: Tensor
     eta: float = 0.0
     chunk: int | None = None
     owners: tuple[int, ...] | None = None
@@ -92,7 +101,7 @@ class ComLoRAModel(BranchModel):
     Args:
         model: the base model.
         peft_config: the adapters' configuration; copied for each branch.
-        settings: the competition's settings, K among them.
+        k: number of branches.
         selector: the selector's settings, or None to train without one.
         kwargs: as for `PeftModelForCausalLM`.
     """
@@ -101,13 +110,11 @@ class ComLoRAModel(BranchModel):
         self,
         model: PreTrainedModel,
         peft_config: LoraConfig,
-        settings: CompetitionSettings,
+        k: int,
         selector: SelectorSettings | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, peft_config, settings.k, **kwargs)
-        self.settings = settings
-        self._alive: dict[tuple[object, ...], Tensor] = {}
+        super().__init__(model, peft_config, k, **kwargs)
         self.selector = None
         self.selector_settings = selector
         if selector is not None:
@@ -115,23 +122,18 @@ class ComLoRAModel(BranchModel):
             with torch.device(embeddings.weight.device):
                 # ZeRO-3 leaves an empty weight behind, and its shape beside it
                 width = getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[-1]
-                self.selector = Selector(width, settings.k, selector)
+                self.selector = Selector(width, k, selector)
             if embeddings.weight.dtype == torch.float64:
                 self.selector.double()  # half precisions train in float32, as PEFT's adapters do
-            self.selector_input = selector.input
-        self.competition_state = CompetitionState.new(settings.k)
         self._saved_names, self._frozen_names = self._names_to_save()
+
+    def selector_parameters(self) -> list[nn.Parameter]:
+        """The selector's parameters, none without a selector."""
+        return [] if self.selector is None else list(self.selector.parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The branches' and the selector's parameters, all that a run trains."""
-        return super().trainable_parameters() + ([] if self.selector is None else list(self.selector.parameters()))
-
-    def alive(self, device: torch.device) -> Tensor:
-        """bool [K], False for a branch that is out."""
-        key = (device, *self.competition_state.alive)
-        if key not in self._alive:  # kept: a copy to the GPU waits for all that was launched before it
-            self._alive = {key: torch.tensor(self.competition_state.alive, device=device)}
-        return self._alive[key]
+        return super().trainable_parameters() + self.selector_parameters()
 
     def forward(self, *args: Any, branch_pass: BranchPass | None = None, **kwargs: Any) -> Any:
         """An ordinary PEFT forward, or with `branch_pass` one over the branches (see [`CompetitionOutput`])."""
@@ -139,21 +141,19 @@ class ComLoRAModel(BranchModel):
             return super().forward(*args, **kwargs)
         return self._forward_branches(branch_pass, **kwargs)
 
-    def _forward_branches(self, branch_pass: BranchPass, **inputs: Any) -> CompetitionOutput:
+    def _forward_branches(self, how: BranchPass, **inputs: Any) -> CompetitionOutput:
         labels = inputs["labels"]
-        rows = Rows.of(inputs)
-        alive = self.alive(labels.device)
+        rows, alive = Rows.of(inputs), how.alive.to(labels.device)
         scores = probabilities = None
         if self.selector is not None:
             scores = self.score(inputs["input_ids"], rows, labels)
-            probabilities = selection_probabilities(scores, self.settings.top_n, alive)
+            probabilities = selection_probabilities(scores, how.settings.top_n, alive)
         dtype = torch.float64 if self.get_base_model().dtype == torch.float64 else torch.float32
-        state = self.competition_state
-        weights = row_weights(probabilities, rows.count, branch_pass.eta, self.settings, alive, dtype, state.field)
-        if branch_pass.branch_weights is not None:
-            weights = weights * branch_pass.branch_weights.to(weights)[:, None]
-        dealt = branch_pass.owners, branch_pass.rows_per_line, branch_pass.router_weights
-        output = self.run_branches(inputs, rows, weights, state.living, branch_pass.chunk, is_compiling(), *dealt)
+        weights = row_weights(probabilities, rows.count, how.eta, how.settings, alive, dtype, how.remaining)
+        if how.branch_weights is not None:
+            weights = weights * how.branch_weights.to(weights)[:, None]
+        dealt = how.owners, how.rows_per_line, how.router_weights
+        output = self.run_branches(inputs, rows, weights, how.living, how.chunk, is_compiling(), *dealt)
         return CompetitionOutput(**output, scores=scores, probabilities=probabilities)
 
     def score(self, input_ids: Tensor, rows: Rows, labels: Tensor) -> Tensor:
@@ -166,15 +166,55 @@ class ComLoRAModel(BranchModel):
         with torch.no_grad():
             embeddings = embedding(input_ids)
         embedding.training = training
-        keep = rows.prompt(labels) if self.selector_input == "prompt" else rows.real
+        keep = rows.prompt(labels) if self.selector_settings.input == "prompt" else rows.real
         return self.selector(*rows.split(embeddings, keep))
+
+    def revive_branches(self) -> None:
+        """Gives branches that an earlier competition has dropped, or made the base model, new adapters."""
+        for branch in range(self.k):
+            if branch_name(branch) not in self.peft_config:
+                self.restore_branch(branch)
+            elif not any(bool(parameter.any()) for parameter in self.branch_parameters(branch)):
+                self.redraw_branches([branch])
+
+    def redraw_branches(self, branches: Iterable[int]) -> None:
+        """Draws new adapters for branches that were out: a new competition begins.
+
+        Raises:
+            ValueError: if a branch's weights are sharded.
+        """
+        for branch in branches:
+            if is_sharded(self.branch_parameters(branch)):
+                raise ValueError(
+                    f"branch_{branch} has diverged in this trainer's last training, and its weights are sharded: make "
+                    "a new trainer for a new competition."
+                )
+            for layer in self.adapted_layers:
+                layer.reset_lora_parameters(branch_name(branch), init_lora_weights=True)
+
+    @torch.no_grad()
+    def zero_branch(self, branch: int) -> None:
+        """Makes a branch's adapter the base model itself, with nothing non-finite left in it."""
+        name = branch_name(branch)
+        zero_weights(self.branch_parameters(branch))
+        if is_sharded(self.branch_parameters(branch)):
+            return  # the base's norms would have to be gathered, for a branch that never runs again
+        for layer in self.adapted_layers:
+            if name in layer.lora_magnitude_vector:
+                # DoRA scales each output by its magnitude over the weight's norm: with B = 0 that is the base's own
+                magnitude, base = layer.lora_magnitude_vector[name], layer.get_base_layer()
+                parameter = magnitude.weight
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                magnitude.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=layer.scaling[name])
+                parameter.copy_(magnitude.weight)
+                magnitude.weight = parameter  # the optimizer's
 
     def save_pretrained(
         self, save_directory: str, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **_: Any
     ) -> None:
-        """Saves each branch as a PEFT adapter in its own folder, the selector and the competition's state.
+        """Saves each branch as a PEFT adapter in its own folder, and the selector.
 
-        The leader's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options change
+        The active adapter's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options change
         nothing: the files are small, and always safetensors.
         """
         state_dict = state_dict or state_to_save(self)
@@ -184,12 +224,11 @@ class ComLoRAModel(BranchModel):
         for name in (name for name in self.branch_names if name in self.peft_config):
             (folder / name).mkdir(parents=True, exist_ok=True)
             self._snapshot(name, state_dict).save(folder / name)
-        shutil.copytree(folder / branch_name(self.competition_state.leader), folder, dirs_exist_ok=True)
+        shutil.copytree(folder / self.active_adapter, folder, dirs_exist_ok=True)
         if self.selector is not None:
             own = {name: value for name, value in state_dict.items() if name.startswith("selector.")}
             weights = {name.removeprefix("selector."): value.contiguous() for name, value in own.items()}
             save_file(weights, folder / SELECTOR_FILE, metadata={"format": "pt"})
-        save_state(self.competition_state, folder)
 
     def load_branches(self, folder: str | Path, root: nn.Module | None = None) -> None:
         """Loads what [`save_pretrained`] saved, into the branches and the selector that exist.
@@ -198,10 +237,9 @@ class ComLoRAModel(BranchModel):
             root: the wrapped model, where FSDP1 shards it.
 
         Raises:
-            ValueError: if the checkpoint has another number of branches, or differs in having a selector.
+            ValueError: if the checkpoint has other weights.
         """
         folder = Path(folder)
-        check_checkpoint(folder, self.settings.k, self.selector is not None)
         load_trained_state(self, self._saved_weights(folder), root)
 
     def snapshot(self, branch: int, root: nn.Module | None = None) -> "BranchSnapshot":

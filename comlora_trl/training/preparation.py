@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.models import enable_selective_activation_checkpointing
 
+from comlora_trl import compat
 from comlora_trl.branches.layers import BranchLayer
 from comlora_trl.training.adapters import check_lora_config, check_model, complete_lora_config
 from comlora_trl.training.config import ComLoRAConfig
@@ -52,7 +53,7 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     """
     if isinstance(model, ComLoRAModel):
         return continue_branches(model, peft_config, args)
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if compat.has_adapter_of_transformers(model):
         raise ValueError(
             "the model was loaded with an adapter by transformers itself: give the adapter's folder or hub id as "
             "model, or load it with peft.PeftModel.from_pretrained."
@@ -77,7 +78,7 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
     kwargs = {"autocast_adapter_dtype": False} if zero3 and not is_quantized(model) else {}
-    branches = ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
+    branches = ComLoRAModel(model, peft_config, args.comlora_k, args.selector_settings, **kwargs)
     if zero3 and branches.selector is not None:
         branches.selector.to(model.dtype)  # and trains by float32 masters, whatever its own type
     if start is not None:

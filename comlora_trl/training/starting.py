@@ -16,7 +16,6 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from comlora_trl.competition import CompetitionState
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.model import ComLoRAModel
 
@@ -163,13 +162,13 @@ def _with_noise(name: str, weight: Tensor) -> Tensor:
 
 
 def continue_branches(model: ComLoRAModel, peft_config: PeftConfig | None, args: ComLoRAConfig) -> ComLoRAModel:
-    """Branches of an earlier trainer, for a new competition among them; disqualified ones stay out.
+    """Branches of an earlier trainer, for a new competition among them; those that were out are redrawn.
 
     Raises:
         ValueError: if the arguments ask for other branches or another selector than there are.
     """
     asked = {"comlora_k": args.comlora_k, "the selector": args.selector_settings}
-    there = {"comlora_k": model.settings.k, "the selector": model.selector_settings}
+    there = {"comlora_k": model.k, "the selector": model.selector_settings}
     for name, wanted in asked.items():
         if wanted != there[name]:
             raise ValueError(
@@ -177,9 +176,6 @@ def continue_branches(model: ComLoRAModel, peft_config: PeftConfig | None, args:
                 "give the base model, or an exported winner's folder, to start anew."
             )
     if peft_config is not None:
-        check_same_shape(peft_config, model.peft_config[model.branch_names[0]])
-    model.settings = args.competition_settings
-    disqualified = model.competition_state.disqualified
-    model.competition_state = CompetitionState.new(args.comlora_k)
-    model.competition_state.disqualified = dict(disqualified)
+        check_same_shape(peft_config, next(iter(model.peft_config.values())))
+    model.revive_branches()
     return model

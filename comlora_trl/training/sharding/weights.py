@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from comlora_trl import compat
 from comlora_trl.training.sharding.pieces import deepspeed_utils, is_partitioned, local
 
 # What FSDP1, activation checkpointing and torch.compile put into parameters' names
@@ -63,10 +64,10 @@ def zero_weights(parameters: Iterable[nn.Parameter]) -> None:
             local(parameter).zero_()
             if hasattr(parameter, "ds_id"):
                 parameter.ds_tensor.zero_()
-                if hasattr(parameter, "_z3_optimizer"):
+                if compat.trained_by_zero3(parameter):
                     deepspeed_utils().safe_set_local_fp32_param(parameter, torch.zeros_like(parameter.ds_tensor))
-            elif getattr(parameter, "_hp_mapping", None) is not None:
-                parameter._hp_mapping.hp_fragment.zero_()
+            elif (mapping := compat.zero_mapping(parameter)[1]) is not None:
+                mapping.hp_fragment.zero_()
 
 
 def reshard(model: nn.Module) -> None:
@@ -130,5 +131,5 @@ def _write(parameter: nn.Parameter, value: Tensor, name: str) -> None:
         parameter.to_local().copy_(own.to_local())
         return
     parameter.copy_(value)
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+    if compat.trained_by_zero3(parameter) or compat.zero_mapping(parameter)[0]:
         deepspeed_utils().safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
