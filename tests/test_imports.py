@@ -16,8 +16,9 @@ ALLOWED = {
     # Training writes what evaluation reads
     "winner": {"__version__", "data", "demo", "plots", "winner"},
     "evaluation": {"data", "demo", "evaluation", "winner"},
-    # The commands are on top: nothing imports them
-    "cli": {"ComLoRAConfig", "ComLoRASFTTrainer", "branches", "cli", "data", "demo", "evaluation", "plots", "training"},
+    "data": {"data", "demo"},
+    "demo": {"demo"},
+    "cli": {"branches", "cli", "data", "demo", "evaluation", "plots", "training", *comlora_trl.__all__},
 }
 
 
