@@ -1,15 +1,13 @@
-"""`comlora-plot`: pictures of a competition, drawn from the `competition.json` that lies beside a winner.
+"""Pictures of a competition, drawn from the `competition.json` that lies beside a winner.
 
 losses: each branch's validation loss over the run, with the rungs; wins: the paper's Figure 2, which branch had the
 lowest training loss how often; scores: its Figure 3, the selector's score against the validation loss. This module
 needs matplotlib (the extra `plots`) and nothing else of the package, so that a picture takes no torch.
 """
 
-import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,23 +275,3 @@ def draw(folder: str | Path, output: str | Path | None = None, figure: str = "lo
         raise ValueError(f"{folder}: {error}") from error
     picture.savefig(output, dpi=110)
     return output
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command `comlora-plot`."""
-    parser = argparse.ArgumentParser(prog="comlora-plot", description="Draws the competition that a winner won.")
-    parser.add_argument("folder", help="the winner's folder")
-    parser.add_argument(
-        "--output",
-        help="picture to write, .png, .svg or .pdf (default: competition.png in the folder, FIGURE.png of the others)",
-    )
-    help_text = (
-        "losses (default): the branches' validation losses and the rungs; wins: share of the training steps won (the "
-        "paper's Figure 2); scores: the selector's score against the validation loss (its Figure 3)"
-    )
-    parser.add_argument("--figure", choices=list(FIGURES), default="losses", help=help_text)
-    args = parser.parse_args(argv)
-    try:
-        print(draw(args.folder, args.output, args.figure))
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")

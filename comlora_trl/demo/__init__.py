@@ -1,6 +1,6 @@
 """The embedded default: a small pretrained model, a data set in the eight commonsense formats, and their recipe.
 
-`scripts/make_demo_data.py` writes the data and `scripts/pretrain_demo.py` the model. Nothing here imports torch.
+`tools/demo/make_demo_data.py` writes the data and `tools/demo/pretrain_demo.py` the model. Nothing here imports torch.
 """
 
 from pathlib import Path
