@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from comlora_trl.training.config import ComLoRAConfig
     from comlora_trl.trainers.sft import ComLoRASFTTrainer
+    from comlora_trl.training.config import ComLoRAConfig
 
 __version__ = "0.1.0"
 __all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]

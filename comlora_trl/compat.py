@@ -32,7 +32,12 @@ class Seam:
 
 SEAMS = (
     # ---- torch ----
-    Seam("torch", "torch._foreach_norm", "norms of 1,200 gradients in one launch; get_total_norm gives one for all", "2.8"),
+    Seam(
+        "torch",
+        "torch._foreach_norm",
+        "norms of 1,200 gradients in one launch; public: one for all",
+        "2.8",
+    ),
     Seam("torch", "torch._foreach_mul_", "clipping of a branch's gradients in one launch", "2.8"),
     Seam("torch", "torch._C._current_graph_task_id", "tells one running backward pass from another", "2.8"),
     Seam(
@@ -61,9 +66,9 @@ SEAMS = (
         "5.10",
     ),
     Seam("transformers", "transformers.Trainer._load_from_checkpoint", "checkpoints hold every branch", "5.10"),
-    Seam("transformers", "transformers.Trainer._load_best_model", "the best checkpoint's leader is the winner", "5.10"),
+    Seam("transformers", "transformers.Trainer._load_best_model", "the best checkpoint's leader wins", "5.10"),
     Seam("transformers", "transformers.Trainer._finish_current_push", "push_to_hub waits for the push before", "5.10"),
-    Seam("transformers", "transformers.Trainer._prepare_inputs", "validation moves batches as the Trainer does", "5.10"),
+    Seam("transformers", "transformers.Trainer._prepare_inputs", "validation moves batches as Trainer does", "5.10"),
     Seam("transformers", "transformers.Trainer._save", "a checkpoint's files, once its weights are gathered", "5.10"),
     Seam(
         "transformers",

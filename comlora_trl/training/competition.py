@@ -305,7 +305,9 @@ class Competition:
     def _disqualify(self, branch: int, step: int) -> None:
         """Takes a branch out for good: from here on it does not run, and its adapter is the base model."""
         self.state.disqualified[branch] = step
-        logger.warning(f"branch_{branch} has diverged at step {step} and is disqualified: the others go on without it.")
+        logger.warning(
+            f"branch_{branch} has diverged at step {step} and is disqualified: the others go on without it."
+        )
         self.model.zero_branch(branch)
 
     def keep_disqualified(self) -> None:

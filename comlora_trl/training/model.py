@@ -214,8 +214,8 @@ class ComLoRAModel(BranchModel):
     ) -> None:
         """Saves each branch as a PEFT adapter in its own folder, and the selector.
 
-        The active adapter's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options change
-        nothing: the files are small, and always safetensors.
+        The active adapter's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options
+        change nothing: the files are small, and always safetensors.
         """
         state_dict = state_dict or state_to_save(self)
         if not is_main_process:

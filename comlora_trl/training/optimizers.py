@@ -287,7 +287,10 @@ class BranchRates:
         everywhere = {peak_rate(group) for group in unwrapped(optimizer).param_groups}
         if not groups and len(everywhere) == 1:  # DeepSpeed's and layer-wise optimizers hold other tensors
             groups = dict.fromkeys(self.asked(), unwrapped(optimizer).param_groups[:1])
-        peaks, names = {name: [peak_rate(group) for group in own] for name, own in groups.items()}, self.model.branch_names
+        peaks, names = (
+            {name: [peak_rate(group) for group in own] for name, own in groups.items()},
+            self.model.branch_names,
+        )
         for branch, name in enumerate(names):
             scheduled = all("initial_lr" in group for group in groups.get(name, []))
             if resumed and (name not in peaks or not scheduled):
@@ -328,8 +331,8 @@ class BranchRates:
         whole = [name for name, count in missed.items() if count == sum(p.requires_grad for p in owned[name])]
         if whole or len(counts) > 1:
             raise ValueError(
-                f"the optimizer {type(unwrapped(optimizer)).__name__} does not train {', '.join(whole or missed)}: its "
-                "groups lack their parameters; make it from trainer.model.parameters() in an overridden "
+                f"the optimizer {type(unwrapped(optimizer)).__name__} does not train {', '.join(whole or missed)}: "
+                "its groups lack their parameters; make it from trainer.model.parameters() in an overridden "
                 "create_optimizer, or let the trainer do it."
             )
 

@@ -13,9 +13,7 @@ from comlora_trl import compat
 from comlora_trl.training.sharding.pieces import gradient_piece, put_gradient_piece
 
 
-def norms(
-    groups: Sequence[Sequence[nn.Parameter]], device: torch.device, accelerator: Accelerator
-) -> Tensor:
+def norms(groups: Sequence[Sequence[nn.Parameter]], device: torch.device, accelerator: Accelerator) -> Tensor:
     """Norms of the gradients, in pieces, of groups of parameters, [n], 0 for a group without; called by all processes.
 
     With DeepSpeed gradients are at hand between backward and step alone (see [`around_step`]).
