@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from comlora_trl.training.competition import clip_gradients, gradient_norms
 from conftest import difference, make_lora, make_model, parameters
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainerCallback
 
 from comlora_trl.branches.model import BranchModel
 from comlora_trl.branches.rows import Rows
+from comlora_trl.training.competition import clip_gradients, gradient_norms
 
 
 class Gradients(TrainerCallback):
