@@ -15,8 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import save_branch
-from comlora_trl.training.model import BranchSnapshot
-from comlora_trl.training.sharding import state_to_save
+from comlora_trl.training.saved import SavedAdapter
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import (
     LM_EVAL_FILE,
@@ -50,7 +49,7 @@ class WinnerPublishing:
             seed=self.args.seed,
         )
 
-    def write_adapter(self, branch: int, folder: Path, target: Path, snapshot: BranchSnapshot) -> None:
+    def write_adapter(self, branch: int, folder: Path, target: Path, snapshot: SavedAdapter) -> None:
         """Writes a branch as an ordinary adapter, with all that an exported one carries.
 
         Args:
@@ -66,7 +65,7 @@ class WinnerPublishing:
         """Saves the winner as an ordinary adapter; within a checkpoint, which the Trainer makes, every branch."""
         if _internal_call and output_dir is not None:
             self.retired_files.wait()
-            self._save(output_dir, state_dict=state_to_save(self.comlora_model, self.model_wrapped))
+            self._save(output_dir, state_dict=self.comlora_model.state_to_save(self.model_wrapped))
             if self.args.should_save:
                 write_training_record(output_dir, self.training_record())
             return

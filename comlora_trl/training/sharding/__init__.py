@@ -16,9 +16,9 @@ from comlora_trl.training.sharding.gradients import around_step, clip, drop_grad
 from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, settle_fsdp
 from comlora_trl.training.sharding.weights import (
     load_trained_state,
+    plain_name,
     reshard,
-    state_to_save,
-    trained_state,
+    whole_state,
     zero_weights,
 )
 
@@ -30,10 +30,10 @@ __all__ = [
     "is_sharded",
     "load_trained_state",
     "norms",
+    "plain_name",
     "reshard",
     "settle_fsdp",
-    "state_to_save",
     "take_over_clipping",
-    "trained_state",
+    "whole_state",
     "zero_weights",
 ]
