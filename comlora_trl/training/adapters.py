@@ -172,12 +172,16 @@ def check_lora_config(config: PeftConfig, k: int) -> None:
             "LoraConfig(alora_invocation_tokens=...) makes an activated LoRA, which PEFT switches on where its own "
             "forward finds these tokens; branches run without it, so it would never train: leave it out."
         )
-    shared = {} if k == 1 else {
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-        "layer_replication": config.layer_replication,
-        "bias": config.bias if config.bias != "none" else None,
-    }
+    shared = (
+        {}
+        if k == 1
+        else {
+            "modules_to_save": config.modules_to_save,
+            "trainable_token_indices": config.trainable_token_indices,
+            "layer_replication": config.layer_replication,
+            "bias": config.bias if config.bias != "none" else None,
+        }
+    )
     for name, value in shared.items():
         if value:
             raise ValueError(

@@ -26,7 +26,9 @@ from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, sa
 from comlora_trl.training.saved import (
     WEIGHTS_FILE,
     SavedAdapter,
+    config_to_save,
     names_to_save,
+    put_back,
     saved_adapter,
     taken_part,
     takes_part_out,
@@ -220,6 +222,18 @@ class ComLoRAModel(BranchModel):
         """Adds an adapter for a branch that was dropped, with new weights."""
         super().restore_branch(branch)
         self._names_to_save(branch_name(branch))
+
+    def config_to_save(self, branch: int) -> LoraConfig:
+        """The configuration in a branch's files."""
+        return config_to_save(self, branch_name(branch), self.taken, self.saved_config)
+
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model as it was before the branches, and before what their initialisation took out of it."""
+        name, layers = self.active_adapter, self.get_base_model().named_modules()
+        scaling = {place: layer.scaling[name] for place, layer in layers if isinstance(layer, LoraLayer)}
+        base = super().unload(*args, **kwargs)
+        put_back(base, self.taken, scaling)
+        return base
 
     def _saved_adapter(self, name: str, state: Mapping[str, Tensor]) -> SavedAdapter:
         return saved_adapter(self, name, self._names_to_save(name), state, self.taken, self.saved_config)

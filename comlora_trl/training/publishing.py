@@ -13,7 +13,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import save_branch
 from comlora_trl.training.saved import SavedAdapter
 from comlora_trl.winner.card import CARD_FILE, card
@@ -138,7 +137,7 @@ class WinnerPublishing:
         if not self.is_world_process_zero():
             return
         model, folder = self.comlora_model, Path(self.args.output_dir)
-        config = model.peft_config[branch_name(model.competition_state.leader)].to_dict()
+        config = model.config_to_save(model.competition_state.leader).to_dict()
         chats = getattr(self.processing_class, "chat_template", None) is not None
         leader = Adapter(config, self.training_record(), self.competition_summary(), chats)
         place = self.hub_model_id or folder.absolute().name

@@ -1,9 +1,11 @@
-"""The content of a written adapter. Everything that writes one asks here: winner, retired branches, checkpoints, pushes.
+"""The content of a written adapter.
 
-Two rules decide it. An adapter holds every tensor that PEFT would have saved with it: LoRA matrices, `modules_to_save`,
-trained tokens and biases, and the embeddings where the vocabulary was resized. And it is for the base that it names:
-where an initialisation (PiSSA, OLoRA, CorDA, LoRA-GA) took a low-rank part out of the base, the adapter holds the
-difference to that base, as an ordinary LoRA of twice the rank.
+Everything that writes one asks here: the winner's export, retired branches, checkpoints, pushes. Two rules decide.
+
+- An adapter holds every tensor that PEFT would have saved with it: LoRA matrices, `modules_to_save`, trained tokens,
+  trained biases, and the embeddings if the vocabulary was resized.
+- An adapter is for the base that it names. Some initialisations (PiSSA, OLoRA, CorDA, LoRA-GA) take a low-rank part
+  out of the base. Then the adapter holds the difference to the named base, as an ordinary LoRA of twice the rank.
 """
 
 import copy
@@ -20,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from comlora_trl.training.sharding import plain_name
 
@@ -84,6 +87,20 @@ def saved_adapter(
     Raises:
         KeyError: if the state lacks a tensor that PEFT would save.
     """
+    config = config_to_save(model, adapter, taken, changes)
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, own in names.items():
+        value = state[own].detach().cpu().contiguous()
+        weights[key] = value.clone() if value.data_ptr() in seen else value  # tied weights are written twice
+        seen.add(value.data_ptr())
+    return SavedAdapter(config, _for_the_named_base(weights, taken) if taken else weights)
+
+
+def config_to_save(
+    model: PeftModel, adapter: str, taken: Mapping[str, Tensor], changes: Mapping[str, Any]
+) -> LoraConfig:
+    """The configuration in an adapter's files; arguments as for [`saved_adapter`]."""
     config, base = copy.deepcopy(model.peft_config[adapter]), model.get_base_model()
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path or None
@@ -91,13 +108,33 @@ def saved_adapter(
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     for field, value in changes.items():
         setattr(config, field, value)
-    weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, own in names.items():
-        value = state[own].detach().cpu().contiguous()
-        weights[key] = value.clone() if value.data_ptr() in seen else value  # tied weights are written twice
-        seen.add(value.data_ptr())
-    return _for_the_named_base(config, weights, taken) if taken else SavedAdapter(config, weights)
+    if taken:
+        config.init_lora_weights = True
+        factor = math.sqrt(2) if config.use_rslora else 2  # the scaling is alpha / sqrt(r), or alpha / r
+        config.r, config.lora_alpha = config.r * 2, config.lora_alpha * factor
+        config.rank_pattern = {name: rank * 2 for name, rank in (config.rank_pattern or {}).items()}
+        config.alpha_pattern = {name: alpha * factor for name, alpha in (config.alpha_pattern or {}).items()}
+    return config
+
+
+def put_back(base: nn.Module, taken: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
+    """Gives a base without adapters the part that an initialisation took out of it.
+
+    Args:
+        scaling: of each adapted layer, by its name in the base.
+    """
+    for place, factor in scaling.items():
+        a, b = (taken.get(key) for key in matrix_names(place))
+        if a is not None and a.dim() == 2:
+            layer = base.get_submodule(place)
+            part = factor * b.float() @ a.float()
+            weight = layer.weight.data
+            weight += (part.T if isinstance(layer, Conv1D) else part).to(weight)
+
+
+def matrix_names(place: str) -> tuple[str, str]:
+    """The names in PEFT's files of A and B of an adapted linear layer, by its name in the base."""
+    return f"base_model.model.{place}.lora_A.weight", f"base_model.model.{place}.lora_B.weight"
 
 
 def takes_part_out(config: LoraConfig, base: nn.Module) -> bool:
@@ -152,7 +189,7 @@ def trained_half(key: str, value: Tensor, taken: Mapping[str, Tensor], source: P
     return own.contiguous()
 
 
-def _for_the_named_base(config: LoraConfig, weights: dict[str, Tensor], taken: Mapping[str, Tensor]) -> SavedAdapter:
+def _for_the_named_base(weights: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`B·A - B0·A0` as one LoRA of twice the rank and the same scaling, which every loader can put on the named base.
 
     PEFT's `path_initial_model_for_weight_conversion` makes the same of an adapter in a file.
@@ -164,12 +201,7 @@ def _for_the_named_base(config: LoraConfig, weights: dict[str, Tensor], taken: M
             other = taken[key].to(value) if key in taken else torch.zeros_like(value)
             value = torch.cat([value, -other if dim == 1 else other], dim)
         converted[key] = value
-    config.init_lora_weights = True
-    factor = math.sqrt(2) if config.use_rslora else 2  # the scaling is alpha / sqrt(r), or alpha / r
-    config.r, config.lora_alpha = config.r * 2, config.lora_alpha * factor
-    config.rank_pattern = {name: rank * 2 for name, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {name: alpha * factor for name, alpha in (config.alpha_pattern or {}).items()}
-    return SavedAdapter(config, converted)
+    return converted
 
 
 def _state_names(model: nn.Module) -> Iterator[str]:

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
@@ -22,7 +29,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from comlora_trl.competition import CompetitionState
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.saved import redone_at_loading, takes_part_out
+from comlora_trl.training.saved import matrix_names, redone_at_loading, takes_part_out
 
 # Standard deviation of the noise, in those of the matrix A it is added to
 START_NOISE = 0.01
@@ -67,7 +74,12 @@ def load_model(name: str, args: ComLoRAConfig, quantization_config: Any = None) 
         return create_model_from_path(name, **kwargs)
     revision = kwargs.pop("revision", None)  # the adapter's own; its base has another
     base = create_model_from_path(config.base_model_name_or_path, **kwargs, revision=config.revision or "main")
-    return PeftModel.from_pretrained(base, name, **({} if revision is None else {"revision": revision}))
+    options = {} if revision is None else {"revision": revision}
+    place = next(path for path, module in base.named_modules() if module is base.get_input_embeddings())
+    rows = load_peft_weights(name, device="cpu", **options).get(f"base_model.model.{place}.weight")
+    if rows is not None and len(rows) != base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(rows), mean_resizing=False)  # the adapter's vocabulary was resized
+    return PeftModel.from_pretrained(base, name, **options)
 
 
 def adapter_config(name: str, revision: str | None = None) -> PeftConfig | None:
@@ -156,20 +168,19 @@ def part_taken_out(
         "convert the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) and start from "
         "what that saves, or start from the base model."
     )
+    changed = f"the adapter to start from was initialised by {method!r}, which changed its base, and"
     if any(hasattr(p, "ds_id") or p.is_meta for p in base.parameters()):
-        raise ValueError(f"the adapter to start from was initialised by {method!r}, on a base that is sharded: {advice}")
+        raise ValueError(f"{changed} the base given here is sharded, so the change can't be found: {advice}")
     named = None
     if name:
         try:
             named = type(base).from_pretrained(name, revision=config.revision, dtype=base.dtype)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the adapter to start from was initialised by {method!r}, which changed its base, and {name} can't be "
-                f"loaded to find out how ({type(error).__name__}): {advice}"
-            ) from error
+            found = type(error).__name__
+            raise ValueError(f"{changed} {name} can't be loaded to find the change ({found}): {advice}") from error
     taken = {}
     for layer, factor in scaling.items():
-        keys = [f"base_model.model.{layer}.lora_{side}.weight" for side in "AB"]
+        keys = matrix_names(layer)
         a, b = (weights[key].detach().float().cpu() for key in keys)
         here = _as_matrix(base.get_submodule(layer))
         if named is None:
@@ -183,10 +194,7 @@ def part_taken_out(
                 known = rest * factor <= there.norm() * max(_SAME, 2 * torch.finfo(base.dtype).eps)
         if not known:
             what = f"differs from {name} by more than that" if name else "has no name to compare it with"
-            raise ValueError(
-                f"the adapter to start from was initialised by {method!r}, which changed its base, and the base given "
-                f"here {what} ({layer}): {advice}"
-            )
+            raise ValueError(f"{changed} the base given here {what} ({layer}): {advice}")
         taken |= dict(zip(keys, (a, b), strict=True))
     # An initialisation that PEFT did not do again as it loaded the adapter has left the base as it is
     return taken if any(matrix.count_nonzero() for matrix in taken.values()) else {}
