@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from packaging.version import Version
 from peft import PeftConfig, PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.models import enable_selective_activation_checkpointing
@@ -90,6 +91,12 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
     kwargs = {"autocast_adapter_dtype": False} if zero3 and not is_quantized(model) else {}
     branches = ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
+    if isinstance(branches.get_base_model().get_output_embeddings(), TrainableTokensWrapper):
+        raise ValueError(
+            f"LoraConfig(trainable_token_indices=...) changes the LM head of {type(model).__name__} too, which is tied "
+            "to its embeddings, and TRL reads the head's weight past PEFT: use modules_to_save with "
+            "ensure_weight_tying=True instead."
+        )
     if zero3 and branches.selector is not None:
         branches.selector.to(model.dtype)  # and trains by float32 masters, whatever its own type
     if start is not None:

@@ -191,7 +191,8 @@ def part_taken_out(
             known = there.shape == here.shape
             if known:
                 a, b, rest = _low_rank((there - here) / factor, a.size(0))
-                known = rest * factor <= there.norm() * max(_SAME, 2 * torch.finfo(base.dtype).eps)
+                size = max(there.norm(), here.norm())
+                known = rest * factor <= size * max(_SAME, 2 * torch.finfo(base.dtype).eps)
         if not known:
             what = f"differs from {name} by more than that" if name else "has no name to compare it with"
             raise ValueError(f"{changed} the base given here {what} ({layer}): {advice}")
