@@ -93,8 +93,8 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     branches = ComLoRAModel(model, peft_config, args.competition_settings, args.selector_settings, **kwargs)
     if isinstance(branches.get_base_model().get_output_embeddings(), TrainableTokensWrapper):
         raise ValueError(
-            f"LoraConfig(trainable_token_indices=...) changes the LM head of {type(model).__name__} too, which is tied "
-            "to its embeddings, and TRL reads the head's weight past PEFT: use modules_to_save with "
+            f"LoraConfig(trainable_token_indices=...) changes the LM head of {type(model).__name__} too, which is "
+            "tied to its embeddings, and TRL can't compute its loss from such a head: use modules_to_save with "
             "ensure_weight_tying=True instead."
         )
     if zero3 and branches.selector is not None:

@@ -184,8 +184,7 @@ def part_taken_out(
         a, b = (weights[key].detach().float().cpu() for key in keys)
         here = _as_matrix(base.get_submodule(layer))
         if named is None:
-            left = (b.T @ here).norm() / (b.norm() * here.norm())  # PiSSA and OLoRA take all of B's columns out
-            known = str(method).startswith(("pissa", "olora")) and left < _SAME
+            known = _is_as_initialised(str(method).lower(), a, b, here, factor)
         else:
             there = _as_matrix(named.get_submodule(layer))
             known = there.shape == here.shape
@@ -199,6 +198,15 @@ def part_taken_out(
         taken |= dict(zip(keys, (a, b), strict=True))
     # An initialisation that PEFT did not do again as it loaded the adapter has left the base as it is
     return taken if any(matrix.count_nonzero() for matrix in taken.values()) else {}
+
+
+def _is_as_initialised(method: str, a: Tensor, b: Tensor, weight: Tensor, factor: float) -> bool:
+    """Whether A and B are still what an initialisation took out of a weight, as far as that shows."""
+    if method.startswith("pissa"):  # the columns of B are singular vectors, of which nothing is left
+        return bool((b.T @ weight).norm() <= _SAME * b.norm() * weight.norm())
+    if method.startswith("olora"):  # B is orthonormal and A its products with the weight as it was
+        return bool((b.T @ (weight + factor * b @ a) - a).norm() <= _SAME * a.norm())
+    return False
 
 
 def _as_matrix(layer: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_arguments, make_dataset, make_lora, make_model, make_tokenizer
+from conftest import TARGETS, make_arguments, make_dataset, make_lora, make_model, make_tokenizer
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.corda import preprocess_corda
@@ -222,3 +222,123 @@ def test_a_written_adapter_is_the_branch_on_a_fresh_base(name, tmp_path, monkeyp
         torch.testing.assert_close(
             found, seen[branch], rtol=0, atol=1e-5, msg=lambda text, place=place: f"{place}: {text}"
         )
+
+
+def trainer_of(given: Any, folder: Path, lora: dict[str, Any] | None = None, **options: Any) -> ComLoRASFTTrainer:
+    return ComLoRASFTTrainer(
+        given,
+        ComLoRAConfig(**make_arguments(folder, **{"max_steps": 4, "learning_rate": 3e-2, **options})),
+        train_dataset=make_dataset(),
+        eval_dataset=make_dataset(5),
+        processing_class=make_tokenizer(),
+        peft_config=None if lora is None else make_lora(**lora),
+    )
+
+
+def on_a_fresh_base(folder: str) -> Tensor:
+    return logits(PeftModel.from_pretrained(make_model(), folder))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_base_without_a_name_is_as_the_initialisation_left_it(method, k, tmp_path):
+    options = ALONE if k == 1 else {"comlora_k": k}
+    trainer = trainer_of(started(init_lora_weights=method)(make_model()), tmp_path / "new", **options)
+    trainer.train()
+    torch.testing.assert_close(on_a_fresh_base(trainer.args.winner_dir), logits(trainer.model), rtol=0, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=f"initialised by '{method}'.* has no name to compare it with .*: convert the"
+    ):
+        trainer_of(started_and_trained(init_lora_weights=method)(make_model()), tmp_path / "trained", **options)
+
+
+def test_a_base_that_cannot_be_compared_is_refused_in_a_line(tmp_path):
+    given = started(init_lora_weights="pissa")(make_model())
+    given.peft_config["default"].base_model_name_or_path = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere can't be loaded to find the change") as caught:
+        trainer_of(given, tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    make_model(seed=5).save_pretrained(tmp_path / "other")
+    given = started(init_lora_weights="pissa")(make_model())
+    given.peft_config["default"].base_model_name_or_path = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="the base given here differs from .*other by more than that"):
+        trainer_of(given, tmp_path / "run")
+
+
+def test_an_adapter_that_was_converted_goes_on_with_its_own_rank(tmp_path):
+    first = trainer_of(make_model(), tmp_path / "a", {"init_lora_weights": "pissa"}, **ALONE)
+    first.train()
+    given = PeftModel.from_pretrained(make_model(), first.args.winner_dir)
+    second = trainer_of(given, tmp_path / "b", comlora_k=2)
+    second.train()
+    assert second.model.peft_config["branch_0"].r == 8
+    torch.testing.assert_close(on_a_fresh_base(second.args.winner_dir), logits(second.model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}], ids=["pissa", "head"]
+)
+def test_a_run_resumes_with_what_its_checkpoint_holds(lora, tmp_path):
+    options = {**ALONE, "save_strategy": "steps", "save_steps": 2}
+    whole = trainer_of(make_model(), tmp_path / "a", lora, **options)
+    whole.train()
+    resumed = trainer_of(make_model(), tmp_path / "b", lora, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    values = dict(resumed.model.named_parameters())
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(values[name], parameter, rtol=0, atol=1e-6)
+    if "init_lora_weights" in lora:
+        other = trainer_of(make_model(seed=3), tmp_path / "c", lora, **options)
+        with pytest.raises(ValueError, match="trained on a base that another initialisation has changed"):
+            other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_the_base_without_its_branches_is_whole_again(start, tmp_path):
+    lora = {"init_lora_weights": "pissa", **PATTERNS}
+    given = started(**lora)(make_model()) if start else make_model()
+    trainer = trainer_of(given, tmp_path, None if start else lora, **ALONE)
+    trainer.train()
+    expected = logits(trainer.model)
+    torch.testing.assert_close(logits(trainer.model.unload()), logits(make_model()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(on_a_fresh_base(trainer.args.winner_dir), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_loftq_is_done_again_where_the_adapter_is_loaded(start, tmp_path, monkeypatch):
+    def rounded(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int) -> tuple[Tensor, Tensor, Tensor]:
+        """PEFT's own needs a GPU."""
+        rest = weight.data - (coarse := (weight.data * 50).round() / 50)
+        u, s, v = torch.linalg.svd(rest)
+        return coarse, s[:reduced_rank, None] * v[:reduced_rank], u[:, :reduced_rank]
+
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", rounded)
+    lora = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    given = started_and_trained(**lora)(make_model()) if start else make_model()
+    options = {"comlora_k": 2} if start else ALONE
+    trainer = trainer_of(given, tmp_path, None if start else lora, **options)
+    trainer.train()
+    assert not torch.allclose(logits(trainer.model), logits(make_model()), atol=1e-3)
+    torch.testing.assert_close(on_a_fresh_base(trainer.args.winner_dir), logits(trainer.model), rtol=0, atol=1e-5)
+
+
+def test_embeddings_that_are_as_they_were_are_not_written(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    trainer = trainer_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "run", {}, comlora_k=2)
+    assert not [name for name in trainer.model.snapshot(0).weights if "lora_" not in name]
+
+
+@pytest.mark.parametrize("targets", [TARGETS, TARGETS[:2], "all-linear"])
+def test_what_the_user_wrote_is_adapted_however_narrow(targets, tmp_path):
+    narrow = make_model(hidden_size=8, intermediate_size=16)
+    expected = {name for name, _ in get_peft_model(narrow, make_lora(target_modules=targets)).named_parameters()}
+    trainer = trainer_of(make_model(hidden_size=8, intermediate_size=16), tmp_path, {"target_modules": targets})
+    found = {name.replace("branch_0", "default") for name, _ in trainer.model.named_parameters()}
+    assert {name for name in found if "lora_" in name and "branch_1" not in name} == {
+        n for n in expected if "lora_" in n
+    }
+
+
+def test_a_narrow_model_has_default_targets(tmp_path):
+    trainer = trainer_of(make_model(hidden_size=8, intermediate_size=16), tmp_path)
+    assert trainer.model.peft_config["branch_0"].target_modules == set(TARGETS)
