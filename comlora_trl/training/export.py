@@ -18,8 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.checkpoints import load_state
 from comlora_trl.training.config import CompetitionConfig
-from comlora_trl.training.model import BranchSnapshot
 from comlora_trl.training.report import competition_summary, write_summary
+from comlora_trl.training.saved import SavedAdapter
 from comlora_trl.winner.files import LM_EVAL_FILE, read_training_record, write_training_record, write_winner_files
 from comlora_trl.winner.folder import TOKENIZER_FILES
 
@@ -89,7 +89,7 @@ def new_folder(target: str | Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_branch(snapshot: BranchSnapshot, folder: Path, summary: dict[str, Any], processing_class: Any = None) -> None:
+def save_branch(snapshot: SavedAdapter, folder: Path, summary: dict[str, Any], processing_class: Any = None) -> None:
     """Writes a branch into a folder as an ordinary PEFT adapter, with tokenizer and `competition.json`."""
     snapshot.save(folder)
     if processing_class is not None:
@@ -117,7 +117,7 @@ class Background:
 
 
 def write_snapshots(
-    snapshots: dict[int, BranchSnapshot], folder: Path, summary: dict[str, Any], record: dict[str, Any]
+    snapshots: dict[int, SavedAdapter], folder: Path, summary: dict[str, Any], record: dict[str, Any]
 ) -> None:
     """Writes branches as plain adapters, each into a folder of its own, with `competition.json` and `training.json`.
 

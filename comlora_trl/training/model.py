@@ -4,17 +4,14 @@ DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forw
 each forward over the branches is told by a [`BranchPass`] which of them run, and with which weights.
 """
 
-import copy
-import re
 import shutil
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,9 +24,18 @@ from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
 from comlora_trl.training.checkpoints import SELECTOR_FILE
-from comlora_trl.training.sharding import is_sharded, load_trained_state, state_to_save, trained_state, zero_weights
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from comlora_trl.training.saved import (
+    WEIGHTS_FILE,
+    SavedAdapter,
+    config_to_save,
+    names_to_save,
+    put_back,
+    saved_adapter,
+    taken_part,
+    takes_part_out,
+    trained_half,
+)
+from comlora_trl.training.sharding import is_sharded, load_trained_state, whole_state, zero_weights
 
 
 @dataclass(frozen=True)
@@ -74,24 +80,6 @@ class CompetitionOutput(BranchOutput):
     probabilities: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class BranchSnapshot:
-    """A branch as it was at some step, as PEFT writes it; nothing of the model is needed any more.
-
-    Attributes:
-        config: the adapter's configuration.
-        weights: under their names in PEFT's files, on the CPU.
-    """
-
-    config: LoraConfig
-    weights: dict[str, Tensor]
-
-    def save(self, folder: Path) -> None:
-        """Writes an ordinary PEFT adapter into an existing folder."""
-        save_file(self.weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        self.config.save_pretrained(str(folder))
-
-
 class ComLoRAModel(BranchModel):
     """K LoRA adapters of one configuration that compete, and the selector that scores them.
 
@@ -125,7 +113,13 @@ class ComLoRAModel(BranchModel):
                 self.selector = Selector(width, k, selector)
             if embeddings.weight.dtype == torch.float64:
                 self.selector.double()  # half precisions train in float32, as PEFT's adapters do
-        self._saved_names, self._frozen_names = self._names_to_save()
+        self._saved_names: dict[str, dict[str, str]] = {}
+        for name in self.branch_names:
+            self._names_to_save(name)  # known before a wrapper changes the names
+        # What the initialisation took out of the base, and fields of the configuration that differ in its files
+        changed = takes_part_out(peft_config, self.get_base_model())
+        self.taken = taken_part(self, branch_name(0)) if changed else {}
+        self.saved_config: dict[str, Any] = {}
 
     def selector_parameters(self) -> list[nn.Parameter]:
         """The selector's parameters, none without a selector."""
@@ -217,13 +211,13 @@ class ComLoRAModel(BranchModel):
         The active adapter's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options
         change nothing: the files are small, and always safetensors.
         """
-        state_dict = state_dict or state_to_save(self)
+        state_dict = state_dict or self.state_to_save()
         if not is_main_process:
             return
         folder = Path(save_directory)
         for name in (name for name in self.branch_names if name in self.peft_config):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            self._snapshot(name, state_dict).save(folder / name)
+            self._saved_adapter(name, state_dict).save(folder / name)
         shutil.copytree(folder / self.active_adapter, folder, dirs_exist_ok=True)
         if self.selector is not None:
             own = {name: value for name, value in state_dict.items() if name.startswith("selector.")}
@@ -242,61 +236,67 @@ class ComLoRAModel(BranchModel):
         folder = Path(folder)
         load_trained_state(self, self._saved_weights(folder), root)
 
-    def snapshot(self, branch: int, root: nn.Module | None = None) -> "BranchSnapshot":
-        """A branch as it is now, as PEFT would write it; every process has to call it.
+    def state_to_save(self, root: nn.Module | None = None) -> dict[str, Tensor]:
+        """Everything that [`save_pretrained`] writes, whole; every process has to call it.
+
+        Args:
+            root: the wrapped model.
+        """
+        names = {own for name in self.peft_config for own in self._names_to_save(name).values()}
+        if self.selector is not None:
+            names |= {f"selector.{name}" for name, _ in self.selector.named_parameters()}
+        return whole_state(self, root, names)
+
+    def snapshot(self, branch: int, root: nn.Module | None = None) -> SavedAdapter:
+        """A branch as it is now, as it is to be written; every process has to call it.
 
         Args:
             root: the wrapped model.
         """
         name = branch_name(branch)
-        if isinstance(root, FSDP):
-            state = trained_state(self, root)
-        else:
-            frozen = {own: self.get_parameter(own) for own in self._frozen_names.values()}
-            whole = {own: parameter for own, parameter in frozen.items() if not is_sharded([parameter])}
-            state = trained_state(self, root, self.named_branch_parameters(branch) | whole)
-        return self._snapshot(name, state)
+        return self._saved_adapter(name, whole_state(self, root, set(self._names_to_save(name).values())))
 
-    def _snapshot(self, name: str, state: Mapping[str, Tensor]) -> "BranchSnapshot":
-        names = self._saved_names[name] | self._frozen_names
-        config, base = copy.deepcopy(self.peft_config[name]), self.get_base_model()
-        config.inference_mode = True
-        config.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path or None
-        if config.task_type is None:
-            config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        weights = {key: state[own].contiguous() for key, own in names.items() if own in state}
-        return BranchSnapshot(config, weights)
+    def restore_branch(self, branch: int) -> None:
+        """Adds an adapter for a branch that was dropped, with new weights."""
+        super().restore_branch(branch)
+        self._names_to_save(branch_name(branch))
 
-    def _names_to_save(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """The names of each adapter's weights in PEFT's files, and in the model; asked before a wrapper changes them.
+    def config_to_save(self, branch: int) -> LoraConfig:
+        """The configuration in a branch's files."""
+        return config_to_save(self, branch_name(branch), self.taken, self.saved_config)
 
-        Beside them those of the frozen weights that PEFT saves too: embeddings that were resized, or are adapted.
-        """
-        first = branch_name(0)
-        marks = {own: torch.empty(0) for own, _ in self.named_parameters()}
-        known = {id(mark): own for own, mark in marks.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT has to say of the embeddings it says when it saves
-            saved = get_peft_model_state_dict(self, marks, first)
-        names = {key: known[id(mark)] for key, mark in saved.items()}
-        trained = {key: own for key, own in names.items() if self.get_parameter(own).requires_grad}
-        own_names = {
-            name: {key: re.sub(rf"\.{first}(?=\.|$)", f".{name}", own) for key, own in trained.items()}
-            for name in self.branch_names
-        }
-        return own_names, {key: own for key, own in names.items() if key not in trained}
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model as it was before the branches, and before what their initialisation took out of it."""
+        name, layers = self.active_adapter, self.get_base_model().named_modules()
+        scaling = {place: layer.scaling[name] for place, layer in layers if isinstance(layer, LoraLayer)}
+        base = super().unload(*args, **kwargs)
+        put_back(base, self.taken, scaling)
+        return base
+
+    def _saved_adapter(self, name: str, state: Mapping[str, Tensor]) -> SavedAdapter:
+        return saved_adapter(self, name, self._names_to_save(name), state, self.taken, self.saved_config)
+
+    def _names_to_save(self, name: str) -> dict[str, str]:
+        """[`names_to_save`] of a branch; FSDP1 leaves no names to find, and those from before it hold."""
+        if not any(isinstance(module, FSDP) for module in self.modules()):
+            self._saved_names[name] = names_to_save(self, name)
+        return self._saved_names[name]
 
     def _saved_weights(self, folder: Path) -> dict[str, Tensor]:
         """The weights in a checkpoint, by the names that they have in the model."""
         weights = {}
-        for name in (name for name in self.branch_names if name in self.peft_config):
-            saved, names = load_file(folder / name / WEIGHTS_FILE), self._saved_names[name]
+        for branch, name in enumerate(self.branch_names):
+            if name not in self.peft_config:
+                continue
+            saved, own = load_file(folder / name / WEIGHTS_FILE), self.named_branch_parameters(branch)
+            names = {key: place for key, place in self._names_to_save(name).items() if place in own}
             if not saved.keys() >= names.keys():
                 raise ValueError(
                     f"{folder / name} has no weights {min(names.keys() - saved.keys())}: it was trained on other "
                     "target_modules."
                 )
-            weights |= {own: saved[key] for key, own in names.items()}
+            for key, place in names.items():
+                weights[place] = trained_half(key, saved[key], self.taken, folder / name)
         if self.selector is not None:
             weights |= {f"selector.{name}": value for name, value in load_file(folder / SELECTOR_FILE).items()}
         return weights

@@ -3,6 +3,7 @@
 A wrong value ends here, in one line, before any training time is spent.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from packaging.version import Version
 from peft import PeftConfig, PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.models import enable_selective_activation_checkpointing
@@ -61,11 +63,19 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     given, start = model, None
     if isinstance(model, PeftModel):
         existing = model.active_peft_config
-        check_lora_config(existing, k=1)
+        check_lora_config(replace(existing, init_lora_weights=True), args.comlora_k)
         if peft_config is not None:
             check_same_shape(peft_config, existing)
         model, start = take_apart(model)
-        peft_config = replace(peft_config or existing, init_lora_weights=True, inference_mode=False)
+        # What these did to the base is done
+        peft_config = replace(
+            peft_config or existing,
+            init_lora_weights=True,
+            layer_replication=None,
+            inference_mode=False,
+            base_model_name_or_path=existing.base_model_name_or_path,
+            revision=existing.revision,
+        )
     if any(isinstance(module, BranchLayer) for module in model.modules()):
         raise ValueError(
             "the model is the base of another trainer's branches, which are still in it: call unload() or "
@@ -74,11 +84,20 @@ def build_comlora_model(model: PreTrainedModel, peft_config: PeftConfig | None, 
     check_model(model)
     _keep_differentiable(model)
     peft_config = complete_lora_config(peft_config, model)
+    if start is None and model.name_or_path:  # as get_peft_model does: an adapter names the base that it is on
+        peft_config = copy.copy(peft_config)
+        peft_config.base_model_name_or_path = model.name_or_path
     check_lora_config(peft_config, args.comlora_k)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers parameters of one dtype at a time; see huggingface/trl#6089
     kwargs = {"autocast_adapter_dtype": False} if zero3 and not is_quantized(model) else {}
     branches = ComLoRAModel(model, peft_config, args.comlora_k, args.selector_settings, **kwargs)
+    if isinstance(branches.get_base_model().get_output_embeddings(), TrainableTokensWrapper):
+        raise ValueError(
+            f"LoraConfig(trainable_token_indices=...) changes the LM head of {type(model).__name__} too, which is "
+            "tied to its embeddings, and TRL can't compute its loss from such a head: use modules_to_save with "
+            "ensure_weight_tying=True instead."
+        )
     if zero3 and branches.selector is not None:
         branches.selector.to(model.dtype)  # and trains by float32 masters, whatever its own type
     if start is not None:

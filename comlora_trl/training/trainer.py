@@ -487,7 +487,7 @@ class CompetingTrainer:
             self.retired_files.wait()
             enter_evaluation_weights(self.optimizer, self.model)
             self.competition.follow_leader()
-            self._save(output_dir, state_dict=sharding.state_to_save(self.comlora_model, self.model_wrapped))
+            self._save(output_dir, state_dict=self.comlora_model.state_to_save(self.model_wrapped))
             if self.args.should_save:
                 save_state(self.competition.state, output_dir)
                 write_training_record(output_dir, self.training_record())
@@ -551,7 +551,7 @@ class CompetingTrainer:
         self.data_name = dataset_name or self.data_name
         if not self.is_world_process_zero():
             return
-        config = self.comlora_model.peft_config[branch_name(self.competition.state.leader)].to_dict()
+        config = self.comlora_model.config_to_save(self.competition.state.leader).to_dict()
         chats = getattr(self.processing_class, "chat_template", None) is not None
         leader = Adapter(config, self.training_record(), self.competition_summary(), chats)
         folder = Path(self.args.output_dir)

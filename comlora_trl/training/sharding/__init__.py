@@ -23,9 +23,9 @@ from comlora_trl.training.sharding.gradients import (
 from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, local, settle_fsdp
 from comlora_trl.training.sharding.weights import (
     load_trained_state,
+    plain_name,
     reshard,
-    state_to_save,
-    trained_state,
+    whole_state,
     zero_weights,
 )
 
@@ -38,11 +38,11 @@ __all__ = [
     "load_trained_state",
     "local",
     "norms",
+    "plain_name",
     "reshard",
     "scale_gradients",
     "settle_fsdp",
-    "state_to_save",
     "take_over_clipping",
-    "trained_state",
+    "whole_state",
     "zero_weights",
 ]
