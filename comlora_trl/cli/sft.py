@@ -36,7 +36,7 @@ from comlora_trl.data.loading import PRESETS
 from comlora_trl.data.prompts import DEFAULT_TEMPLATE, is_built_with
 from comlora_trl.demo import demo_model_path, demo_recipe_path
 from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS, ProposedTargets
-from comlora_trl.training.starting import adapter_config
+from comlora_trl.training.initial_adapter import adapter_config
 
 
 @dataclass

@@ -6,28 +6,19 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from comlora_trl.training import sharding
+from comlora_trl.training.arguments import check_trainer_arguments, use_plain_checkpointing, warn_of_newer_trl
+from comlora_trl.training.attach import Attachment
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.data_checks import check_columns, check_prepared
 from comlora_trl.training.export import check_target, check_writable
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import CompetitionOutput
-from comlora_trl.training.preparation import (
-    check_parallelism,
-    check_trainer_arguments,
-    is_quantized,
-    prepare_model,
-    use_plain_checkpointing,
-    warn_of_newer_trl,
-    without,
-)
-from comlora_trl.training.step import ROWS_PER_LINE, LineCollator
+from comlora_trl.training.step import ROWS_PER_LINE
 from comlora_trl.training.trainer import CompetingTrainer
-from comlora_trl.training.trial import try_branches
 
 
 class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
@@ -94,36 +85,23 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
         check_columns(train_dataset, "training", formatting_func, args.dataset_text_field, args.comlora_prompt)
         train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
 
-        # The branches draw their A from the seed, as SFTTrainer's adapter does
-        set_seed(args.seed)
-        quantized = None if isinstance(model, str) else quantization_config  # TRL says that it comes too late
-        model, processing_class, done = prepare_model(model, args, processing_class, quantization_config, peft_config)
-        with without(args, *done):
+        attachment = Attachment(model, peft_config, args, processing_class, quantization_config)
+        with attachment.building() as given:
             super().__init__(
-                model=model,
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                quantization_config=quantized,
                 formatting_func=formatting_func,
+                **given,
             )
         check_prepared(self.train_dataset, self.eval_dataset, args.max_length)
-        check_parallelism(self.accelerator, args)
-        sharding.settle_fsdp(self.accelerator)
-        try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
-        if args.comlora_rows == "shared" and self.padding_free:
-            self.data_collator = LineCollator(self.data_collator)
-        zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-        if is_quantized(model.get_base_model()) and model.selector is not None and not zero3:
-            model.selector.float()  # TRL makes all that trains over a quantised base bfloat16, as QLoRA's adapters are
-        self.compete()
+        self.compete(attachment)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
         """TRL's loss over the weighted rows of all branches, L_LM + L_align, plus the pairwise loss.

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.branches import kernels
@@ -29,6 +30,8 @@ from comlora_trl.branches.model import branch_name
 from comlora_trl.competition import ValidationTally
 from comlora_trl.competition.rungs import cost
 from comlora_trl.training import sharding
+from comlora_trl.training.arguments import check_parallelism
+from comlora_trl.training.attach import Attachment
 from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
 from comlora_trl.training.competition import Competition
 from comlora_trl.training.config import CompetitionConfig
@@ -45,6 +48,8 @@ from comlora_trl.training.export import (
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.optimizers import BranchRates, enter_evaluation_weights, evaluation_weights
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
+from comlora_trl.training.step import LineCollator
+from comlora_trl.training.trial import try_branches
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import settings_of, training_record, write_training_record, write_winner_files
 from comlora_trl.winner.folder import Adapter
@@ -53,7 +58,8 @@ from comlora_trl.winner.folder import Adapter
 class CompetingTrainer:
     """Stands before a TRL trainer in a subclass's bases: `class Mine(CompetingTrainer, SFTTrainer)`.
 
-    The subclass attaches the branches at the end of its `__init__` with [`compete`], and has a `compute_loss`.
+    The subclass builds TRL's trainer within [`Attachment.building`], calls [`compete`] at the end of its `__init__`,
+    and has a `compute_loss`.
 
     Attributes:
         competition: the competition; its `state` is what checkpoints store.
@@ -71,9 +77,18 @@ class CompetingTrainer:
     _own_evaluation = False
     current_gradient_accumulation_steps = 1  # the Trainer's own, which it has in its loop alone
 
-    def compete(self) -> None:
-        """Begins to be a trainer of competing branches, once `self.model` has them."""
-        model, args = self.comlora_model, self.args
+    def compete(self, attachment: Attachment) -> None:
+        """Puts the branches into the model that TRL built, and tries them on made-up tokens."""
+        args, router_loss = self.args, getattr(self, "aux_loss_enabled", False)
+        model = self.model = self.model_wrapped = self.callback_handler.model = attachment.branches(self.model)
+        if args.activation_offloading:  # TRL's context is bound to the model that it built
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model=model)
+        check_parallelism(self.accelerator, args)
+        sharding.settle_fsdp(self.accelerator)
+        packed = getattr(self, "padding_free", False)
+        try_branches(model, self.data_collator, self.accelerator, packed, router_loss)
+        if args.comlora_rows == "shared" and packed:
+            self.data_collator = LineCollator(self.data_collator)
         # The loss is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
         self.competition = Competition(
@@ -82,7 +97,7 @@ class CompetingTrainer:
             self.accelerator,
             chunk=args.comlora_branch_chunk,
             average_tokens=args.average_tokens_across_devices,
-            router_loss=getattr(self, "aux_loss_enabled", False),
+            router_loss=router_loss,
         )
         self.rates = BranchRates(model, args)
         self.retired_files = Background()

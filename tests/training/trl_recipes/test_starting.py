@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.training.starting import START_NOISE
+from comlora_trl.training.initial_adapter import START_NOISE
 from recipes import make_chat_tokenizer
 
 IDS = torch.arange(3, 21).view(2, 9)

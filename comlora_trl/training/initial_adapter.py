@@ -1,7 +1,7 @@
-"""Where the branches start: on a base without adapters, from an adapter that exists, or from branches that exist.
+"""An adapter that the branches start from: loaded by its name, taken out of its model, and put into the branches.
 
-From an adapter, branch 0 starts as it is; the others start from it too, each with its own small noise on A
-([`START_NOISE`]), for branches that are alike would stay alike without a selector.
+Branch 0 starts as the adapter is. The others start from it too, each with its own small noise on A ([`START_NOISE`]):
+branches that are alike would stay alike without a selector.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import create_model_from_path
 
-from comlora_trl.training.config import ComLoRAConfig
+from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.saved import matrix_names, redone_at_loading, takes_part_out
 
@@ -55,10 +54,12 @@ class Start:
     saved_config: dict[str, Any]
 
 
-def load_model(name: str, args: ComLoRAConfig, quantization_config: Any = None) -> PreTrainedModel | PeftModel:
-    """Loads a hub id or folder as TRL's SFTTrainer does, `model_init_kwargs` and quantisation included.
+def load_adapter(name: str, config: PeftConfig, args: CompetitionConfig, quantization_config: Any = None) -> PeftModel:
+    """An adapter on the base that it names, which is loaded as TRL loads a model.
 
-    Where the name is an adapter's, its base is loaded and the adapter put on it.
+    Args:
+        name: the adapter's hub id or folder.
+        config: of [`adapter_config`].
     """
     kwargs = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
@@ -68,9 +69,6 @@ def load_model(name: str, args: ComLoRAConfig, quantization_config: Any = None) 
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None  # each process holds the whole model
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    config = adapter_config(name, kwargs.get("revision"))
-    if config is None:
-        return create_model_from_path(name, **kwargs)
     revision = kwargs.pop("revision", None)  # the adapter's own; its base has another
     base = create_model_from_path(config.base_model_name_or_path, **kwargs, revision=config.revision or "main")
     options = {} if revision is None else {"revision": revision}
@@ -81,45 +79,20 @@ def load_model(name: str, args: ComLoRAConfig, quantization_config: Any = None) 
     return PeftModel.from_pretrained(base, name, **options)
 
 
+def load_processing_class(name: str, config: PeftConfig, args: CompetitionConfig) -> Any:
+    """The tokenizer (or processor) that belongs to an adapter: its own, or else its base's."""
+    source, revision = name, (args.model_init_kwargs or {}).get("revision")
+    if Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file():
+        source, revision = config.base_model_name_or_path, config.revision
+    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
 def adapter_config(name: str, revision: str | None = None) -> PeftConfig | None:
     """The configuration of the adapter that a hub id or folder holds, None when it holds no adapter."""
     options = {} if revision is None else {"revision": revision}
     if find_adapter_config_file(name, **options) is None:
         return None
     return PeftConfig.from_pretrained(name, **options)
-
-
-def base_revision(name: str, model: PreTrainedModel, args: ComLoRAConfig) -> str | None:
-    """The commit on the hub that a base model was loaded at; None for a local one.
-
-    Args:
-        name: what was asked for, the base or an adapter on it.
-        model: what was loaded.
-    """
-    options, base = args.model_init_kwargs or {}, get_config_model_id(model.config)
-    config = adapter_config(name, options.get("revision"))
-    asked = options.get("revision") if config is None else config.revision
-    if not base or Path(base).is_dir():
-        return None
-    file = try_to_load_from_cache(base, "config.json", cache_dir=options.get("cache_dir"), revision=asked)
-    return Path(file).parent.name if isinstance(file, str) else asked
-
-
-def load_processing_class(name: str | None, model: PreTrainedModel, args: ComLoRAConfig) -> Any:
-    """The tokenizer (or processor) that belongs to a model, as TRL chooses it; an adapter's own comes first.
-
-    Args:
-        name: what the model was loaded from, None for a model that was given loaded.
-    """
-    revision = (args.model_init_kwargs or {}).get("revision") if name is not None else None
-    source = get_config_model_id(model.config)
-    config = adapter_config(name, revision) if name is not None else None
-    if config is not None:
-        if Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file():
-            revision = config.revision
-        else:
-            source = name
-    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 def take_apart(model: PeftModel) -> tuple[PreTrainedModel, Start]:
@@ -266,23 +239,3 @@ def _with_noise(name: str, weight: Tensor) -> Tensor:
     if "lora_A" not in name and "lora_embedding_A" not in name:
         return weight
     return weight + START_NOISE * weight.std() * torch.randn_like(weight)
-
-
-def continue_branches(model: ComLoRAModel, peft_config: PeftConfig | None, args: ComLoRAConfig) -> ComLoRAModel:
-    """Branches of an earlier trainer, for a new competition among them; those that were out are redrawn.
-
-    Raises:
-        ValueError: if the arguments ask for other branches or another selector than there are.
-    """
-    asked = {"comlora_k": args.comlora_k, "the selector": args.selector_settings}
-    there = {"comlora_k": model.k, "the selector": model.selector_settings}
-    for name, wanted in asked.items():
-        if wanted != there[name]:
-            raise ValueError(
-                f"the model has competing branches already, with {name} {there[name]}, but {wanted} is asked for: "
-                "give the base model, or an exported winner's folder, to start anew."
-            )
-    if peft_config is not None:
-        check_same_shape(peft_config, next(iter(model.peft_config.values())))
-    model.revive_branches()
-    return model
