@@ -12,6 +12,7 @@ from comlora_trl.competition.rungs import cost
 from comlora_trl.training import sharding
 from comlora_trl.training.gradients import clip_gradients, disqualify, drop_selector_gradient, gradient_norms
 from comlora_trl.training.model import BranchPass, CompetitionOutput
+from comlora_trl.training.optimizers import forget_state
 from comlora_trl.training.statistics import StepFigures, StepSums, step_winner
 from comlora_trl.training.step_plan import ROWS_PER_LINE, StepPlan
 
@@ -153,6 +154,7 @@ class CompetitionLoss:
         state.row_passes += cost(sum(self._plan.lines), len(state.living), self._plan.owners is not None)
         for branch in [branch for branch in state.living if figures.diverged[branch]]:
             disqualify(model, branch, step)
+            forget_state(self.optimizer, model.branch_parameters(branch))
         for branch in (*state.disqualified, *state.retired):
             sharding.drop_gradients(model.branch_parameters(branch))
         if figures.selector_diverged:

@@ -16,6 +16,7 @@ from trl.trainer.utils import get_config_model_id
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import save_branch
 from comlora_trl.training.model import BranchSnapshot
+from comlora_trl.training.optimizers import enter_evaluation_weights, evaluation_weights
 from comlora_trl.training.sharding import state_to_save
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import (
@@ -46,7 +47,7 @@ class WinnerPublishing:
             base_revision=model.peft_config[model.active_adapter].revision,
             prompt_template=self.args.comlora_prompt,
             data=self.data_name,
-            settings=settings_of(self.args),
+            settings=settings_of(self.args) | self.trained_settings(),
             seed=self.args.seed,
         )
 
@@ -66,6 +67,7 @@ class WinnerPublishing:
         """Saves the winner as an ordinary adapter; within a checkpoint, which the Trainer makes, every branch."""
         if _internal_call and output_dir is not None:
             self.retired_files.wait()
+            enter_evaluation_weights(self.optimizer, self.model)
             self._save(output_dir, state_dict=state_to_save(self.comlora_model, self.model_wrapped))
             if self.args.should_save:
                 write_training_record(output_dir, self.training_record())
@@ -76,7 +78,8 @@ class WinnerPublishing:
 
     def _save_winner(self, folder: Path) -> None:
         winner = self.determine_winner()
-        snapshot = self.comlora_model.snapshot(winner, self.model_wrapped)
+        with evaluation_weights(self.optimizer, self.model):
+            snapshot = self.comlora_model.snapshot(winner, self.model_wrapped)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.write_adapter(winner, folder, folder, snapshot)

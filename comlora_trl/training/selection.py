@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import RETIRED, new_folder
+from comlora_trl.training.optimizers import enter_evaluation_weights, evaluation_weights
 from comlora_trl.training.report import competition_summary, print_table
 from comlora_trl.training.validation import validate
 
@@ -35,7 +36,8 @@ class WinnerSelection:
         model, state = self.comlora_model, self.comlora_model.competition_state
         if state.selection is None or state.selection["step"] != self.state.global_step:
             sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-            tally = validate(self.model_wrapped, model, sets, self)
+            with evaluation_weights(self.optimizer, self.model):
+                tally = validate(self.model_wrapped, model, sets, self)
             state.selection = tally.result(state.alive, self.args.winner_by, self.state.global_step)
         self._follow_the_leader()
         return state.selection
@@ -71,7 +73,8 @@ class WinnerSelection:
 
     def export_branch(self, branch: int, path: Path, overwrite: bool) -> None:
         """Exports a branch, see [`write_adapter`]; called by all processes."""
-        snapshot = self.comlora_model.snapshot(branch, self.model_wrapped)
+        with evaluation_weights(self.optimizer, self.model):
+            snapshot = self.comlora_model.snapshot(branch, self.model_wrapped)
         if self.args.should_save:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_folder(path, overwrite) as folder:
@@ -84,6 +87,7 @@ class WinnerSelection:
 
     def finish_competition(self) -> None:
         """Chooses the winner, exports it, prints the table; at the end of training, before any callback's end."""
+        enter_evaluation_weights(self.optimizer, self.model)  # the model that is left is the one that is exported
         if self.can_select and not self._decided:
             self.select()
         folder = self.export_winner()
@@ -108,6 +112,9 @@ class WinnerSelection:
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's, of the leader; the loop's own also has every branch's figures from its selection."""
+        enter_evaluation_weights(
+            self.optimizer, self.model
+        )  # now, for the Trainer would after its cast
         parameters = self.comlora_model.trainable_parameters()
         values = [parameter.data for parameter in parameters]
         try:

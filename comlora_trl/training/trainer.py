@@ -29,6 +29,7 @@ from comlora_trl.training.gradients import revive
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.loss import CompetitionLoss
 from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.optimizers import enter_evaluation_weights
 from comlora_trl.training.preparation import (
     check_parallelism,
     check_trainer_arguments,
@@ -199,14 +200,28 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         else:
             revive(model, model.competition_state.disqualified)
             model.competition_state = CompetitionState.new(self._settings.k)
-        model.competition_state.rates = self.args.comlora_branch_learning_rates
         self._plan, self._decided, self._unlogged = None, False, False
         self.drop_retired()
-        if line := field_line(self.args, self.rungs, self.state.max_steps):  # rungs that fall on one step end here
+        self.settle_rates()
+        rates = None if model.competition_state.rates is None else self.branch_rate_texts
+        if line := field_line(
+            self.args, rates, self.rungs, self.state.max_steps
+        ):  # rungs that fall on one step end here
             self.accelerator.print(line)
         self._sums = StepSums(self._settings.k, self.args.device)
         self._window = LogWindow(self._settings.k)
         self._follow_the_leader()
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible: a search makes the model anew for each trial.
+
+        Raises:
+            NotImplementedError: always, naming the tournament.
+        """
+        raise NotImplementedError(
+            "hyperparameter_search needs a model_init, which no TRL trainer takes: set comlora_tournament=True, which "
+            "compares learning rates in one run (comlora_branch_learning_rates)."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the window's competition figures to the Trainer's training logs."""
@@ -244,6 +259,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         self.comlora_model.load_branches(folder, self.model_wrapped)
 
     def _load_best_model(self) -> None:
+        enter_evaluation_weights(self.optimizer, self.model)  # what is loaded are evaluation weights
         self.load_checkpoint_branches(self.state.best_model_checkpoint)
         # The winner is the best checkpoint's leader; wins, rungs and disqualifications are the whole run's
         state = self.comlora_model.competition_state
