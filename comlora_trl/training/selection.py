@@ -112,9 +112,7 @@ class WinnerSelection:
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's, of the leader; the loop's own also has every branch's figures from its selection."""
-        enter_evaluation_weights(
-            self.optimizer, self.model
-        )  # now, for the Trainer would after its cast
+        enter_evaluation_weights(self.optimizer, self.model)  # now, for the Trainer would after its cast
         parameters = self.comlora_model.trainable_parameters()
         values = [parameter.data for parameter in parameters]
         try:

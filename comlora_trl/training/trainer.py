@@ -204,9 +204,8 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         self.drop_retired()
         self.settle_rates()
         rates = None if model.competition_state.rates is None else self.branch_rate_texts
-        if line := field_line(
-            self.args, rates, self.rungs, self.state.max_steps
-        ):  # rungs that fall on one step end here
+        # Rungs that fall on one step end here
+        if line := field_line(self.args, rates, self.rungs, self.state.max_steps):
             self.accelerator.print(line)
         self._sums = StepSums(self._settings.k, self.args.device)
         self._window = LogWindow(self._settings.k)
