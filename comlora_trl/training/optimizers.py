@@ -62,14 +62,16 @@ def evaluation_weights(optimizer: Any, model: nn.Module) -> Iterator[None]:
         yield
         return
     reshard(model)
-    weights = [local(parameter) for group in unwrapped(optimizer).param_groups for parameter in group["params"]]
+    groups = unwrapped(optimizer).param_groups
+    weights = [local(parameter) for group in groups for parameter in group["params"]]
     iterate = [weight.clone() for weight in weights]
+    trains = any(group.get("train_mode") for group in groups)
     optimizer.eval()
-    changed = not all(map(torch.equal, weights, iterate))
+    trains |= not all(map(torch.equal, weights, iterate))  # an optimizer may keep its mode elsewhere
     try:
         yield
     finally:
-        if changed:
+        if trains:
             reshard(model)
             optimizer.train()
             with torch.no_grad():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import save_fsdp_optimizer
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
@@ -29,7 +30,7 @@ from comlora_trl.training.gradients import revive
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.loss import CompetitionLoss
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.optimizers import enter_evaluation_weights
+from comlora_trl.training.optimizers import enter_evaluation_weights, has_evaluation_weights
 from comlora_trl.training.preparation import (
     check_parallelism,
     check_trainer_arguments,
@@ -46,6 +47,8 @@ from comlora_trl.training.statistics import LogWindow, StepSums
 from comlora_trl.training.step_plan import LineCollator, StepPlan
 from comlora_trl.training.tournament import Tournament
 from comlora_trl.training.trying import try_branches
+
+logger = get_logger(__name__)
 
 
 class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPublishing, SFTTrainer):
@@ -203,6 +206,11 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         self._plan, self._decided, self._unlogged = None, False, False
         self.drop_retired()
         self.settle_rates()
+        if self.is_deepspeed_enabled and has_evaluation_weights(self.optimizer):
+            logger.warning(
+                f"optim={self.args.optim} evaluates other weights than it trains, but DeepSpeed steps on a copy of "
+                "them: the weights that it trains are measured and exported; use DDP or FSDP for its evaluation weights."
+            )
         rates = None if model.competition_state.rates is None else self.branch_rate_texts
         # Rungs that fall on one step end here
         if line := field_line(self.args, rates, self.rungs, self.state.max_steps):
