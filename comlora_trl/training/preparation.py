@@ -114,8 +114,8 @@ def check_trainer_arguments(args: ComLoRAConfig, compute_loss_func: Any, optimiz
         "optimizers": (
             optimizer is not None
             and (args.comlora_selector_learning_rate is not None or args.comlora_branch_learning_rates is not None),
-            "comlora_selector_learning_rate, comlora_tournament and comlora_branch_learning_rates need the optimizer to be "
-            "made here",
+            "comlora_selector_learning_rate, comlora_tournament and comlora_branch_learning_rates need the optimizer "
+            "to be made here",
         ),
     }
     for option, (given, reason) in refused.items():

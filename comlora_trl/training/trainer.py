@@ -209,7 +209,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         if self.is_deepspeed_enabled and has_evaluation_weights(self.optimizer):
             logger.warning(
                 f"optim={self.args.optim} evaluates other weights than it trains, but DeepSpeed steps on a copy of "
-                "them: the weights that it trains are measured and exported; use DDP or FSDP for its evaluation weights."
+                "them: the weights that it trains are measured and exported; use DDP or FSDP for the others."
             )
         rates = None if model.competition_state.rates is None else self.branch_rate_texts
         # Rungs that fall on one step end here
