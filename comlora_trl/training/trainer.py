@@ -255,6 +255,12 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's; under FSDP torch makes room for the state by a step, which takes an optimizer that trains."""
+        if checkpoint is not None and self.is_fsdp_enabled and has_evaluation_weights(self.optimizer):
+            self.optimizer.train()  # it has no state yet: no weight moves
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.comlora_model.load_branches(resume_from_checkpoint, self.model_wrapped)
 
