@@ -37,8 +37,8 @@ class Tournament:
     """
 
     retired_files: Background
-    branch_rates: list[float | None]
-    branch_rate_texts: list[str]
+    branch_rates: list[float | None] = []
+    branch_rate_texts: list[str] = []
     _optimizer_given = _optimizer_made = False
     _rate_groups: dict[int, dict[str, Any]]
     _step_rates: dict[int, float] | None = None
@@ -130,7 +130,7 @@ class Tournament:
             return
         option = "comlora_selector_learning_rate"
         if wrong != [SELECTOR] and self.args.comlora_branch_learning_rates is not None:
-            option = f"comlora_branch_learning_rates={_rates_text(self.args.comlora_branch_learning_rates, ',')}"
+            option = f"comlora_branch_learning_rates={self.args.comlora_branch_learning_rates}"
             option += " (of comlora_tournament)" if self.args.comlora_tournament else ""
         found = "; ".join(f"{name} {_rates_text(peaks.get(name, [])) or 'unknown'}" for name in asked)
         if self._resumed is not None and self._optimizer_made and not own:
@@ -220,15 +220,15 @@ class Tournament:
 
     def trained_settings(self) -> dict[str, Any]:
         """The settings of the optimizer that are other ones than the arguments', for the run's record."""
-        rates = getattr(self, "branch_rates", [None])
+        rates = [rate for rate in self.branch_rates if rate is not None]
         own = self.optimizer_cls_and_kwargs is not None or not self._optimizer_made
         settings = told_settings(self.optimizer) if own and self.optimizer is not None else {}
         if self.lr_scheduler is not None and not self._created_lr_scheduler:
             settings |= {"lr_scheduler_type": type(self.lr_scheduler).__name__, "warmup_steps": None}
-        if None in rates:
+        if not rates:
             return settings
         if not all(same_rate(rate, rates[0]) for rate in rates):
-            return settings | {"comlora_branch_learning_rates": rates}
+            return settings | {"comlora_branch_learning_rates": self.branch_rates}
         same = self.args.comlora_branch_learning_rates or same_rate(rates[0], self.args.learning_rate)
         return settings | ({} if same else {"learning_rate": rates[0]})
 
@@ -251,6 +251,6 @@ class Tournament:
         return logs | ({"learning_rate": rates[state.leader]} if state.leader in rates else {})
 
 
-def _rates_text(rates: Iterable[float], between: str = "/") -> str:
+def _rates_text(rates: Iterable[float]) -> str:
     """Different rates as text, in their order; more than one where a branch's groups have several."""
-    return between.join(dict.fromkeys(f"{rate:g}" for rate in rates))
+    return "/".join(dict.fromkeys(f"{rate:g}" for rate in rates))

@@ -78,6 +78,19 @@ def test_the_training_iterate_comes_back_bit_by_bit(free):
     assert all(group["train_mode"] for group in optimizer.param_groups)
 
 
+def test_training_mode_comes_back_where_no_weight_moves():
+    """As in a warm-up's first step, at a rate of 0."""
+    schedulefree = pytest.importorskip("schedulefree")
+    model = nn.Linear(7, 5)
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.0)
+    optimizer.train()
+    model(torch.randn(4, 7)).sum().backward()
+    optimizer.step()
+    with evaluation_weights(optimizer, model):
+        assert not optimizer.param_groups[0]["train_mode"]
+    optimizer.step()
+
+
 def test_evaluation_weights_that_are_there_stay(free):
     model, optimizer = free
     enter_evaluation_weights(optimizer, model)
