@@ -65,6 +65,12 @@ SEAMS = (
         "under FSDP it would gather the whole base for each checkpoint",
         "5.10",
     ),
+    Seam(
+        "transformers",
+        "transformers.Trainer._load_optimizer_and_scheduler",
+        "under FSDP the state of a schedule-free optimizer is loaded by a step of one that trains",
+        "5.10",
+    ),
     Seam("transformers", "transformers.Trainer._load_from_checkpoint", "checkpoints hold every branch", "5.10"),
     Seam("transformers", "transformers.Trainer._load_best_model", "the best checkpoint's leader wins", "5.10"),
     Seam("transformers", "transformers.Trainer._finish_current_push", "push_to_hub waits for the push before", "5.10"),

@@ -28,7 +28,8 @@ def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, opt
         "optimizers": (
             optimizer is not None
             and (args.comlora_selector_learning_rate is not None or args.comlora_branch_learning_rates is not None),
-            "comlora_selector_learning_rate and comlora_branch_learning_rates need the optimizer to be made here",
+            "comlora_selector_learning_rate, comlora_tournament and comlora_branch_learning_rates need the optimizer "
+            "to be made here",
         ),
     }
     for option, (given, reason) in refused.items():

@@ -65,14 +65,16 @@ def evaluation_weights(optimizer: Any, model: nn.Module) -> Iterator[None]:
         yield
         return
     reshard(model)
-    weights = [local(parameter) for group in unwrapped(optimizer).param_groups for parameter in group["params"]]
+    groups = unwrapped(optimizer).param_groups
+    weights = [local(parameter) for group in groups for parameter in group["params"]]
     iterate = [weight.clone() for weight in weights]
+    trains = any(group.get("train_mode") for group in groups)
     optimizer.eval()
-    changed = not all(map(torch.equal, weights, iterate))
+    trains |= not all(map(torch.equal, weights, iterate))  # an optimizer may keep its mode elsewhere
     try:
         yield
     finally:
-        if changed:
+        if trains:
             reshard(model)
             optimizer.train()
             with torch.no_grad():
@@ -314,12 +316,13 @@ class BranchRates:
             own: whether the user chose the optimizer's class.
         """
         settings = told_settings(optimizer) if (own or not self.made) and optimizer is not None else {}
-        if not self.peaks or None in self.peaks:
+        rates = [rate for rate in self.peaks if rate is not None]
+        if not rates:
             return settings
-        if not all(same_rate(rate, self.peaks[0]) for rate in self.peaks):
+        if not all(same_rate(rate, rates[0]) for rate in rates):
             return settings | {"comlora_branch_learning_rates": self.peaks}
-        same = self.args.comlora_branch_learning_rates or same_rate(self.peaks[0], self.args.learning_rate)
-        return settings | ({} if same else {"learning_rate": self.peaks[0]})
+        same = self.args.comlora_branch_learning_rates or same_rate(rates[0], self.args.learning_rate)
+        return settings | ({} if same else {"learning_rate": rates[0]})
 
     def _check_trained(self, optimizer: Any, living: Sequence[int], fsdp: bool) -> None:
         names = {*map(branch_name, living), SELECTOR}
@@ -352,7 +355,7 @@ class BranchRates:
             return
         option = "comlora_selector_learning_rate"
         if wrong != [SELECTOR] and self.args.comlora_branch_learning_rates is not None:
-            option = f"comlora_branch_learning_rates={_rates_text(self.args.comlora_branch_learning_rates, ',')}"
+            option = f"comlora_branch_learning_rates={self.args.comlora_branch_learning_rates}"
             option += " (of comlora_tournament)" if self.args.comlora_tournament else ""
         found = "; ".join(f"{name} {_rates_text(peaks.get(name, [])) or 'unknown'}" for name in asked)
         if goes_on and self.made and not own:
@@ -365,9 +368,9 @@ class BranchRates:
         raise ValueError(f"{option} is not possible: {why}")
 
 
-def _rates_text(rates: Iterable[float], between: str = "/") -> str:
+def _rates_text(rates: Iterable[float]) -> str:
     """Different rates as text, in their order; more than one where a branch's groups have several."""
-    return between.join(dict.fromkeys(f"{rate:g}" for rate in rates))
+    return "/".join(dict.fromkeys(f"{rate:g}" for rate in rates))
 
 
 def _listed(rates: Iterable[float]) -> str:

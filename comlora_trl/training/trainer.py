@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import save_fsdp_optimizer
 from huggingface_hub import CommitInfo
 from torch import Tensor
@@ -46,13 +47,21 @@ from comlora_trl.training.export import (
     write_snapshots,
 )
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.optimizers import BranchRates, enter_evaluation_weights, evaluation_weights
+from comlora_trl.training.optimizers import (
+    BranchRates,
+    enter_evaluation_weights,
+    evaluation_weights,
+    forget_state,
+    has_evaluation_weights,
+)
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
 from comlora_trl.training.step import LineCollator
 from comlora_trl.training.trial import try_branches
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import settings_of, training_record, write_training_record, write_winner_files
 from comlora_trl.winner.folder import Adapter
+
+logger = get_logger(__name__)
 
 
 class CompetingTrainer:
@@ -167,6 +176,11 @@ class CompetingTrainer:
             deepspeed=self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else None,
             fsdp=self.is_fsdp_enabled,
         )
+        if self.is_deepspeed_enabled and has_evaluation_weights(self.optimizer):
+            logger.warning(
+                f"optim={self.args.optim} evaluates other weights than it trains, but DeepSpeed steps on a copy of "
+                "them: the weights that it trains are measured and exported; use DDP or FSDP for the others."
+            )
         rates = None if competition.state.rates is None else self.rates.texts
         if line := tournament_line(self.args, rates, competition.rungs, self.state.max_steps):
             self.accelerator.print(line)
@@ -217,7 +231,10 @@ class CompetingTrainer:
             max_norm = 0.0 if scaled else sharding.take_over_clipping(self.deepspeed)
         elif scaled:
             self.accelerator.unscale_gradients()
+        known = set(self.competition.state.disqualified)
         self.competition.end_step(max_norm, loss_scaled=scaled)
+        for branch in self.competition.state.disqualified.keys() - known:
+            forget_state(self.optimizer, self.comlora_model.branch_parameters(branch))
 
     @property
     def _has_loss_scaler(self) -> bool:
@@ -415,6 +432,12 @@ class CompetingTrainer:
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's; under FSDP torch makes room for the state by a step, which takes an optimizer that trains."""
+        if checkpoint is not None and self.is_fsdp_enabled and has_evaluation_weights(self.optimizer):
+            self.optimizer.train()  # it has no state yet: no weight moves
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_checkpoint(resume_from_checkpoint, self.comlora_model.k, self.comlora_model.selector is not None)
