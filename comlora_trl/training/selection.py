@@ -11,8 +11,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.export import RETIRED, new_folder
-from comlora_trl.training.optimizers import enter_evaluation_weights, evaluation_weights
+from comlora_trl.training.optimizers import enter_evaluation_weights, evaluation_weights, has_evaluation_weights
 from comlora_trl.training.report import competition_summary, print_table
+from comlora_trl.training.sharding import reshard
 from comlora_trl.training.validation import validate
 
 
@@ -118,6 +119,8 @@ class WinnerSelection:
         try:
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         finally:
+            if has_evaluation_weights(self.optimizer):
+                reshard(self.model)  # the next step's forward would take FSDP2's gathered copies for the iterate
             if self.args.bf16_full_eval or self.args.fp16_full_eval:
                 # The Trainer casts the model for good; what is trained and exported keeps its own precision
                 for parameter, value in zip(parameters, values, strict=True):
