@@ -53,6 +53,12 @@ SEAMS = (
     Seam("torch", "torch.nn.Module._backward_pre_hooks", "a watched layer's frozen output must stay as it is", "2.8"),
     Seam("torch", "torch.nn.modules.module._has_any_global_hook", "hooks for all modules watch a layer too", "2.8"),
     Seam("torch", "torch.nn.Module._parameters", "weights past __getattr__: a pass asks for thousands", "2.8"),
+    Seam(
+        "torch", "torch.nn.Module._buffers", "the names of all tensors of a state dict, without gathering any", "2.8"
+    ),
+    Seam("torch", "torch.nn.Module._non_persistent_buffers_set", "buffers that a state dict leaves out", "2.8"),
+    Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
+    Seam("torch", "torch.nn.parameter.Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
     # ---- accelerate ----
     Seam("accelerate", "accelerate.Accelerator._models", "FSDP1's wrapped model, for its sharding strategy", "1.12"),
@@ -68,7 +74,7 @@ SEAMS = (
     Seam(
         "transformers",
         "transformers.Trainer._load_optimizer_and_scheduler",
-        "under FSDP the state of a schedule-free optimizer is loaded by a step of one that trains",
+        "a schedule-free optimizer does not resume under FSDP: refused in one line",
         "5.10",
     ),
     Seam("transformers", "transformers.Trainer._load_from_checkpoint", "checkpoints hold every branch", "5.10"),
@@ -157,6 +163,23 @@ def has_hooks(module: "nn.Module") -> bool:
 def parameters_of(module: "nn.Module") -> dict[str, "nn.Parameter | None"]:
     """A module's own parameters by name: the dict itself, which follows changes."""
     return module._parameters
+
+
+def persistent_buffers_of(module: "nn.Module") -> set[str]:
+    """Names of a module's own buffers that its state dict has."""
+    return {name for name in module._buffers if name not in module._non_persistent_buffers_set}
+
+
+def is_convolution(module: "nn.Module") -> bool:
+    """Whether a module is a convolution of any number of dimensions."""
+    from torch.nn.modules.conv import _ConvNd
+
+    return isinstance(module, _ConvNd)
+
+
+def is_flattened(parameter: "nn.Parameter") -> bool:
+    """Whether FSDP1 has put a parameter into a flat one."""
+    return getattr(parameter, "_fsdp_flattened", False)
 
 
 def is_view(tensor: "Tensor") -> bool:

@@ -1,4 +1,4 @@
-"""Private names of other libraries: each stands in `comlora_trl.compat`, is where it was, and is touched nowhere else."""
+"""Private names of other libraries: each stands in `comlora_trl.compat`, is where it was, and is touched there alone."""
 
 import ast
 import importlib
@@ -71,7 +71,7 @@ def own_names() -> set[str]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name != "_"
+    return name.startswith("_") and not name.startswith(("__", "_comlora")) and name != "_"
 
 
 OWN = own_names()
@@ -106,5 +106,6 @@ def test_overridden_private_methods_stand_in_the_list():
         others = [base for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES]
         for base in kind.__mro__:
             if base.__module__.startswith("comlora_trl"):
-                for name in filter(is_private, vars(base)):
+                # autograd's own metaclass makes one for each function
+                for name in {*filter(is_private, vars(base))} - {"_backward_cls"}:
                     assert name in NAMES or not any(name in vars(other) for other in others), f"{base}: {name}"

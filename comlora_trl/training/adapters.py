@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from comlora_trl import compat
+
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -133,7 +135,7 @@ def _has_fused_experts(model: nn.Module) -> bool:
     """Whether some parameter holds the matrices of several experts."""
     for module in model.modules():
         shapes = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]
-        if any(len(shape) > 2 for shape in shapes) and not isinstance(module, nn.modules.conv._ConvNd):
+        if any(len(shape) > 2 for shape in shapes) and not compat.is_convolution(module):
             return True
     return False
 

@@ -74,8 +74,8 @@ def evaluation_weights(optimizer: Any, model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)  # a forward leaves copies behind, which the next one would take for the weights
         if trains:
-            reshard(model)
             optimizer.train()
             with torch.no_grad():
                 for weight, value in zip(weights, iterate, strict=True):

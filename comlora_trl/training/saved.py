@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from comlora_trl import compat
 from comlora_trl.training.sharding import plain_name
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -207,8 +208,7 @@ def _for_the_named_base(weights: Mapping[str, Tensor], taken: Mapping[str, Tenso
 def _state_names(model: nn.Module) -> Iterator[str]:
     """Names of the tensors of `state_dict()`, tied ones by each of their names, without gathering any."""
     for path, module in model.named_modules():
-        buffers = {name for name in module._buffers if name not in module._non_persistent_buffers_set}
-        for name in (*module._parameters, *buffers):
+        for name in (*compat.parameters_of(module), *compat.persistent_buffers_of(module)):
             if getattr(module, name) is not None:
                 yield f"{path}.{name}" if path else name
 

@@ -386,6 +386,8 @@ class CompetingTrainer:
         try:
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         finally:
+            if has_evaluation_weights(self.optimizer):
+                sharding.reshard(self.model)  # the next step would take FSDP2's gathered copies for the iterate
             if self.args.bf16_full_eval or self.args.fp16_full_eval:
                 # The Trainer casts the model for good; what is trained and exported keeps its own precision
                 for parameter, value in zip(parameters, values, strict=True):
@@ -434,9 +436,16 @@ class CompetingTrainer:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's; under FSDP torch makes room for the state by a step, which takes an optimizer that trains."""
+        """The Trainer's.
+
+        Raises:
+            ValueError: under FSDP with an optimizer that has evaluation weights, whose state does not come back whole.
+        """
         if checkpoint is not None and self.is_fsdp_enabled and has_evaluation_weights(self.optimizer):
-            self.optimizer.train()  # it has no state yet: no weight moves
+            raise ValueError(
+                f"resuming with optim={self.args.optim} is not possible under FSDP: a resumed run was seen to end "
+                "elsewhere than the one that went on; resume with DDP or in one process, or start a new run."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

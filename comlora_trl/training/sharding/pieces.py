@@ -74,4 +74,4 @@ def deepspeed_utils() -> Any:
 
 
 def _is_flat(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "_fsdp_flattened", False)
+    return compat.is_flattened(parameter)
