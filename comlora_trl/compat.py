@@ -53,12 +53,10 @@ SEAMS = (
     Seam("torch", "torch.nn.Module._backward_pre_hooks", "a watched layer's frozen output must stay as it is", "2.8"),
     Seam("torch", "torch.nn.modules.module._has_any_global_hook", "hooks for all modules watch a layer too", "2.8"),
     Seam("torch", "torch.nn.Module._parameters", "weights past __getattr__: a pass asks for thousands", "2.8"),
-    Seam(
-        "torch", "torch.nn.Module._buffers", "the names of all tensors of a state dict, without gathering any", "2.8"
-    ),
+    Seam("torch", "torch.nn.Module._buffers", "names of a state dict's tensors, without gathering any", "2.8"),
     Seam("torch", "torch.nn.Module._non_persistent_buffers_set", "buffers that a state dict leaves out", "2.8"),
     Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
-    Seam("torch", "torch.nn.parameter.Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
+    Seam("torch", "Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
     # ---- accelerate ----
     Seam("accelerate", "accelerate.Accelerator._models", "FSDP1's wrapped model, for its sharding strategy", "1.12"),
