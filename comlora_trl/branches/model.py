@@ -1,21 +1,20 @@
 """K LoRA branches on one frozen base, as one PEFT model."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from comlora_trl.branches.dealing import indices
 from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
-from comlora_trl.branches.layers import make_branch_layers, make_plain_layers
+from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
 from comlora_trl.branches.rebinding import rebound
 from comlora_trl.branches.routers import keep_router_logits
 from comlora_trl.branches.rows import Rows
@@ -75,6 +74,7 @@ class BranchModel(PeftModelForCausalLM):
         self.set_requires_grad(self.branch_names, True)
         base = self.get_base_model()
         adapted, self.competing = make_branch_layers(base, branch_name(0))
+        self.competing.branches = tuple(self.branch_names)
         self.adapted_layers = list(adapted.values())
         self._layer_names = [f"base_model.model.{name}" for name in adapted]
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
@@ -96,7 +96,7 @@ class BranchModel(PeftModelForCausalLM):
         name, known = branch_name(branch), self._known_parameters.get(branch)
         if name not in self.peft_config:
             return []
-        if not known or known[0] is not next(_layer_parameters(self.adapted_layers[0], name))[1]:
+        if not known or known[0] is not next(layer_parameters(self.adapted_layers[0], name))[1]:
             known = list(self.named_branch_parameters(branch).values())
             self._known_parameters[branch] = known
         return known
@@ -107,7 +107,7 @@ class BranchModel(PeftModelForCausalLM):
         if name not in self.peft_config:
             return {}
         layers = zip(self._layer_names, self.adapted_layers, strict=True)
-        return {f"{place}.{own}": p for place, layer in layers for own, p in _layer_parameters(layer, name)}
+        return {f"{place}.{own}": p for place, layer in layers for own, p in layer_parameters(layer, name)}
 
     def drop_branch(self, branch: int) -> None:
         """Deletes a branch's adapter and frees its weights; the others keep their names.
@@ -154,15 +154,6 @@ class BranchModel(PeftModelForCausalLM):
         if not all(module.training is mode for module in self._modules_in_mode):
             super().train(mode)
         return self
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Chooses the adapter of ordinary forwards; what trains in each branch stays as it was."""
-        parameters = [p for branch in range(self.k) for p in self.branch_parameters(branch)]
-        trained = [parameter.requires_grad for parameter in parameters]
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for parameter, trains in zip(parameters, trained, strict=True):
-            if not inference_mode and parameter.requires_grad is not trains:
-                parameter.requires_grad_(trains)
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: only reentrant checkpointing needs inputs that require gradients, and the frozen layers below
@@ -281,15 +272,3 @@ class BranchModel(PeftModelForCausalLM):
 def branch_name(branch: int) -> str:
     """The adapter name of a branch."""
     return f"branch_{branch}"
-
-
-def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    # a set: PEFT's DoRA layers name their magnitudes twice
-    for kind in sorted({*layer.adapter_layer_names}):
-        container = getattr(layer, kind)
-        if name in container:
-            part, place = container[name], f"{kind}.{name}"
-            if isinstance(part, nn.Parameter):
-                yield place, part
-            else:
-                yield from ((f"{place}.{own}", parameter) for own, parameter in part.named_parameters())
