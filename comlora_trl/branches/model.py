@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -19,6 +20,7 @@ from comlora_trl.branches.rebinding import rebound
 from comlora_trl.branches.routers import keep_router_logits
 from comlora_trl.branches.rows import Rows
 from comlora_trl.branches.running import is_whole, run_batched, run_dealt, run_in_chunks, touch
+from comlora_trl.branches.views import ViewPass, run_view_pass
 
 
 @dataclass
@@ -57,6 +59,7 @@ class BranchModel(PeftModelForCausalLM):
 
     Attributes:
         adapted_layers: PEFT's LoRA layers, in the order of the model's modules.
+        splits_loss: whether the base model's own loss can be had branch by branch of one pass, as far as is known.
 
     Args:
         model: the base model, with TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) before branches run.
@@ -79,6 +82,7 @@ class BranchModel(PeftModelForCausalLM):
         self._layer_names = [f"base_model.model.{name}" for name in adapted]
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
         self._modules_in_mode: list[nn.Module] = []
+        self.splits_loss = True
         self.expansion = BranchExpansion(self.competing, list(adapted))
         self._router_hook = base.base_model.register_forward_hook(self._keep_router_logits)
 
@@ -254,10 +258,16 @@ class BranchModel(PeftModelForCausalLM):
         full = {name: output[name].new_zeros(self.k, rows.count).index_copy(0, places, output[name]) for name in names}
         return {**full, "ran": torch.zeros_like(ran).index_fill(0, places, True)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """An ordinary PEFT forward with the active adapter."""
+    def forward(self, *args: Any, view_pass: ViewPass | None = None, **kwargs: Any) -> Any:
+        """An ordinary PEFT forward with the active adapter, or with `view_pass` one over branches for their views."""
         self.competing.abandon()
+        if view_pass is not None:
+            return self._run_views(view_pass, kwargs, is_compiling())
         return super().forward(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _run_views(self, view_pass: ViewPass, inputs: dict[str, Any], compiled: bool) -> Any:
+        return run_view_pass(self, view_pass, inputs, compiled)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the active adapter."""

@@ -8,7 +8,7 @@ import torch
 from competing import make_comlora
 from conftest import TOURNAMENT, difference, parameters
 from peft.helpers import rescale_adapter_scale
-from test_passes import IDS, K, Interrupted, forward, logits
+from test_passes import IDS, Interrupted, K, forward, logits
 from transformers import TrainerCallback
 
 from comlora_trl.branches.layers import SwitchedOffError
