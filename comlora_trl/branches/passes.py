@@ -68,14 +68,20 @@ class Pass:
         active = self.branches.current()
         if active is self:
             return  # by another of its outputs
+        if active is not None and active._backward == running_backward() and self._runs_like(active):
+            return  # layers that run again find the same branches, weights and rows
         if active is not None and self.branches.checkpointing:
             raise RuntimeError(
-                "one backward pass runs through two passes over branches, whose layers gradient checkpointing can't "
-                "tell apart: call backward() after each forward, or switch gradient checkpointing off."
+                "one backward pass runs through two passes of other branches or rows, which gradient checkpointing "
+                "can't tell apart: call backward() after each forward, or switch gradient checkpointing off."
             )
         self.branches.begin(self)
         self._backward = running_backward()
         at_the_end_of_backward(lambda: self.branches.end(self))
+
+    def _runs_like(self, other: "Pass") -> bool:
+        kind = lambda one: (one.names, one.copies, one.rows, one.inputs_are_wide, one.compiled)
+        return kind(self) == kind(other)
 
     @property
     def is_over(self) -> bool:
@@ -83,7 +89,7 @@ class Pass:
         return self._backward is not None and self._backward != running_backward()
 
 
-# Two seams of PyTorch's autograd engine, which DDP, FSDP and checkpointing use too and which have no public names
+# Three seams of PyTorch's autograd engine, which DDP, FSDP and checkpointing use too and which have no public names
 
 
 def running_backward() -> int:
@@ -94,3 +100,11 @@ def running_backward() -> int:
 def at_the_end_of_backward(function: Callable[[], None]) -> None:
     """Calls a function when the backward pass that is running has ended without an error."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def accumulates(parameter: Tensor) -> bool:
+    """Whether the backward pass that is running in this thread will add to a parameter's gradient."""
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # autograd.grad with respect to it, which leaves `grad` alone
+        return False

@@ -192,7 +192,7 @@ class BranchViews:
 
     def _run(self, place: int, kwargs: dict[str, Any]) -> _Call:
         call = _Call(kwargs, place, torch.is_grad_enabled())
-        if not self._branches_answer:
+        if not self.branches_answer:
             if self._dealt is None:  # the base model is the same for all
                 output = self._forward(**kwargs)
                 call.outputs = [_copy(output) for _ in self.branches]
@@ -206,7 +206,7 @@ class BranchViews:
         return call
 
     def _alone(self, place: int, kwargs: dict[str, Any]) -> Any:
-        if not self._branches_answer:
+        if not self.branches_answer:
             return self._forward(**kwargs)
         if len(self) > 1 and self.model.competing.checkpointing and torch.is_grad_enabled():
             raise RuntimeError(
@@ -226,7 +226,7 @@ class BranchViews:
         return (self.model if self.wrapped is None else self.wrapped)(**kwargs)
 
     @property
-    def _branches_answer(self) -> bool:
+    def branches_answer(self) -> bool:
         """Whether a forward is the branches', not that of the base model or of another adapter (a reference)."""
         off = self.model._adapters_disabled or self.model.adapted_layers[0].disable_adapters
         return not off and self.model.active_adapter in self.model.branch_names
@@ -365,7 +365,7 @@ def run_view_pass(model: "BranchModel", view_pass: ViewPass, inputs: dict[str, A
         output = base(**widened)
         logits = one.router_logits
         routers = router_losses(base, one, inputs) if count > 1 else None
-    one.resume_in_backward(*_tensors(output))
+    one.resume_in_backward(*tensors_of(output))
     if not isinstance(output, ModelOutput):
         return output if not own_loss else None
     if getattr(output, "past_key_values", None) is not None:
@@ -506,15 +506,16 @@ def _lines(inputs: Mapping[str, Any]) -> int:
     return (inputs["inputs_embeds"] if tokens is None else tokens).size(0)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from comlora_trl.branches.views import BranchView
 from comlora_trl.competition import annealing, mean_nll, pairwise_loss
 from comlora_trl.competition.rungs import cost
 from comlora_trl.training import sharding
 from comlora_trl.training.gradients import clip_gradients, disqualify, drop_selector_gradient, gradient_norms
 from comlora_trl.training.model import BranchPass, CompetitionOutput
+from comlora_trl.training.own_loss import OwnLosses, UndecidedView
 from comlora_trl.training.statistics import StepFigures, StepSums, step_winner
 from comlora_trl.training.step_plan import ROWS_PER_LINE, StepPlan
 
@@ -20,6 +23,7 @@ class CompetitionLoss:
     """Mixin before TRL's trainer: the loss over all living branches, normalised over the whole step."""
 
     _in_step = False
+    _own_losses: OwnLosses
     current_gradient_accumulation_steps = 1  # the Trainer's own, which it has in its loop alone
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -53,7 +57,8 @@ class CompetitionLoss:
             sharding.around_step(self.deepspeed, self._finish_step, self._keep_disqualified)
         self._in_step = True
         try:
-            loss = super().training_step(*args, **kwargs)
+            with self._users_loss_per_branch():
+                loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
             self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
@@ -63,13 +68,36 @@ class CompetitionLoss:
             self._finish_step()
         return loss
 
+    @contextmanager
+    def _users_loss_per_branch(self) -> Iterator[None]:
+        """Puts [`OwnLosses`] in the place of a `compute_loss` that is not ours, which may call the model itself."""
+        users, given = self.compute_loss, "compute_loss" in self.__dict__
+        if getattr(users, "__func__", None) is CompetitionLoss.compute_loss or not self._own_losses.possible:
+            yield
+            return
+        self.compute_loss = partial(self._own_losses.step_loss, users)
+        try:
+            yield
+        finally:
+            del self.compute_loss
+            if given:
+                self.compute_loss = users
+
+    @property
+    def _loss_is_per_branch(self) -> bool:
+        """Whether TRL's loss is no sum over rows and branches, but one of each branch's own outputs."""
+        smoothed = self.args.loss_type == "nll" and self.label_smoother is not None
+        return self.compute_loss_func is not None or self.args.loss_type == "dft" or smoothed
+
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
         """TRL's loss over the weighted rows of all branches, L_LM + L_align, plus the pairwise loss.
 
         In evaluation mode it is TRL's own, of the leader. Called outside a training step it takes the batch for a
-        whole optimizer step, and no figure of the run changes.
+        whole optimizer step, and no figure of the run changes. Called with a branch's view it is TRL's, of the branch.
         """
-        if not self.model.training:
+        if type(model) is UndecidedView:
+            model = model.views.wrapped
+        if not self.model.training or isinstance(model, BranchView):
             inputs.pop(ROWS_PER_LINE, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._in_step:
@@ -81,14 +109,19 @@ class CompetitionLoss:
     def _step_of_its_own(self, inputs: dict) -> Iterator[None]:
         """A step for a loss that is asked for outside the training loop, or by a callback in it; nothing is left."""
         kept = self._plan, self._sums, self.current_gradient_accumulation_steps
+        passes = self._own_losses.passes
         self._plan, self._sums = self._plan_of([inputs]), StepSums(self._settings.k, self.args.device)
         self.current_gradient_accumulation_steps = 1  # TRL divides the routers' loss by them
         try:
             yield
         finally:
             self._plan, self._sums, self.current_gradient_accumulation_steps = kept
+            self._own_losses.passes = passes
 
     def _step_loss(self, model: Any, inputs: dict, return_outputs: bool, num_items_in_batch: Any) -> Any:
+        if self._loss_is_per_branch:
+            trls = super().compute_loss
+            return self._own_losses.per_view(trls, model, inputs, return_outputs, num_items_in_batch)
         per_line = inputs.pop(ROWS_PER_LINE, None)
         branch_pass = self._branch_pass(None if per_line is None else tuple(per_line.tolist()), num_items_in_batch)
         competed: list[CompetitionOutput] = []
@@ -150,7 +183,10 @@ class CompetitionLoss:
             self._sums.add_gradients(finite)
         figures = StepFigures(k, self.accelerator.reduce(self._sums.vector, reduction="sum").tolist())
         self._sums = StepSums(k, self.args.device)
-        state.row_passes += cost(sum(self._plan.lines), len(state.living), self._plan.owners is not None)
+        planned = cost(sum(self._plan.lines), len(state.living), self._plan.owners is not None)
+        passes, self._own_losses.passes = self._own_losses.passes, None
+        # A loss of the user's may run the model twice, or not at all
+        state.row_passes += planned if passes is None else round(planned * passes / len(self._plan.places))
         for branch in [branch for branch in state.living if figures.diverged[branch]]:
             disqualify(model, branch, step)
         for branch in (*state.disqualified, *state.retired):

@@ -22,7 +22,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import PreTrainedModel
 
 from comlora_trl.branches.model import BranchModel, BranchOutput, branch_name
+from comlora_trl.branches.passes import accumulates
 from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.views import tensors_of
 from comlora_trl.competition import CompetitionSettings, CompetitionState, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
 from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, save_state
@@ -95,7 +97,12 @@ class ComLoRAModel(BranchModel):
         settings: the competition's settings, K among them.
         selector: the selector's settings, or None to train without one.
         kwargs: as for `PeftModelForCausalLM`.
+
+    Attributes:
+        competing_in_training: whether a training is running, in which no forward of one branch may train it alone.
     """
+
+    competing_in_training = False
 
     def __init__(
         self,
@@ -135,9 +142,37 @@ class ComLoRAModel(BranchModel):
 
     def forward(self, *args: Any, branch_pass: BranchPass | None = None, **kwargs: Any) -> Any:
         """An ordinary PEFT forward, or with `branch_pass` one over the branches (see [`CompetitionOutput`])."""
-        if branch_pass is None:
-            return super().forward(*args, **kwargs)
-        return self._forward_branches(branch_pass, **kwargs)
+        if branch_pass is not None:
+            return self._forward_branches(branch_pass, **kwargs)
+        output = super().forward(*args, **kwargs)
+        if self.competing_in_training and "view_pass" not in kwargs and torch.is_grad_enabled():
+            self._refuse_lone_gradients(output)
+        return output
+
+    def _refuse_lone_gradients(self, output: Any) -> None:
+        """Ends a backward pass that would train the active branch alone: a loss computed from the model's outputs."""
+        active, living = self.active_adapter, len(self.competition_state.living)
+        if living < 2 or active not in self.branch_names or self._adapters_disabled:
+            return
+
+        def refuse(_: Tensor) -> None:
+            own = [p for p in self.branch_parameters(self.branch_names.index(active)) if p.requires_grad]
+            if not any(accumulates(parameter) for parameter in own if parameter.is_leaf):
+                return
+            line = f"a loss computed from model(...) would train {active} alone of K={self.k} branches"
+            if self.selector is None:
+                raise RuntimeError(
+                    f"{line}: compute it in compute_loss, from the model that compute_loss is given, which stands for "
+                    "each branch in turn."
+                )
+            raise RuntimeError(
+                f"{line}, for the selector's losses (eq. 5-9) take TRL's loss of each row: go on from "
+                "super().compute_loss(...), or set comlora_selector=False and each branch trains by your compute_loss."
+            )
+
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(refuse)
 
     def _forward_branches(self, branch_pass: BranchPass, **inputs: Any) -> CompetitionOutput:
         labels = inputs["labels"]

@@ -29,6 +29,7 @@ from comlora_trl.training.gradients import revive
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.loss import CompetitionLoss
 from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.own_loss import OwnLosses
 from comlora_trl.training.preparation import (
     check_parallelism,
     check_trainer_arguments,
@@ -123,6 +124,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
+                compute_loss_func=compute_loss_func,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -143,6 +145,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         # The loss is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
         self._settings = model.settings
+        self._own_losses = OwnLosses(self)
         self._exported: set[Path] = set()
         self.retired_files = Background()
         self._unlogged = self._decided = False
@@ -186,9 +189,11 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
+        model.competing_in_training = True
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            model.competing_in_training = False
             self.retired_files.wait()
 
     def begin_competition(self) -> None:
