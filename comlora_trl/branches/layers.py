@@ -7,7 +7,7 @@ same input (`comlora_trl.branches.layer_groups`); any other kind (DoRA, embeddin
 experts' fused weights) runs PEFT's own forward branch by branch. Outside a pass the layer is PEFT's, untouched.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ class CompetingBranches:
         groups: the groups of layers with batched products, in the order they run.
         active: the pass whose forward or backward is running.
         names: adapter names of the branches whose rows are in the batch, in order; empty without a pass.
+        branches: adapter names of all branches; what trains in them PEFT's switches leave as it was.
     """
 
     def __init__(self, model: nn.Module, first: str) -> None:
         self.model, self.first = model, first
+        self.branches: tuple[str, ...] = ()
         self.groups: list[LayerGroup] = []
         self.active: Pass | None = None
         self.names: tuple[str, ...] = ()
@@ -117,11 +119,25 @@ class BranchRowsError(RuntimeError):
     """A layer got rows that can't be dealt out to the branches."""
 
 
+class SwitchedOffError(RuntimeError):
+    """Branches were asked to run while PEFT has switched their adapters off, or merged one into the base."""
+
+
 class BranchLayer:
-    """Mixin over a PEFT LoRA layer class: with competing branches, each group of rows meets its own adapter."""
+    """Mixin over a PEFT LoRA layer class: with competing branches, each group of rows meets its own adapter.
+
+    PEFT's switches (`set_adapter`, `enable_adapters`, and all that is made of them, `disable_adapter()` say) let one
+    adapter train at most. Here they leave what trains in each branch as they found it; while the adapters are switched
+    off, or in inference mode, nothing trains, as in PEFT.
+    """
 
     competing: CompetingBranches
     group: LayerGroup | None
+    # What trained, by place, before the adapters were switched off, and before they were set to inference mode; and
+    # which adapters were merged into the base when they were switched off
+    _trained_when_on: dict[str, bool] | None = None
+    _trained_before_inference: dict[str, bool] | None = None
+    _merged_when_on: tuple[str, ...] = ()
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Copies and pickles by PEFT's class, for the layer's own is made at run time."""
@@ -136,13 +152,68 @@ class BranchLayer:
                 f"{type(self).__name__} got {x.size(0)} rows for {len(names)} branches, which can't all have the same "
                 "number: run the branches one after the other (comlora_branch_chunk=1)."
             )
-        if self.group is None or args or kwargs or self.merged_adapters:
+        if self.merged_adapters or self._disable_adapters:
+            raise SwitchedOffError(self._why_off())
+        if self.group is None or args or kwargs:
             return self.forward_one_by_one(x, names, *args, **kwargs)
         if self.group.weights is None:
             self.competing.stack_weights(self.group)
         if self.group.weights is None:  # sharded, wrapped or on their way (FSDP, ZeRO-3)
             return self.forward_one_by_one(x, names)
         return self.group.output(self, x)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Chooses the adapters of ordinary forwards; in inference mode nothing trains until one is chosen again."""
+        found = self._trained_before_inference or self._trained()
+        super().set_adapter(adapter_names, inference_mode)
+        self._trained_before_inference = found if inference_mode else None
+        off = inference_mode or self._disable_adapters
+        self._let_train(dict.fromkeys(found, False) if off else found)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off; what trained before they were switched off trains again."""
+        if not enabled:
+            found = self._trained()
+            super().enable_adapters(False)
+            if self._trained_when_on is None:
+                self._trained_when_on, self._merged_when_on = found, tuple(self.merged_adapters)
+            return
+        found, self._trained_when_on = self._trained_when_on, None
+        merged, self._merged_when_on = self._merged_when_on, ()
+        inference = self._trained_before_inference
+        super().enable_adapters(True)
+        if merged and not self.merged_adapters:  # a forward without adapters takes them out of the base
+            self.merge(adapter_names=list(merged))
+        if found is not None:
+            self._let_train(found)
+            self._trained_before_inference = inference
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's: what is asked for by name holds, whatever trained before."""
+        self._trained_before_inference = None
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def _trained(self) -> dict[str, bool]:
+        names = self.competing.branches
+        return {place: p.requires_grad for name in names for place, p in layer_parameters(self, name)}
+
+    def _let_train(self, trained: Mapping[str, bool]) -> None:
+        for name in self.competing.branches:
+            for place, parameter in layer_parameters(self, name):
+                trains = trained.get(place, parameter.requires_grad)
+                if parameter.is_leaf and parameter.requires_grad is not trains:
+                    parameter.requires_grad_(trains)
+
+    def _why_off(self) -> str:
+        if self.merged_adapters:
+            return (
+                f"{self.merged_adapters[0]} is merged into the base model, which all branches share, so they can't "
+                "run: call unmerge_adapter() first."
+            )
+        return (
+            "the adapters are switched off (disable_adapter), so the branches can't run: call enable_adapter_layers() "
+            "first, or leave the block."
+        )
 
     def forward_one_by_one(self, x: Tensor, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
         """Each branch through PEFT's own forward, with that branch as the active adapter.
@@ -218,7 +289,21 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
     for layer in layers:
         if isinstance(layer, BranchLayer):
             layer.__class__ = plain_class(layer)
-            del layer.competing, layer.group
+            for own in ("competing", "group", "_trained_when_on", "_trained_before_inference", "_merged_when_on"):
+                layer.__dict__.pop(own, None)
+
+
+def layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """An adapter's parameters in a layer, by their places in it."""
+    # a set: PEFT's DoRA layers name their magnitudes twice
+    for kind in sorted({*layer.adapter_layer_names}):
+        container = getattr(layer, kind)
+        if name in container:
+            part, place = container[name], f"{kind}.{name}"
+            if isinstance(part, nn.Parameter):
+                yield place, part
+            else:
+                yield from ((f"{place}.{own}", parameter) for own, parameter in part.named_parameters())
 
 
 def plain_class(layer: BranchLayer) -> type[LoraLayer]:

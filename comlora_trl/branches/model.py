@@ -1,25 +1,27 @@
 """K LoRA branches on one frozen base, as one PEFT model."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from comlora_trl import compat
 from comlora_trl.branches.dealing import indices
 from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
-from comlora_trl.branches.layers import make_branch_layers, make_plain_layers
+from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
 from comlora_trl.branches.rebinding import rebound
 from comlora_trl.branches.routers import keep_router_logits
 from comlora_trl.branches.rows import Rows
 from comlora_trl.branches.running import is_whole, run_batched, run_dealt, run_in_chunks, touch
+from comlora_trl.branches.views import ViewPass, run_view_pass
 
 
 @dataclass
@@ -58,6 +60,7 @@ class BranchModel(PeftModelForCausalLM):
 
     Attributes:
         adapted_layers: PEFT's LoRA layers, in the order of the model's modules.
+        splits_loss: whether the base model's own loss can be had branch by branch of one pass, as far as is known.
 
     Args:
         model: the base model, with TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) before branches run.
@@ -79,11 +82,13 @@ class BranchModel(PeftModelForCausalLM):
             self.set_requires_grad(self.branch_names, True)
         base = self.get_base_model()
         adapted, self.competing = make_branch_layers(base, branch_name(0))
+        self.competing.branches = tuple(self.branch_names)
         self.adapted_layers = list(adapted.values())
         self._layer_names = [f"base_model.model.{name}" for name in adapted]
         self._beside_layers = self._trained_beside_layers()
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
         self._modules_in_mode: list[nn.Module] = []
+        self.splits_loss = True
         self.expansion = BranchExpansion(self.competing, list(adapted))
         self._router_hook = base.base_model.register_forward_hook(self._keep_router_logits)
 
@@ -101,7 +106,7 @@ class BranchModel(PeftModelForCausalLM):
         name, known = branch_name(branch), self._known_parameters.get(branch)
         if name not in self.peft_config:
             return []
-        if not known or known[0] is not next(_layer_parameters(self.adapted_layers[0], name))[1]:
+        if not known or known[0] is not next(layer_parameters(self.adapted_layers[0], name))[1]:
             known = list(self.named_branch_parameters(branch).values())
             self._known_parameters[branch] = known
         return known
@@ -112,7 +117,7 @@ class BranchModel(PeftModelForCausalLM):
         if name not in self.peft_config:
             return {}
         layers = zip(self._layer_names, self.adapted_layers, strict=True)
-        found = {f"{place}.{own}": p for place, layer in layers for own, p in _layer_parameters(layer, name)}
+        found = {f"{place}.{own}": p for place, layer in layers for own, p in layer_parameters(layer, name)}
         if self.k == 1:
             found |= {f"{place}.{own}": module.get_parameter(own) for place, module, own in self._beside_layers}
         return found
@@ -124,7 +129,7 @@ class BranchModel(PeftModelForCausalLM):
             id(p)
             for layer in self.adapted_layers
             for name in self.branch_names
-            for _, p in _layer_parameters(layer, name)
+            for _, p in layer_parameters(layer, name)
         }
         return [
             (place, module, own)
@@ -179,14 +184,10 @@ class BranchModel(PeftModelForCausalLM):
             super().train(mode)
         return self
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Chooses the adapter of ordinary forwards; what trains in each branch stays as it was."""
-        parameters = [p for branch in range(self.k) for p in self.branch_parameters(branch)]
-        trained = [parameter.requires_grad for parameter in parameters]
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for parameter, trains in zip(parameters, trained, strict=True):
-            if not inference_mode and parameter.requires_grad is not trains:
-                parameter.requires_grad_(trains)
+    @property
+    def is_switched_off(self) -> bool:
+        """Whether the model runs without its adapters, as within `disable_adapter()`."""
+        return compat.adapters_disabled(self) or self.adapted_layers[0].disable_adapters
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: only reentrant checkpointing needs inputs that require gradients, and the frozen layers below
@@ -287,10 +288,16 @@ class BranchModel(PeftModelForCausalLM):
         full = {name: output[name].new_zeros(self.k, rows.count).index_copy(0, places, output[name]) for name in names}
         return {**full, "ran": torch.zeros_like(ran).index_fill(0, places, True)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """An ordinary PEFT forward with the active adapter."""
+    def forward(self, *args: Any, view_pass: ViewPass | None = None, **kwargs: Any) -> Any:
+        """An ordinary PEFT forward with the active adapter, or with `view_pass` one over branches for their views."""
         self.competing.abandon()
+        if view_pass is not None:
+            return self._run_views(view_pass, kwargs, is_compiling())
         return super().forward(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _run_views(self, view_pass: ViewPass, inputs: dict[str, Any], compiled: bool) -> Any:
+        return run_view_pass(self, view_pass, inputs, compiled)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the active adapter."""
@@ -305,15 +312,3 @@ class BranchModel(PeftModelForCausalLM):
 def branch_name(branch: int) -> str:
     """The adapter name of a branch."""
     return f"branch_{branch}"
-
-
-def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    # a set: PEFT's DoRA layers name their magnitudes twice
-    for kind in sorted({*layer.adapter_layer_names}):
-        container = getattr(layer, kind)
-        if name in container:
-            part, place = container[name], f"{kind}.{name}"
-            if isinstance(part, nn.Parameter):
-                yield place, part
-            else:
-                yield from ((f"{place}.{own}", parameter) for own, parameter in part.named_parameters())

@@ -69,14 +69,20 @@ class Pass:
         active = self.branches.current()
         if active is self:
             return  # by another of its outputs
+        if active is not None and active._backward == compat.running_backward() and self._runs_like(active):
+            return  # layers that run again find the same branches, weights and rows
         if active is not None and self.branches.checkpointing:
             raise RuntimeError(
-                "one backward pass runs through two passes over branches, whose layers gradient checkpointing can't "
-                "tell apart: call backward() after each forward, or switch gradient checkpointing off."
+                "one backward pass runs through two passes of other branches or rows, which gradient checkpointing "
+                "can't tell apart: call backward() after each forward, or switch gradient checkpointing off."
             )
         self.branches.begin(self)
         self._backward = compat.running_backward()
         compat.at_the_end_of_backward(lambda: self.branches.end(self))
+
+    def _runs_like(self, other: "Pass") -> bool:
+        kind = lambda one: (one.names, one.copies, one.rows, one.inputs_are_wide, one.compiled)
+        return kind(self) == kind(other)
 
     @property
     def is_over(self) -> bool:

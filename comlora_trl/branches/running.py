@@ -183,9 +183,12 @@ class _Found:
             self.gradients += [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     def with_gradients(self) -> Tensor:
-        if not self.parameters:
-            return self.total
-        return _KnownGradients.apply(self.total, len(self.parameters), *self.parameters, *self.gradients)
+        return known_gradients(self.total, self.parameters, self.gradients)
+
+
+def known_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar without a graph that hands out these gradients of these parameters in its backward."""
+    return _KnownGradients.apply(value, len(parameters), *parameters, *gradients) if parameters else value
 
 
 def _weigh(log_probs: Tensor, rows: Rows, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,9 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from comlora_trl import compat
+from comlora_trl.branches.dealing import indices
 from comlora_trl.branches.model import branch_name
+from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import (
     CompetitionSettings,
     CompetitionState,
@@ -137,6 +139,7 @@ class Competition:
     def _begin_figures(self) -> None:
         self._sums = StepSums(self.settings.k, self.device)
         self._window = LogWindow(self.settings.k)
+        self._passes: float | None = None  # of losses of the user's own, summed over the step's micro-batches
 
     @property
     def device(self) -> torch.device:
@@ -177,12 +180,12 @@ class Competition:
         Yields:
             the step's supervised tokens.
         """
-        kept = self.plan, self._sums
+        kept = self.plan, self._sums, self._passes
         self.plan, self._sums = self._plan_of([batch]), StepSums(self.settings.k, self.device)
         try:
             yield self.normaliser(self.plan)
         finally:
-            self.plan, self._sums = kept
+            self.plan, self._sums, self._passes = kept
 
     def rows_of(self, inputs: dict[str, Any]) -> BranchPass:
         """Which branch sees which row of the next micro-batch, and with which weights.
@@ -190,15 +193,16 @@ class Competition:
         Args:
             inputs: the batch; its entry `rows_per_line`, which no model takes, is removed.
         """
-        per_line, plan, state = inputs.pop(ROWS_PER_LINE, None), self.plan, self.state
-        if plan is None or plan.owners is None:
+        plan, state = self.plan, self.state
+        owners, rows_per_line = self.deal_of(inputs)
+        if owners is None:
             return self.branch_pass(eta=self.eta)
         # TRL divides by the step's tokens: a branch's own mean is over its own tokens
         tokens = self.normaliser(plan).to(self._sums.vector.dtype)
         return self.branch_pass(
             eta=self.eta,
-            owners=plan.owners[plan.used],
-            rows_per_line=None if per_line is None else tuple(per_line.tolist()),
+            owners=owners,
+            rows_per_line=None if rows_per_line is None else tuple(rows_per_line),
             branch_weights=tokens / plan.branch_tokens.clamp(min=1),
             router_weights=plan.router_weights(self.step, state.living, state.k) if self.router_loss else None,
         )
@@ -250,6 +254,70 @@ class Competition:
         self._sums.add(output.nll, output.ran, tokens, output.probabilities, pairs)
         return loss + pairs * self.processes  # DDP takes the mean over the processes
 
+    def deal_of(self, inputs: dict[str, Any]) -> tuple[tuple[int, ...] | None, list[int] | None]:
+        """The owner of each line of the next micro-batch, None where every branch sees all; rows of each packed line.
+
+        Args:
+            inputs: the batch; its entry `rows_per_line`, which no model takes, is removed.
+        """
+        per_line = inputs.pop(ROWS_PER_LINE, None)
+        owners = None if self.plan.owners is None else self.plan.owners[self.plan.used]
+        return owners, None if per_line is None else per_line.tolist()
+
+    def combine_branches(
+        self,
+        losses: dict[int, Tensor],
+        batch: dict[str, Any],
+        owners: Sequence[int] | None = None,
+        rows_per_line: Sequence[int] | None = None,
+        passes: int | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """One loss of a micro-batch from a loss of each branch, whose figures are added to the step's.
+
+        Args:
+            losses: of each branch that has rows, divided by the step's tokens that the branch sees.
+            batch: the micro-batch.
+            owners, rows_per_line: of [`deal_of`].
+            passes: passes of one branch over its rows that have run, None for one each.
+            scale: what the Trainer multiplies the loss by before its backward.
+
+        Returns:
+            eq. 4, their mean; of independent branches their sum, so that each trains as it would alone.
+        """
+        plan, k = self.plan, self.settings.k
+        rows = Rows.of(batch)
+        tokens = rows.supervised_tokens(batch["labels"])
+        plan.next(self.settings.seed, self.step, k, tokens.device)
+        items = plan.tokens.expand(k) if owners is None else plan.branch_tokens
+        nll = torch.zeros(k, rows.count, dtype=self._sums.vector.dtype, device=tokens.device)
+        ran = torch.zeros(k, rows.count, dtype=torch.bool, device=tokens.device)
+        if owners is not None:
+            by_row = indices(owners, tokens.device)
+            if rows_per_line is not None:
+                by_row = by_row.repeat_interleave(indices(rows_per_line, tokens.device))
+            ran[by_row, torch.arange(len(by_row), device=tokens.device)] = True
+        for branch, loss in losses.items():
+            nll[branch, 0] = loss.detach().to(nll) * items[branch].to(nll) * scale / self.processes
+            if owners is None:
+                ran[branch] = True
+        self._sums.add(nll, ran, tokens, None, None)
+        self._passes = (self._passes or 0.0) + (len(losses) if passes is None else passes) / max(len(losses), 1)
+        share = self.settings.lm_weight / (1 if self.settings.independent else self.state.remaining)
+        # Selected, not multiplied: a diverged branch's nan stays out of the sum
+        return share * sum(
+            torch.where(loss.detach().isfinite(), loss, torch.zeros_like(loss)) for loss in losses.values()
+        )
+
+    def savepoint(self) -> Callable[[], None]:
+        """What puts the step's figures back, when called, to what they are now: for a loss that is computed again."""
+        plan, used, vector, passes = self.plan, self.plan.used, self._sums.vector.clone(), self._passes
+
+        def restore() -> None:
+            plan.used, self._sums.vector, self._passes = used, vector, passes
+
+        return restore
+
     def end_step(self, max_norm: float = 0.0, loss_scaled: bool = False) -> Tensor:
         """Ends an optimizer step before the optimizer's own: divergence, wins, cost, and each branch's clipping.
 
@@ -275,7 +343,10 @@ class Competition:
             self._sums.add_gradients(finite)
         vector, self._sums = self._sums.vector, StepSums(k, self.device)
         figures = StepFigures(k, (vector if self.processes == 1 else self._reduced(vector)).tolist())
-        state.row_passes += cost(self.plan.row_count, len(state.living), self.plan.owners is not None)
+        planned = cost(self.plan.row_count, len(state.living), self.plan.owners is not None)
+        passes, self._passes = self._passes, None
+        # A loss of the user's may run the model twice, or not at all
+        state.row_passes += planned if passes is None else round(planned * passes / len(self.plan.places))
         for branch in [branch for branch in state.living if figures.diverged[branch]]:
             self._disqualify(branch, step)
         for branch in (*state.disqualified, *state.retired):

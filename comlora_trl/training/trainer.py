@@ -54,6 +54,7 @@ from comlora_trl.training.optimizers import (
     forget_state,
     has_evaluation_weights,
 )
+from comlora_trl.training.own_loss import OwnLosses, refusing_lone_gradients
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
 from comlora_trl.training.step import LineCollator
 from comlora_trl.training.trial import try_branches
@@ -73,6 +74,7 @@ class CompetingTrainer:
     Attributes:
         competition: the competition; its `state` is what checkpoints store.
         rates: the learning rates of the branches, as the optimizer has them.
+        own_losses: computes a loss of each branch on its view, where the loss is no sum over rows.
         retired_files: writes the retired branches' folders.
         data_name: what is trained on, a preset's name, a hub id or a path, for the winner's record and card; a data
             set does not know. Set it before [`train`].
@@ -81,6 +83,7 @@ class CompetingTrainer:
     args: CompetitionConfig
     competition: Competition
     rates: BranchRates
+    own_losses: OwnLosses
     data_name: str | None = None
     _in_step = False
     _own_evaluation = False
@@ -109,6 +112,7 @@ class CompetingTrainer:
             router_loss=router_loss,
         )
         self.rates = BranchRates(model, args)
+        self.own_losses = OwnLosses(self, self.competition)
         self.retired_files = Background()
         self._exported: set[Path] = set()
         self._decided = self._unlogged = False
@@ -145,7 +149,8 @@ class CompetingTrainer:
         by_module = sharding.gathers_by_module(self.accelerator)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with refusing_lone_gradients(self.competition):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.retired_files.wait()
 
@@ -217,7 +222,8 @@ class CompetingTrainer:
             sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
         self._in_step = True
         try:
-            loss = super().training_step(*args, **kwargs)
+            with self.own_losses.in_place_of(type(self)._competing_loss):
+                loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
             self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
