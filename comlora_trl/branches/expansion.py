@@ -71,15 +71,19 @@ class BranchExpansion:
     Attributes:
         place: one of `PLACES`.
         start: the first decoder layer with an adapter; None where adapters lie outside one stack of layers.
+        layers: the decoder layers from there on.
         batched: places of the batched tensors among a layer's arguments, None before they are known.
+        ignores_padding: whether the model computes the same without a mask over padding on the right.
     """
 
     def __init__(self, branches: CompetingBranches, adapted: list[str]) -> None:
         self.branches = branches
         self.batched: frozenset[Path] | None = None
         self.seen: set[Path] | None = None
+        self.ignores_padding = False
         layers, self.start = _stack(branches.model, adapted)
         self.place = INPUTS if self.start is None else LAYERS
+        self.layers = list(layers[self.start :])
         self._hooks = [
             layer.register_forward_pre_hook(self._expand_arguments, with_kwargs=True) for layer in layers[self.start :]
         ]

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from comlora_trl import compat
 from comlora_trl.branches import kernels
 from comlora_trl.branches.kernels import BranchWeights
+from comlora_trl.branches.kernels.ops import traceable_linears
 
 # Names of layers that read the same input where they are children of one module, in the order they are called
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -37,13 +38,15 @@ class LayerGroup:
             (layer.lora_A[adapter].weight.shape, layer.lora_B[adapter].weight.shape) for layer in layers
         )
         self.weights: BranchWeights | None = None
+        self.flat: tuple[Tensor, list[Tensor]] | None = None
         self.broken = False
+        self._traced: list[Tensor] | None = None
         self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
         self._linears: dict[str, list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which never hold anything of a pass, nor another model's parameters."""
-        return {**self.__dict__, "weights": None, "_waiting": None, "_linears": {}}
+        return {**self.__dict__, "weights": None, "flat": None, "_waiting": None, "_traced": None, "_linears": {}}
 
     def drop(self, name: str) -> None:
         """Forgets a branch that is gone for good."""
@@ -53,7 +56,7 @@ class LayerGroup:
 
     def forget(self) -> None:
         """Forgets a pass that is over: its weights, and outputs that nobody asked for."""
-        self.weights = self._waiting = None
+        self.weights = self.flat = self._waiting = self._traced = None
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """The output of one layer; those of the others wait for their own call with the same x.
@@ -77,6 +80,27 @@ class LayerGroup:
         result = outputs.pop(layer)
         self._waiting = (x, outputs) if outputs else None
         return result
+
+    def traced_output(self, place: int, x: Tensor) -> Tensor:
+        """[`output`] in a decoder layer that is compiled as one region, with the weights of `flat`.
+
+        Args:
+            place: the layer's place in the group; layers are called in that order, with the same x.
+        """
+        outputs = self._traced
+        if place == 0:
+            bases = [layer.base_layer for layer in self.layers]
+            a, b = self.flat
+            outputs = traceable_linears(x, [base.weight for base in bases], [base.bias for base in bases], a, b)
+        # None once the last has been handed out: what is left in an attribute, a compiler has to keep
+        self._traced = outputs if place < len(self.layers) - 1 else None
+        return outputs[place]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but plain linear products without dropout is computed here."""
+        dropout = isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0
+        return not dropout and all(_is_plain_linear(layer.base_layer) for layer in self.layers)
 
     def masters(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
         """The layers' A and B of a branch, or None if they are not at hand: sharded, or on their way (FSDP, ZeRO-3).
@@ -149,8 +173,8 @@ def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> None:
     for group in groups:
         masters = [group.masters(name) for name in names] if group.weights is None else [None]
         if None not in masters:
-            base, master = group.layers[0].base_layer.weight, masters[0][0][0]
-            dtype = _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
+            master = masters[0][0][0]
+            dtype = compute_dtype(group, master)
             kinds.setdefault((group.shapes, group.scaling, master.device, dtype), []).append((group, masters))
     for (_, scaling, _, dtype), alike in kinds.items():
         lora_a, lora_b = (
@@ -159,6 +183,12 @@ def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> None:
         stacked = kernels.stack_branches(lora_a, lora_b, scaling, dtype)
         for (group, _), weights in zip(alike, stacked, strict=True):
             group.weights = weights
+
+
+def compute_dtype(group: LayerGroup, master: Tensor) -> torch.dtype:
+    """The type that a group's frozen product computes in: autocast's, or the frozen weight's own."""
+    base = group.layers[0].base_layer.weight
+    return _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from comlora_trl import compat
+from comlora_trl.branches.graphs import LayerGraphs
 from comlora_trl.branches.layer_groups import LayerGroup, form_groups, stack_weights
 from comlora_trl.branches.passes import Pass
 
@@ -35,6 +36,7 @@ class CompetingBranches:
         active: the pass whose forward or backward is running.
         names: adapter names of the branches whose rows are in the batch, in order; empty without a pass.
         branches: adapter names of all branches; what trains in them PEFT's switches leave as it was.
+        graphs: replays decoder layers, None where they run as they are.
     """
 
     def __init__(self, model: nn.Module, first: str) -> None:
@@ -43,6 +45,7 @@ class CompetingBranches:
         self.groups: list[LayerGroup] = []
         self.active: Pass | None = None
         self.names: tuple[str, ...] = ()
+        self.graphs: LayerGraphs | None = None
 
     def begin(self, one: Pass) -> None:
         """Makes a pass active: at its forward's beginning, or again when its backward begins."""
@@ -57,12 +60,16 @@ class CompetingBranches:
         if one.compiled or self._compiled():
             # A compiled layer that finds its weights and one that has to stack them would be two graphs
             stack_weights(self.groups, one.names)
+        elif self.graphs is not None:
+            self.graphs.begin(one)
 
     def end(self, one: Pass) -> None:
         """Ends the forward or the backward of a pass; its weights are its own, for layers that run again."""
         if self.active is not one:
             return
         one.weights = [(group, group.weights) for group in self.groups]
+        if self.graphs is not None:
+            self.graphs.end()
         self.active, self.names = None, ()
         for group in self.groups:
             group.forget()
@@ -80,7 +87,7 @@ class CompetingBranches:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which never hold a pass."""
-        return {**self.__dict__, "active": None, "names": ()}
+        return {**self.__dict__, "active": None, "names": (), "graphs": None}
 
     @property
     def checkpointing(self) -> bool:
@@ -111,8 +118,12 @@ class CompetingBranches:
     @staticmethod
     def _alone(group: LayerGroup) -> list[LayerGroup]:
         for layer in group.layers:
-            layer.group = LayerGroup([layer], group.adapter)
+            layer.group, layer.place = LayerGroup([layer], group.adapter), 0
         return [layer.group for layer in group.layers]
+
+
+# What a layer with branches has besides PEFT's
+_OWN_ATTRIBUTES = ("competing", "group", "place", "_trained_when_on", "_trained_before_inference", "_merged_when_on")
 
 
 class BranchRowsError(RuntimeError):
@@ -138,12 +149,15 @@ class BranchLayer:
     _trained_when_on: dict[str, bool] | None = None
     _trained_before_inference: dict[str, bool] | None = None
     _merged_when_on: tuple[str, ...] = ()
+    place: int  # in the group
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Copies and pickles by PEFT's class, for the layer's own is made at run time."""
         return _new_layer, (plain_class(self),), self.__dict__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.group is not None and self.group.flat is not None:
+            return self.group.traced_output(self.place, x)
         names = self.competing.names
         if not names or self.competing.current() is None:
             return super().forward(x, *args, **kwargs)
@@ -269,7 +283,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         raise ValueError("the model has no LoRA layer, so there is nothing for the branches to train.")
     competing = CompetingBranches(model, next(iter(adapted)))
     for layer in adapted.values():
-        layer.competing, layer.group = competing, None
+        layer.competing, layer.group, layer.place = competing, None, 0
         layer.__class__ = _branch_class(type(layer))
     places = ((*name.rpartition(".")[::2], layer) for name, layer in adapted.items())
     batched = [
@@ -278,7 +292,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         if _has_batched_path(layer, adapter)
     ]
     for layer, group in form_groups(batched, adapter).items():
-        layer.group = group
+        layer.group, layer.place = group, group.layers.index(layer)
         if group not in competing.groups:
             competing.groups.append(group)
     return adapted, competing
@@ -289,7 +303,14 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
     for layer in layers:
         if isinstance(layer, BranchLayer):
             layer.__class__ = plain_class(layer)
-            for own in ("competing", "group", "_trained_when_on", "_trained_before_inference", "_merged_when_on"):
+            for own in (
+                "competing",
+                "group",
+                "place",
+                "_trained_when_on",
+                "_trained_before_inference",
+                "_merged_when_on",
+            ):
                 layer.__dict__.pop(own, None)
 
 

@@ -153,6 +153,8 @@ class BranchModel(PeftModelForCausalLM):
         self._modules_in_mode = []
         for group in self.competing.groups:
             group.drop(name)
+        if self.competing.graphs is not None:
+            self.competing.graphs.forget_more_than(len(self.peft_config))
 
     def restore_branch(self, branch: int) -> None:
         """Adds an adapter for a branch that was dropped, with new weights."""
@@ -227,6 +229,7 @@ class BranchModel(PeftModelForCausalLM):
         return self.base_model.unload(*args, **kwargs)
 
     def _release_base(self) -> None:
+        self.competing.graphs = None
         self.expansion.remove()
         self._router_hook.remove()
         make_plain_layers(self.adapted_layers)

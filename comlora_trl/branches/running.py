@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from comlora_trl.branches.attention import is_padded_right, without_plans
 from comlora_trl.branches.dealing import deal, indices
 from comlora_trl.branches.expansion import LAYERS, expand
 from comlora_trl.branches.passes import Pass
@@ -56,7 +57,9 @@ def run_batched(
     else:
         # The labels meet the hidden states after the decoder layers, where the batch is expanded already
         widened["labels"] = expand(inputs["labels"], copies, lines)
-    with Pass(model.competing, names, copies, lines, at_inputs, compiled) as one:
+    if model.expansion.ignores_padding and is_padded_right(inputs.get("attention_mask")):
+        widened["attention_mask"] = None  # causal attention by itself keeps padding out of what comes before it
+    with without_plans(inputs["input_ids"]), Pass(model.competing, names, copies, lines, at_inputs, compiled) as one:
         output = base(**widened)
         losses = router_losses(base, one, inputs)
     one.resume_in_backward(output.log_probs, losses)

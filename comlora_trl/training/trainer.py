@@ -46,6 +46,7 @@ from comlora_trl.training.export import (
     save_branch,
     write_snapshots,
 )
+from comlora_trl.training.graphing import padding_line, settle_graphs
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.optimizers import (
     BranchRates,
@@ -101,6 +102,7 @@ class CompetingTrainer:
         try_branches(model, self.data_collator, self.accelerator, packed, router_loss)
         if args.comlora_rows == "shared" and packed:
             self.data_collator = LineCollator(self.data_collator)
+        self._without_graphs = settle_graphs(model, args, self.accelerator)
         # The loss is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
         self.competition = Competition(
@@ -148,6 +150,9 @@ class CompetingTrainer:
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
+        for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
+            if line is not None:
+                self.accelerator.print(line)
         try:
             with refusing_lone_gradients(self.competition):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
