@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.graphs import CudaGraphs, LayerGraphs
-from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.graphing import compile_regionally
 from comlora_trl.training.model import ComLoRAModel

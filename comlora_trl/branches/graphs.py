@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,8 @@ from torch.compiler import is_compiling
 from torch.fx.experimental import _config as _symbolic
 
 from comlora_trl.branches.kernels import BranchWeights
+from comlora_trl.branches.layers import ActivePass, CompetingBranches
 from comlora_trl.branches.static_weights import LayerWeights, StaticWeights
-
-if TYPE_CHECKING:
-    from comlora_trl.branches.layers import CompetingBranches
-    from comlora_trl.branches.passes import Pass
 
 # Shapes that are captured at most, and how many are remembered: lengths in buckets are few
 MOST_SHAPES = 32
@@ -153,7 +150,7 @@ class LayerGraphs:
 
     def __init__(
         self,
-        branches: "CompetingBranches",
+        branches: CompetingBranches,
         layers: Sequence[nn.Module],
         maker: Any,
         report: Callable[[str], None],
@@ -175,7 +172,7 @@ class LayerGraphs:
 
     # ---- A pass's beginning and end ----
 
-    def begin(self, one: "Pass") -> None:
+    def begin(self, one: ActivePass) -> None:
         """Takes the layers' forwards over for a pass, where they may be replayed in it."""
         self._run = None
         if self.off or not one.differentiable or one.compiled or is_compiling():
@@ -342,7 +339,7 @@ class _Token:
 class _Run:
     """A pass's way through the layers."""
 
-    def __init__(self, one: "Pass") -> None:
+    def __init__(self, one: ActivePass) -> None:
         self.one = one
         self.key: tuple[Any, ...] = ()
         self.unfit: str | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comlora_trl.branches.layer_groups import LayerGroup, compute_dtype
+from comlora_trl.branches.layers import LayerGroup, compute_dtype
 
 # Decoder layers that are filled together: all at once would keep the GPU waiting for the first layer's weights
 _LAYERS_AT_A_TIME = 6

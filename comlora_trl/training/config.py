@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from comlora_trl.branches.attention import LENGTHS
+from comlora_trl.branches.passes import LENGTHS
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
 from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings

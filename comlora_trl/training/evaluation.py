@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 
 from comlora_trl import compat
 from comlora_trl.competition import ValidationTally
-from comlora_trl.training.competition import Competition
-from comlora_trl.training.step import ROWS_PER_LINE
+from comlora_trl.training.competition import ROWS_PER_LINE, Competition
 
 
 def own_batches(

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
-from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.branches.graphs import CudaGraphs, LayerGraphs
 from comlora_trl.branches.model import BranchModel
+from comlora_trl.branches.passes import SEPARATELY
 
 _SAMPLE = 2048
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -34,7 +34,7 @@ from comlora_trl.training import sharding
 from comlora_trl.training.arguments import check_parallelism
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
-from comlora_trl.training.competition import Competition
+from comlora_trl.training.competition import Competition, LineCollator
 from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.evaluation import selection_metrics, validate
 from comlora_trl.training.export import (
@@ -57,7 +57,6 @@ from comlora_trl.training.optimizers import (
 )
 from comlora_trl.training.own_loss import OwnLosses, refusing_lone_gradients
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
-from comlora_trl.training.step import LineCollator
 from comlora_trl.training.trial import try_branches
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import settings_of, training_record, write_training_record, write_winner_files

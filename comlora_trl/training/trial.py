@@ -9,10 +9,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.nn.utils.rnn import pad_sequence
 
-from comlora_trl.branches.expansion import SEPARATELY
+from comlora_trl.branches.passes import SEPARATELY
 from comlora_trl.branches.trial import first_line, ignores_padding, settle_expansion
+from comlora_trl.training.competition import ROWS_PER_LINE
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.step import ROWS_PER_LINE
 
 logger = get_logger(__name__)
 
