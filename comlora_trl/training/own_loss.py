@@ -52,11 +52,11 @@ class OwnLosses:
         return model.selector is None or model.k == 1
 
     @contextmanager
-    def in_place_of(self, own: Callable) -> Iterator[None]:
-        """Within the block the trainer's `compute_loss`, where it is not `own`, is called as [`step_loss`] does."""
+    def in_place(self) -> Iterator[None]:
+        """Within the block the trainer's `compute_loss`, which is the user's, is called as [`step_loss`] does."""
         trainer = self.trainer
         users, given = trainer.compute_loss, "compute_loss" in trainer.__dict__
-        if getattr(users, "__func__", None) is own or not self.possible:
+        if not self.possible:
             yield
             return
         trainer.compute_loss = partial(self.step_loss, users)
@@ -86,15 +86,15 @@ class OwnLosses:
 
     def _kept(self) -> Callable[[], None]:
         """Puts back what `super().compute_loss` has counted of a micro-batch, when called."""
-        trainer, tokens = self.trainer, self.trainer._total_train_tokens
-        metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+        trainer, tokens = self.trainer, compat.train_tokens(self.trainer)
+        metrics = {name: list(values) for name, values in compat.train_metrics(trainer).items()}
         restore_step = self.competition.savepoint()
 
         def restore() -> None:
             restore_step()
-            trainer._total_train_tokens = tokens
-            trainer._metrics["train"].clear()
-            trainer._metrics["train"].update(metrics)
+            compat.set_train_tokens(trainer, tokens)
+            compat.train_metrics(trainer).clear()
+            compat.train_metrics(trainer).update(metrics)
 
         return restore
 
@@ -111,12 +111,12 @@ class OwnLosses:
         trainer, competition = self.trainer, self.competition
         plan, inputs = competition.plan, dict(inputs)
         owners, rows_per_line = competition.deal_of(inputs)
-        seen, outputs = trainer._total_train_tokens, []
+        seen, outputs = compat.train_tokens(trainer), []
 
         def loss_of(view: BranchView) -> Tensor:
             items = num_items_in_batch
             if owners is None:
-                trainer._total_train_tokens = seen  # TRL counts the batch for each branch
+                compat.set_train_tokens(trainer, seen)  # TRL counts the batch for each branch
             elif items is not None:
                 items = plan.branch_tokens[view.branch].clamp(min=1)
             given = {"return_outputs": True} if return_outputs and not outputs else {}
