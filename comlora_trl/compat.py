@@ -196,6 +196,12 @@ def has_hooks(module: "nn.Module") -> bool:
     return bool(own) or has_global_hooks()
 
 
+def hooks_of(module: "nn.Module") -> tuple[tuple[dict, dict], tuple[dict, dict]]:
+    """A module's own hooks: those of its forward, after and before it, and those of its backward."""
+    forward = module._forward_hooks, module._forward_pre_hooks
+    return forward, (module._backward_hooks, module._backward_pre_hooks)
+
+
 def has_global_hooks() -> bool:
     """Whether there is a hook for all modules."""
     from torch.nn.modules.module import _has_any_global_hook

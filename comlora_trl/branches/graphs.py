@@ -713,6 +713,7 @@ def _without_autocast_cache() -> Iterator[None]:
 def _hooks(layer: nn.Module) -> Iterator[Mapping[int, Any]]:
     """All hooks that somebody may put on a layer's modules, but for those on the layer's own call."""
     for module in layer.modules():
-        yield from (module._backward_hooks, module._backward_pre_hooks)
+        of_the_call, of_the_backward = compat.hooks_of(module)
+        yield from of_the_backward
         if module is not layer:
-            yield from (module._forward_hooks, module._forward_pre_hooks)
+            yield from of_the_call

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comlora_trl import compat
 from comlora_trl.branches.views import BranchView, BranchViews, branch_losses, tensors_of
@@ -137,27 +137,11 @@ class OwnLosses:
         return (loss, outputs[0]) if return_outputs else loss
 
 
-@contextmanager
-def refusing_lone_gradients(competition: Competition) -> Iterator[None]:
-    """While a training runs, ends a backward pass that would train the active branch alone.
+def refuse_lone_gradients(competition: Competition, output: Any) -> None:
+    """Ends a backward pass from these outputs of an ordinary forward, if it would train the active branch alone.
 
     Such a loss was computed from `trainer.model(...)`, past the model that `compute_loss` is given.
     """
-    model = competition.model
-
-    def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        one_branch = "branch_pass" not in kwargs and "view_pass" not in kwargs
-        if one_branch and torch.is_grad_enabled() and len(competition.state.living) > 1:
-            _refuse_gradients(competition, output)
-
-    hook = model.register_forward_hook(watch, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _refuse_gradients(competition: Competition, output: Any) -> None:
     model, active = competition.model, competition.model.active_adapter
     if active not in model.branch_names or model.is_switched_off:
         return

@@ -54,7 +54,7 @@ from comlora_trl.training.optimizers import (
     forget_state,
     has_evaluation_weights,
 )
-from comlora_trl.training.own_loss import OwnLosses, refusing_lone_gradients
+from comlora_trl.training.own_loss import OwnLosses, refuse_lone_gradients
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
 from comlora_trl.training.trial import try_branches
 from comlora_trl.winner.card import CARD_FILE, card
@@ -151,11 +151,18 @@ class CompetingTrainer:
         for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
             if line is not None:
                 self.accelerator.print(line)
+        watched = model.register_forward_hook(self._watch_forward, with_kwargs=True)
         try:
-            with refusing_lone_gradients(self.competition):
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            watched.remove()
             self.retired_files.wait()
+
+    def _watch_forward(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """While a training runs, no loss may train the active branch alone."""
+        one_branch = "branch_pass" not in kwargs and "view_pass" not in kwargs
+        if one_branch and torch.is_grad_enabled() and len(self.competition.state.living) > 1:
+            refuse_lone_gradients(self.competition, output)
 
     def _reset(self) -> None:
         """Gives branches that an earlier training retired or disqualified new adapters: a new competition begins."""
