@@ -3,8 +3,8 @@
 import pytest
 import torch
 from branches.rerunning import RerunGraphs
-from competing import assert_equal, make_comlora, make_noise, step
 from conftest import collate, make_rows
+from plain_loop import assert_equal, make_comlora, make_noise, step
 from torch import Tensor
 
 from comlora_trl.branches.graphs import LayerGraphs
