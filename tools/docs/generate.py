@@ -22,7 +22,7 @@ import comlora_trl  # noqa: E402
 from comlora_trl.cli.sft import ComLoRAModelConfig, ComLoRAScriptConfig  # noqa: E402
 
 PACKAGE = ROOT / "comlora_trl"
-# Headings of the configuration page, and the fields below each: names without "comlora_", or beginnings that end in "*"
+# Headings of the configuration page, and the fields below each: names without "comlora_", or patterns with a "*"
 GROUPS = {
     "Competition": ("k", "tournament", "rows", "branch_chunk", "learning_rate", "lora_*", "use_peft"),
     "Tournament": ("branch*", "rungs"),
