@@ -1,4 +1,4 @@
-"""Tournament: branches of different learning rates, a field that shrinks, rows that are dealt out.
+"""Tournament: branches of different learning rates, rungs that retire the worse ones, rows that are shared out.
 
     rate_k(t) = rate_k · schedule(t)             one schedule over the whole run, K peak rates
     rungs     = (f_1, n_1), (f_2, n_2), …        at step ⌈f_i·T⌉ the best n_i branches go on, the others are retired
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 ROWS = ("all", "shared")
-# Rows a branch has seen below which its validation figures tell its rate from another's by chance only: with 24 and 96
-# the embedded default's tournament chose wrongly (README.md), with 150 the trial's on 6,000 rows chose rightly
+# With fewer rows than this, a branch's validation figures rank the rates by chance: with 24 and 96 rows the embedded
+# example's tournament chose wrongly (docs/tournament.md), with 150 rows another tournament chose rightly
 FEW_ROWS = 100
 
 
 class Rung(NamedTuple):
-    """A point of training at which the field shrinks.
+    """A point of training at which branches are retired.
 
     Attributes:
         fraction: of the optimizer steps, in (0, 1).
@@ -110,7 +110,7 @@ def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup
 
 
 def default_rungs(k: int) -> str:
-    """Half of the field after a tenth of training, one branch after a quarter."""
+    """Half of the branches go on after a tenth of training, one after a quarter."""
     half = math.ceil(k / 2)
     return "0.1:1" if half == 1 else f"0.1:{half},0.25:1"
 
