@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
 
-# The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
+# lm_eval imports this package at its start, so importing it must not load torch and trl
 _LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.training.trainer"}
 
 

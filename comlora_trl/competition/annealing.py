@@ -1,4 +1,4 @@
-"""η(t), how fast the alignment loss comes in over training (eq. 13–14)."""
+"""Annealing schedules η(t) of the alignment loss (eq. 13–14)."""
 
 import math
 

@@ -15,9 +15,9 @@ EQUATION_SIGNS = ("as_described", "as_printed")
 
 @dataclass(frozen=True)
 class CompetitionSettings:
-    """What of the competition stays the same for a whole run; see [`ComLoRAConfig`] for each value's meaning.
+    """Settings of the competition that are constant during a run; see [`ComLoRAConfig`] for their meaning.
 
-    Range checks live in `ComLoRAConfig.__post_init__`, the place where a user's values arrive.
+    `ComLoRAConfig.__post_init__` checks the ranges.
     """
 
     k: int = 2
@@ -109,7 +109,7 @@ def pairwise_losses(
         [R], zero when no pair is left.
     """
     noisy = mean_nll.detach().T.to(scores.dtype) + settings.noise * noise.to(scores.dtype)  # eq. 6
-    # A non-finite loss belongs to a branch that is out; it must not reach the arithmetic, where 0 * nan is nan
+    # A non-finite loss belongs to a disqualified branch. It must be removed first, because 0 * nan is nan
     noisy = torch.where(alive, noisy, torch.zeros_like(noisy))
     difference = _pairs(scores)
     performance = -settings.sign * _pairs(noisy)  # eq. 7

@@ -86,7 +86,7 @@ def rung_steps(rungs: Sequence[Rung], total: int) -> dict[int, Rung]:
 
 
 def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup: int) -> str | None:
-    """What to try where the first rung comes before the branches have shown much; None where it does not.
+    """A remark if the first rung comes too early to compare the branches; None otherwise.
 
     Args:
         rungs: the rungs by optimizer step.
@@ -124,12 +124,12 @@ def retired_at(rung: Rung, values: Sequence[float | None], highest: bool) -> lis
     """The branches that a rung retires, by index.
 
     Args:
-        values: of each branch, None for one that is out already.
+        values: of each branch; None for a branch that is retired or disqualified.
         highest: whether high values are good (scores, accuracy) or low ones (NLL); ties go to the lower index.
     """
     sign = -1.0 if highest else 1.0
     known = {branch: value for branch, value in enumerate(values) if value is not None}
-    # A value that is not finite is worse than any other
+    # A value that is not finite ranks last
     worth = {branch: sign * value if math.isfinite(value) else math.inf for branch, value in known.items()}
     ranked = sorted(worth, key=lambda branch: (worth[branch], branch))
     return sorted(ranked[rung.survivors :])
@@ -145,7 +145,7 @@ def dealt_to(place: int, step: int, living: Sequence[int]) -> int:
 
 
 def edge_remark(rates: Sequence[float], winner: int) -> str | None:
-    """What to try when the winning rate lies at the edge of the grid; None when it does not."""
+    """A remark if the winning rate is the lowest or highest of the grid; None otherwise."""
     if len(set(rates)) < 2 or rates[winner] not in (min(rates), max(rates)):
         return None
     rate, up = rates[winner], rates[winner] == max(rates)
@@ -160,6 +160,6 @@ def cost(rows: int, living: int, shared: bool) -> int:
 
 
 def rung_record(rung: Rung, step: int, selection: dict[str, Any], retired: Sequence[int]) -> dict[str, Any]:
-    """What is kept of a rung, ready for JSON."""
+    """The record of a rung, ready for JSON."""
     figures = {key: selection[key] for key in ("validation_nll", "validation_accuracy", "scores")}
     return {"step": step, "survivors": rung.survivors, "retired": list(retired), **figures}
