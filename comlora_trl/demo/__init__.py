@@ -17,7 +17,7 @@ def demo_model_path() -> Path:
 
 
 def base_name(base: str) -> str:
-    """`DEMO_BASE` for a path of the embedded base model, in this or in an earlier installation; else the name itself."""
+    """`DEMO_BASE` for a path of the embedded base model, in any installation; else the name itself."""
     return DEMO_BASE if Path(base).parts[-3:] == ("comlora_trl", "demo", "model") else base
 
 

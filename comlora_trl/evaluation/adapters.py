@@ -52,7 +52,7 @@ def adapter_folder(adapter: str) -> Path:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The description of an adapter in a result: sha256, method, base, rank, seed, settings and data of its training."""
+    """Describes an adapter in a result: sha256, method, base, rank, seed, settings and data of its training."""
     adapter = Adapter.read(folder)
     return {
         "sha256": weights_sha256(folder),

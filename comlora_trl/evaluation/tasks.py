@@ -192,7 +192,7 @@ def _keyword_doc(row: Doc, task: str) -> Doc:
 
 
 def _dataset(docs: list[Doc], metadata: dict[str, Any]) -> "DatasetDict":
-    """Documents as lm_eval takes them. A misspelt metadata key is refused, because the default would take its place."""
+    """Documents as lm_eval takes them. A misspelt metadata key is refused; the default would hide it."""
     from datasets import Dataset, DatasetDict
 
     unknown = [key for key in metadata if key.startswith("comlora_") and key not in METADATA_KEYS]

@@ -1,7 +1,7 @@
 """Reads the folder of an adapter: its weights' hash, its training record, the tasks that score it.
 
-`training.json`, which the export of a winner writes ([`comlora_trl.winner.files`]), has most of it; an adapter of another
-origin has only `adapter_config.json`.
+`training.json`, which the export of a winner writes ([`comlora_trl.winner.files`]), has most of it; other adapters
+have only `adapter_config.json`.
 """
 
 import hashlib
