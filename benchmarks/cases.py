@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import BranchPass, ComLoRAModel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -110,7 +109,7 @@ class Bench:
         """K branches without a selector, ready to run."""
         base = base or self.base()
         add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
-        return with_delta(ComLoRAModel(base, self.lora_config(**lora), CompetitionSettings(k=k))).train()
+        return with_delta(ComLoRAModel(base, self.lora_config(**lora), k)).train()
 
     def peft(self, base: LlamaForCausalLM | None = None) -> nn.Module:
         """A single PEFT LoRA."""

@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from comlora_trl.trainers.sft import ComLoRASFTTrainer
     from comlora_trl.training.config import ComLoRAConfig
-    from comlora_trl.training.trainer import ComLoRASFTTrainer
 
 __version__ = "0.1.0"
 __all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
 
 # lm_eval imports this package at its start, so importing it must not load torch and trl
-_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.training.trainer"}
+_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.trainers.sft"}
 
 
 def __getattr__(name: str) -> Any:

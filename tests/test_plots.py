@@ -127,7 +127,7 @@ def test_a_real_tournament(train, tmp_path):
     settings = {"comlora_tournament": True, "max_steps": 12, "logging_steps": 2}
     trainer = train(**settings, trainer={"eval_dataset": None})
     run = plots.read_competition(trainer.args.winner_dir)
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert run.rungs == [(2, 4, 2), (3, 2, 1)] and run.winner == state.leader
     assert {branch: max(run.validation[branch]) for branch in state.retired} == state.retired
     assert list(run.validation[run.winner]) == [2, 3, 12]

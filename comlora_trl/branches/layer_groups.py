@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from comlora_trl import compat
 from comlora_trl.branches import kernels
 from comlora_trl.branches.kernels import BranchWeights
 
@@ -86,7 +87,7 @@ class LayerGroup:
             pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in self.layers]
             if not all(type(linear) is nn.Linear for pair in pairs for linear in pair):
                 return None  # wrapped
-            self._linears[name] = [(a._parameters, b._parameters) for a, b in pairs]
+            self._linears[name] = [(compat.parameters_of(a), compat.parameters_of(b)) for a, b in pairs]
         found = [(a.get("weight"), b.get("weight")) for a, b in self._linears[name]]
         for weights, shapes in zip(found, self.shapes, strict=True):
             for weight, shape in zip(weights, shapes, strict=True):
@@ -177,5 +178,4 @@ def _is_plain_linear(layer: nn.Module) -> bool:
 def _is_watched(layer: nn.Module) -> bool:
     """Whether somebody sees or changes what passes a layer: a hook of any kind, its own or one for all modules, or a
     forward put in the place of its own (accelerate's offloading)."""
-    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(own) or "forward" in layer.__dict__ or bool(nn.modules.module._has_any_global_hook())
+    return compat.has_hooks(layer) or "forward" in layer.__dict__

@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from comlora_trl import compat
 from comlora_trl.branches.layer_groups import LayerGroup, form_groups, stack_weights
 from comlora_trl.branches.passes import Pass
 
@@ -101,7 +102,7 @@ class CompetingBranches:
         module, compiled = self.model, False
         for part in self.first.split("."):
             # Module.compile() leaves no other trace
-            compiled = compiled or is_compiled_module(module) or module._compiled_call_impl is not None
+            compiled = compiled or is_compiled_module(module) or compat.is_compiled_in_place(module)
             module = getattr(module, part)
         return compiled
 

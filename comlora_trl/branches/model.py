@@ -67,16 +67,21 @@ class BranchModel(PeftModelForCausalLM):
     """
 
     def __init__(self, model: PreTrainedModel, peft_config: LoraConfig, k: int, **kwargs: Any) -> None:
+        peft_config = copy.deepcopy(peft_config)
+        # Known from the beginning: PEFT compares this base's vocabulary with the model's when it saves
+        peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or model.name_or_path or None
         super().__init__(model, copy.deepcopy(peft_config), adapter_name=branch_name(0), **kwargs)
         self.k = k
         for name in self.branch_names[1:]:
             self.add_adapter(name, copy.deepcopy(peft_config), **kwargs)
         super().set_adapter(branch_name(0))
-        self.set_requires_grad(self.branch_names, True)
+        if k > 1 or peft_config.inference_mode:
+            self.set_requires_grad(self.branch_names, True)
         base = self.get_base_model()
         adapted, self.competing = make_branch_layers(base, branch_name(0))
         self.adapted_layers = list(adapted.values())
         self._layer_names = [f"base_model.model.{name}" for name in adapted]
+        self._beside_layers = self._trained_beside_layers()
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
         self._modules_in_mode: list[nn.Module] = []
         self.expansion = BranchExpansion(self.competing, list(adapted))
@@ -107,7 +112,26 @@ class BranchModel(PeftModelForCausalLM):
         if name not in self.peft_config:
             return {}
         layers = zip(self._layer_names, self.adapted_layers, strict=True)
-        return {f"{place}.{own}": p for place, layer in layers for own, p in _layer_parameters(layer, name)}
+        found = {f"{place}.{own}": p for place, layer in layers for own, p in _layer_parameters(layer, name)}
+        if self.k == 1:
+            found |= {f"{place}.{own}": module.get_parameter(own) for place, module, own in self._beside_layers}
+        return found
+
+    def _trained_beside_layers(self) -> list[tuple[str, nn.Module, str]]:
+        """What a single branch trains beside its LoRA layers (`modules_to_save`, tokens, biases): each with its module
+        and the names of both."""
+        adapters = {
+            id(p)
+            for layer in self.adapted_layers
+            for name in self.branch_names
+            for _, p in _layer_parameters(layer, name)
+        }
+        return [
+            (place, module, own)
+            for place, module in self.named_modules()
+            for own, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and id(parameter) not in adapters
+        ]
 
     def drop_branch(self, branch: int) -> None:
         """Deletes a branch's adapter and frees its weights; the others keep their names.

@@ -4,11 +4,12 @@ Which branches run, how often the batch is repeated, stacked weights, outputs th
 Outside its forward and its backward the layers are PEFT's own, whoever calls them.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from comlora_trl import compat
 
 if TYPE_CHECKING:
     from comlora_trl.branches.kernels import BranchWeights
@@ -74,23 +75,10 @@ class Pass:
                 "tell apart: call backward() after each forward, or switch gradient checkpointing off."
             )
         self.branches.begin(self)
-        self._backward = running_backward()
-        at_the_end_of_backward(lambda: self.branches.end(self))
+        self._backward = compat.running_backward()
+        compat.at_the_end_of_backward(lambda: self.branches.end(self))
 
     @property
     def is_over(self) -> bool:
         """Whether the backward that the pass became active for has failed, so that its end was never announced."""
-        return self._backward is not None and self._backward != running_backward()
-
-
-# Two seams of PyTorch's autograd engine, which DDP, FSDP and checkpointing use too and which have no public names
-
-
-def running_backward() -> int:
-    """A number for the backward pass that is running in this thread, -1 without one."""
-    return torch._C._current_graph_task_id()
-
-
-def at_the_end_of_backward(function: Callable[[], None]) -> None:
-    """Calls a function when the backward pass that is running has ended without an error."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
+        return self._backward is not None and self._backward != compat.running_backward()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import LoraConfig
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -34,8 +35,8 @@ from comlora_trl.data import load_training_dataset
 from comlora_trl.data.loading import PRESETS
 from comlora_trl.data.prompts import DEFAULT_TEMPLATE, is_built_with
 from comlora_trl.demo import demo_model_path, demo_recipe_path
-from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS
-from comlora_trl.training.starting import adapter_config
+from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS, ProposedTargets
+from comlora_trl.training.initial_adapter import adapter_config
 
 
 @dataclass
@@ -183,6 +184,14 @@ def load_validation(name: str, given: set[str], script_args: Any, training_args:
     return validation
 
 
+def lora_config(given: set[str], model_args: ModelConfig) -> LoraConfig:
+    """The branches' configuration; target modules that nobody asked for give way to others on a model without them."""
+    config = get_peft_config(model_args)
+    if "lora_target_modules" not in given:
+        config.target_modules = ProposedTargets(config.target_modules)
+    return config
+
+
 def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrainer:
     """Builds the trainer from the parsed command line."""
     script_args, training_args, model_args, dataset_args = arguments
@@ -209,7 +218,7 @@ def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrai
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
-        peft_config=None if starts else get_peft_config(model_args),
+        peft_config=None if starts else lora_config(given, model_args),
     )
     trainer.data_name = data_name(script_args, dataset_args)
     return trainer

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from comlora_trl.competition.rungs import Rung
+
 EQUATION_SIGNS = ("as_described", "as_printed")
 
 
@@ -18,6 +20,13 @@ class CompetitionSettings:
     """Settings of the competition that are constant during a run; see [`ComLoRAConfig`] for their meaning.
 
     `ComLoRAConfig.__post_init__` checks the ranges.
+
+    Attributes:
+        independent: whether each branch trains as it would alone, by a loss of its own.
+        winner_by: the criterion of rungs and winner: "selector", "validation_loss" or "validation_accuracy".
+        rates: peak learning rate of each branch; None if all have the same.
+        learning_rate: that one, for messages; None if it is not known.
+        seed: of the noise of eq. 6.
     """
 
     k: int = 2
@@ -30,6 +39,12 @@ class CompetitionSettings:
     pairwise_weight: float = 1.0
     equation_signs: str = "as_described"
     independent: bool = False
+    rows: str = "all"
+    rungs: tuple[Rung, ...] = ()
+    winner_by: str = "selector"
+    rates: tuple[float, ...] | None = None
+    learning_rate: float | None = None
+    seed: int = 0
 
     @property
     def sign(self) -> float:
@@ -67,7 +82,7 @@ def row_weights(
     settings: CompetitionSettings,
     alive: Tensor,
     dtype: torch.dtype = torch.float32,
-    field: int | None = None,
+    remaining: int | None = None,
 ) -> Tensor:
     """w[k, b] = 1/K + η(t)·p[b, k]: eq. 4 and eq. 5 as one weight on every row of every branch.
 
@@ -79,13 +94,13 @@ def row_weights(
         eta: η(t).
         alive: bool [K]; a branch that is out gets weight 0.
         dtype: of the result, the log-probabilities' own.
-        field: the branches that eq. 4 takes the mean over, None for all K. Independent branches have no such mean:
-            each trains as it would alone.
+        remaining: the branches that eq. 4 takes the mean over, None for all K. Independent branches have no such
+            mean: each trains as it would alone.
 
     Returns:
         [K, R]
     """
-    share = settings.lm_weight / (1 if settings.independent else field or settings.k)
+    share = settings.lm_weight / (1 if settings.independent else remaining or settings.k)
     weights = torch.full((settings.k, rows), share, device=alive.device, dtype=dtype)
     if probabilities is not None:
         weights = weights + settings.sign * settings.alignment_weight * eta * probabilities.T.to(dtype)

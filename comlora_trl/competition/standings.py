@@ -56,7 +56,7 @@ class CompetitionState:
         return [branch for branch, lives in enumerate(self.alive) if lives]
 
     @property
-    def field(self) -> int:
+    def remaining(self) -> int:
         """Number of branches that no rung has retired, including branches that diverged."""
         return self.k - len(self.retired)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from comlora_lm_eval_hook import tell
+from comlora_trl import compat
 from comlora_trl.data.errors import DataError
 from comlora_trl.data.files import tasks_folder
 from comlora_trl.evaluation.adapters import hf_arguments, vllm_arguments
@@ -108,7 +109,7 @@ def _check_early(config: type) -> None:
 
 def _stop(error: Exception) -> None:
     """One line on the command line, an exception in a program."""
-    if "lm_eval._cli.run" in sys.modules:
+    if compat.lm_eval_command_runs():
         sys.exit(f"error: {error}")
     raise error
 

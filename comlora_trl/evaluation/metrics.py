@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comlora_trl import compat
 from comlora_trl.data.files import file_state
 
 if TYPE_CHECKING:
@@ -182,11 +183,11 @@ def _bertscore(predictions: list[str], references: list[list[str]]) -> tuple[flo
         return 0.0, 0.0, 0.0
     scorer = _bert_scorer()
     scorer.device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer._model.to(scorer.device)
+    compat.scorer_model(scorer).to(scorer.device)
     try:
         scores = scorer.score([prediction for prediction, _ in pairs], [group for _, group in pairs])
     finally:
-        scorer._model.to("cpu")
+        compat.scorer_model(scorer).to("cpu")
     precision, recall, f1 = (100 * s.double().sum().item() / len(predictions) for s in scores)
     return precision, recall, f1
 
@@ -253,9 +254,9 @@ def _load_bert_scorer(name: str, layers: int, files: tuple = ()) -> "BERTScorer"
 
 def _limit_length(scorer: "BERTScorer", positions: int | None) -> None:
     """Gives a tokenizer that names no maximum the model's own; bert-score would pass on 1e30, and crash."""
-    if positions and scorer._tokenizer.model_max_length > positions:
+    if positions and compat.scorer_tokenizer(scorer).model_max_length > positions:
         # RoBERTa's positions start at padding_idx + 1 = 2
-        scorer._tokenizer.model_max_length = positions - 2
+        compat.scorer_tokenizer(scorer).model_max_length = positions - 2
 
 
 def _not_installed(error: ImportError) -> str:

@@ -23,8 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.data import build_prompt
 from comlora_trl.demo import demo_model_path
-from comlora_trl.training.model import BranchPass
-from comlora_trl.training.validation import validate
+from comlora_trl.training.evaluation import validate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 EVALUATED = 2000  # rows of all branches at a time in validation and test
@@ -81,8 +80,8 @@ class Watch(TrainerCallback):
 
 def validation_figures(trainer: ComLoRASFTTrainer) -> dict[str, list[float | None]]:
     """NLL (nats) and accuracy of every living branch, both means over the supervised tokens."""
-    alive = trainer.comlora_model.competition_state.alive
-    tally = validate(trainer.model_wrapped, trainer.comlora_model, [trainer.eval_dataset], trainer)
+    alive = trainer.competition.state.alive
+    tally = validate(trainer.model_wrapped, trainer.competition, [trainer.eval_dataset], trainer)
     result = tally.result(alive, "validation_loss", trainer.state.global_step)
     return {"nll": result["validation_nll"], "accuracy": result["validation_accuracy"]}
 
@@ -132,11 +131,11 @@ def test_accuracy(trainer: ComLoRASFTTrainer, data: Data) -> list[dict[str, floa
     those before it: one forward tells.
     """
     model, size = trainer.comlora_model.eval(), trainer.args.per_device_eval_batch_size
-    hits: list[dict[str, list[float]]] = [defaultdict(list) for _ in range(model.settings.k)]
+    hits: list[dict[str, list[float]]] = [defaultdict(list) for _ in range(model.k)]
     for begin in range(0, len(data.test), size):
         examples = [data.test[place] for place in range(begin, min(begin + size, len(data.test)))]
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
-        output = model(branch_pass=BranchPass(), fused_lm_head=True, use_cache=False, **inputs)
+        output = model(branch_pass=trainer.competition.branch_pass(), fused_lm_head=True, use_cache=False, **inputs)
         right = (output.correct[:, : len(examples)] == output.tokens[: len(examples)]).float().tolist()
         for branch, values in enumerate(right):
             for task, value in zip(data.tasks[begin:], values, strict=False):
@@ -146,7 +145,7 @@ def test_accuracy(trainer: ComLoRASFTTrainer, data: Data) -> list[dict[str, floa
 
 def score(trainer: ComLoRASFTTrainer, data: Data) -> dict[str, Any]:
     """The winner's index and the figures of every living branch."""
-    winner, alive = trainer.determine_winner(), trainer.comlora_model.competition_state.alive
+    winner, alive = trainer.determine_winner(), trainer.competition.state.alive
     figures, tests = validation_figures(trainer), test_accuracy(trainer, data)
     branches = {
         str(branch): {

@@ -24,7 +24,7 @@ from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.branches.model import BranchModel, branch_name
 from comlora_trl.branches.rows import Rows
 from comlora_trl.training.adapters import check_model, default_targets
-from comlora_trl.training.trying import try_branches
+from comlora_trl.training.trial import try_branches
 
 K = 2
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from competing import assert_equal, make_comlora, make_noise, step
 from conftest import collate, make_lora, make_model, make_rows
 from peft.tuners.lora import LoraLayer
+from plain_loop import assert_equal, make_comlora, make_noise, step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,5 +239,5 @@ def test_decoder_layers_compile_whole_and_once(fresh_compiler, dropout, checkpoi
 
 def test_the_default_recipe_is_what_these_tests_run():
     """q, k, v run as one also with the targets of `scripts/sft.py`."""
-    model = ComLoRAModel(make_model(), make_lora(), CompetitionSettings(k=K))
+    model = ComLoRAModel(make_model(), make_lora(), K)
     assert groups(model) == [{"q_proj", "k_proj", "v_proj"}, {"up_proj"}, {"down_proj"}] * 2

@@ -11,7 +11,7 @@ from torch import Tensor
 from comlora_trl.branches.expansion import expand
 from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import step_noise
-from comlora_trl.training.step_plan import StepPlan
+from comlora_trl.training.step import StepPlan
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 
@@ -105,12 +105,12 @@ def test_a_row_has_the_same_noise_however_the_step_is_cut(packed, cut):
         batches.append(collate(rows[start : start + size], packed))
         start += size
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    plan = StepPlan.of(batches, accelerator)
+    plan = StepPlan.of(batches, torch.device("cpu"), accelerator)
     parts = [plan.next(5, 7, k, torch.device("cpu")) for _ in batches]
     assert torch.equal(torch.cat([noise for noise, _ in parts]), whole)
     assert {int(count) for _, count in parts} == {sum(row.supervised > 0 for row in rows)}
     assert int(plan.tokens) == int(plan.own_tokens) == sum(row.supervised for row in rows)
-    assert StepPlan.of([], accelerator) is None
+    assert StepPlan.of([], torch.device("cpu"), accelerator) is None
 
 
 def test_noise_of_several_processes_is_that_of_one():
@@ -123,7 +123,7 @@ def test_noise_of_several_processes_is_that_of_one():
         accelerator = SimpleNamespace(
             device=torch.device("cpu"), num_processes=2, process_index=rank, gather=lambda _: counts
         )
-        plan = StepPlan.of(batches[rank], accelerator)
+        plan = StepPlan.of(batches[rank], torch.device("cpu"), accelerator)
         for part in parts:
             noise, supervised = plan.next(5, 7, k, torch.device("cpu"))
             assert torch.equal(noise, step_noise(5, 7, len(rows), k)[part])

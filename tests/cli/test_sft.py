@@ -97,7 +97,7 @@ def test_what_is_not_installed(sft, folder, monkeypatch):
     def missing(*args, **kwargs):
         raise ImportError("the package is not installed")
 
-    monkeypatch.setattr("comlora_trl.training.starting.create_model_from_path", missing)
+    monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", missing)
     with pytest.raises(SystemExit, match="error: the package is not installed"):
         sft("--dataset_name", folder / "my.json")
 

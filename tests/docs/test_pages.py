@@ -40,9 +40,17 @@ def anchors(text: str) -> set[str]:
 def test_every_field_of_every_config_is_on_the_configuration_page():
     documented = set(re.findall(r"^\| `(\w+)` \|", TEXTS["docs/configuration.md"], re.MULTILINE))
     documented = {name for name in documented if name.islower()}  # the others are environment variables
-    configs = [*generate.configs(), generate.ComLoRAScriptConfig, generate.ComLoRAModelConfig]
-    own = {field.name for config in configs for field in generate.own_fields(config)}
+    own = {field.name for config in generate.documented_configs() for field in generate.own_fields(config)}
+    competition = {field.name for config in generate.configs() for field in fields(config)}
+    assert {name for name in competition if name.startswith("comlora_")} <= own
     assert "comlora_k" in own and own == documented
+
+
+def test_every_environment_variable_is_on_the_configuration_page():
+    files = [*(ROOT / "comlora_trl").rglob("*.py"), ROOT / "comlora_lm_eval_hook.pth"]
+    read = {name for file in files for name in re.findall(r"""["'](COMLORA_[A-Z_]+)["']""", file.read_text())}
+    assert "COMLORA_DATA_DIR" in read
+    assert not {name for name in read if f"`{name}`" not in TEXTS["docs/configuration.md"]}
 
 
 @pytest.mark.parametrize("name", generate.PARTS)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PromptTuningConfig
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.training.preparation import check_parallelism
+from comlora_trl.training.arguments import check_parallelism
 
 
 @pytest.mark.parametrize(

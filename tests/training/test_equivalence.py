@@ -4,8 +4,19 @@ import re
 
 import pytest
 import torch
-from competing import DEFAULT_SELECTOR, TOLERANCE, assert_equal, make_comlora, make_noise, step, trainable
 from conftest import collate, make_dataset, make_lora, make_model, make_rows
+from plain_loop import (
+    AT,
+    DEFAULT_SELECTOR,
+    STEP,
+    STEPS,
+    TOLERANCE,
+    assert_equal,
+    make_comlora,
+    make_noise,
+    step,
+    trainable,
+)
 from reference import Equations, ReferenceRun, Row, eta
 from torch import Tensor
 from transformers import TrainerCallback
@@ -75,7 +86,7 @@ def test_losses_and_gradients_are_the_equations(name, float64):
     model = make_comlora(settings, selector, lora, **overrides)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    noise, at = make_noise(rows, settings.k), eta(settings.annealing, 3, 10)
+    noise, at = make_noise(rows, settings.k), eta(settings.annealing, STEP, STEPS)
 
     run = ReferenceRun(make_model(**overrides).double(), make_lora(**lora), settings.k, trainable(model))
     equations = Equations(settings.k, settings.top_n, at, settings.noise, printed=settings.sign < 0)
@@ -92,7 +103,7 @@ def test_losses_and_gradients_are_the_equations(name, float64):
 
     for packed in (False, True):
         for chunk in (None, 1, 2):
-            loss, gradients, output = step(model, collate(rows, packed), noise, at, chunk)
+            loss, gradients, output = step(model, collate(rows, packed), noise, settings, chunk)
             assert loss.item() == pytest.approx(reference.total.item(), abs=TOLERANCE)
             torch.testing.assert_close(output.nll, values(reference.nll), rtol=0, atol=TOLERANCE)
             assert output.tokens.tolist() == [row.supervised for row in rows]
@@ -103,10 +114,10 @@ def test_losses_and_gradients_are_the_equations(name, float64):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_more_padding_changes_nothing(packed, float64):
-    model, rows = make_comlora(CompetitionSettings(k=3, top_n=2)), make_rows()
-    noise = make_noise(rows, 3)
-    loss, gradients, _ = step(model, collate(rows, packed), noise)
-    wide_loss, wide_gradients, _ = step(model, collate(rows, packed, multiple=50), noise)
+    settings, rows = CompetitionSettings(k=3, top_n=2), make_rows()
+    model, noise = make_comlora(settings), make_noise(rows, 3)
+    loss, gradients, _ = step(model, collate(rows, packed), noise, settings)
+    wide_loss, wide_gradients, _ = step(model, collate(rows, packed, multiple=50), noise, settings)
     assert collate(rows, packed, multiple=50)["input_ids"].size(1) == 50
     assert wide_loss.item() == pytest.approx(loss.item(), abs=TOLERANCE)
     assert_equal(wide_gradients, gradients)
@@ -117,7 +128,7 @@ def test_with_trls_own_head():
     settings, rows = CompetitionSettings(k=3), make_rows()
     model, noise = make_comlora(settings), make_noise(rows, 3)
     run = ReferenceRun(make_model().double(), make_lora(), 3, trainable(model))
-    reference = run.losses(rows, noise, Equations(3, eta=0.6))
+    reference = run.losses(rows, noise, Equations(3, eta=AT))
     loss, gradients, _ = step(model, collate(rows), noise)
     assert loss.item() == pytest.approx(reference.total.item(), abs=2e-6)
     assert_equal(gradients, run.gradients(reference.total), tolerance=5e-7)
@@ -127,10 +138,9 @@ def test_with_trls_own_head():
 def test_disqualified_branch_is_out_of_the_equations(chunk, float64):
     model, rows = make_comlora(CompetitionSettings(k=3)), make_rows()
     noise = make_noise(rows, 3)
-    model.competition_state.disqualified = {1: 5}
     run = ReferenceRun(make_model().double(), make_lora(), 3, trainable(model))
-    reference = run.losses(rows, noise, Equations(3, eta=0.6, alive={0, 2}))
-    loss, gradients, output = step(model, collate(rows), noise, chunk=chunk)
+    reference = run.losses(rows, noise, Equations(3, eta=AT, alive={0, 2}))
+    loss, gradients, output = step(model, collate(rows), noise, chunk=chunk, disqualified={1: 5})
     assert loss.item() == pytest.approx(reference.total.item(), abs=TOLERANCE)
     assert_equal(gradients, run.gradients(reference.total))
     assert all(value.abs().max() == 0 for name, value in gradients.items() if ".branch_1." in name)
@@ -147,7 +157,7 @@ def test_non_finite_branch_leaves_the_others_exactly(value, chunk, packed, float
     noise = make_noise(make_rows(), 3)
     run = ReferenceRun(make_model().double(), make_lora(), 3, trainable(model))
     # The selector reads embeddings alone, so p is unmoved; eq. 7's pairs are those of the branches that are finite
-    pairs_of_two = run.losses(make_rows(), noise, Equations(3, eta=0.6), racing={0, 2})
+    pairs_of_two = run.losses(make_rows(), noise, Equations(3, eta=AT), racing={0, 2})
     selector = run.gradients(pairs_of_two.total)
     _, calm, _ = step(model, inputs, noise, chunk=chunk)
     next(p for name, p in trainable(model).items() if "lora_B.branch_1" in name).data.fill_(value)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from comlora_trl.competition import CompetitionSettings
 from comlora_trl.competition.selector import SelectorSettings
 from comlora_trl.training.adapters import default_lora_config
 from comlora_trl.training.model import ComLoRAModel
@@ -30,7 +29,7 @@ def make_llama_3_8b(k: int, r: int, selector: SelectorSettings | None = None) ->
         )
         lora = default_lora_config(base)
         lora.r = r
-        return ComLoRAModel(base, lora, CompetitionSettings(k=k), selector)
+        return ComLoRAModel(base, lora, k, selector)
 
 
 def share(line: str, name: str) -> str:

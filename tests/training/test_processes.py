@@ -42,7 +42,7 @@ for name in names.split(","):
     )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.accelerator.is_main_process:
-        state = trainer.comlora_model.competition_state
+        state = trainer.competition.state
         torch.save({"parameters": parameters(trainer), "state": vars(state)}, folder + "/result.pt")
 """
 ENVIRONMENT = {

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.branches.model import BranchModel
-from comlora_trl.training.loss import CompetitionLoss
+from comlora_trl.training.trainer import CompetingTrainer
 
 
 def test_one_branch_without_selector_is_trl_lora(tmp_path):
@@ -52,8 +52,8 @@ def test_lookups_made_once_train_as_the_trainers_own_do(train, monkeypatch):
     options = {"comlora_k": 2, "max_grad_norm": 0.0}  # ours clips branch by branch, see test_gradients.py
     quick = train(**options)
     assert "_clip_grad_norm" in vars(Trainer), "transformers has moved the seam: gradients are clipped elsewhere"
-    monkeypatch.delattr(CompetitionLoss, "_clip_grad_norm")
-    monkeypatch.delattr(CompetitionLoss, "floating_point_ops")
+    monkeypatch.delattr(CompetingTrainer, "_clip_grad_norm")
+    monkeypatch.delattr(CompetingTrainer, "floating_point_ops")
     for name in ("train", "zero_grad"):
         monkeypatch.delattr(BranchModel, name)
     slow = train(**options)
@@ -80,14 +80,14 @@ def test_gradient_accumulation_changes_nothing(train, batch, accumulation):
     whole = train(comlora_k=3)
     cut = train(comlora_k=3, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     assert difference(parameters(whole), parameters(cut)) < 1e-9
-    assert whole.comlora_model.competition_state.wins == cut.comlora_model.competition_state.wins
+    assert whole.competition.state.wins == cut.competition.state.wins
 
 
 def test_padding_free_equals_padded(train):
     padded = train(comlora_k=2)
     packed = train(comlora_k=2, padding_free=True, max_length=None)
     assert difference(parameters(padded), parameters(packed)) < 1e-9
-    results = [run.comlora_model.competition_state.selection for run in (padded, packed)]
+    results = [run.competition.state.selection for run in (padded, packed)]
     assert results[0]["scores"] == pytest.approx(results[1]["scores"], abs=1e-6)
     assert results[0]["examples"] == results[1]["examples"] == 13
 
@@ -126,7 +126,7 @@ def test_conversational_assistant_only_and_streamed_data(train):
         "{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     data = {"train_dataset": IterableDataset.from_generator(rows), "eval_dataset": None, "processing_class": tokenizer}
-    from comlora_trl.training.trainer import ComLoRASFTTrainer as Trainer
+    from comlora_trl.trainers.sft import ComLoRASFTTrainer as Trainer
 
     base = train(start=False)
     config = ComLoRAConfig(
@@ -134,7 +134,7 @@ def test_conversational_assistant_only_and_streamed_data(train):
     )
     trainer = Trainer(make_model(), config, peft_config=make_lora(), **data)
     trainer.train()
-    assert trainer.comlora_model.competition_state.selection["examples"] == 7
+    assert trainer.competition.state.selection["examples"] == 7
 
 
 def test_logs_table_and_competition_file(train, capsys):
@@ -149,7 +149,7 @@ def test_logs_table_and_competition_file(train, capsys):
     evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert {"eval_comlora/loss_0", "eval_comlora/score_1", "eval_comlora/winner"} <= evaluation.keys()
     summary = json.loads((Path(trainer.args.winner_dir) / "competition.json").read_text())
-    assert summary["winner"] == trainer.comlora_model.competition_state.selection["winner"]
+    assert summary["winner"] == trainer.competition.state.selection["winner"]
     assert sum(branch["share_of_wins"] for branch in summary["branches"]) == pytest.approx(1)
     assert len([entry for entry in summary["history"] if "comlora/eta" in entry]) == 8
     printed = capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_described_signs_lower_the_preferred_branch_and_printed_signs_raise_it(t
     printed = train(
         max_steps=12, comlora_annealing="constant", comlora_pairwise_weight=0.0, comlora_equation_signs="as_printed"
     )
-    results = [run.comlora_model.competition_state.selection for run in (described, printed)]
+    results = [run.competition.state.selection for run in (described, printed)]
     assert results[0]["winner"] == results[1]["winner"]  # without the pairwise loss the selector stays as it began
     winner = results[0]["winner"]
     untrained = described.state.log_history[0][f"comlora/loss_{winner}"]

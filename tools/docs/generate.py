@@ -104,27 +104,44 @@ def field_table(fields: list[dataclasses.Field], hints: dict[str, object]) -> li
     return lines
 
 
+def shared_bases() -> list[type]:
+    """Dataclasses of this package that public configurations inherit and that are not public themselves."""
+    found = [base for config in configs() for base in config.__mro__[1:] if dataclasses.is_dataclass(base)]
+    return [
+        base for base in dict.fromkeys(found) if base.__module__.startswith("comlora_trl") and base not in configs()
+    ]
+
+
+def documented_configs() -> list[type]:
+    """Every configuration that has a section of its own."""
+    return [*shared_bases(), *configs(), ComLoRAScriptConfig, ComLoRAModelConfig]
+
+
+def section(config: type, about: str) -> list[str]:
+    """The heading of a configuration, a sentence, and its fields by topic."""
+    hints, left = typing.get_type_hints(config), list(own_fields(config))
+    lines = ["", f"## {config.__name__}", "", about, ""]
+    for title, patterns in GROUPS.items():
+        chosen = [field for field in left if belongs(field.name, patterns)]
+        left = [field for field in left if field not in chosen]
+        if chosen:
+            heading = [f"**{title}**", ""] if len(list(own_fields(config))) > 3 else []
+            lines += [*heading, *field_table(chosen, hints), ""]
+    return lines
+
+
 def configuration() -> str:
-    """Every field of every public configuration, by topic."""
+    """Every field of every configuration, by topic."""
     lines: list[str] = []
+    for base in shared_bases():
+        users = ", ".join(f"`{config.__name__}`" for config in configs() if base in config.__mro__)
+        lines += section(base, f"The competition's own fields. {users} has them.")
     for config in configs():
-        hints, left = typing.get_type_hints(config), list(own_fields(config))
-        lines += ["", f"## {config.__name__}", ""]
-        bases = [base.__name__ for base in config.__bases__ if dataclasses.is_dataclass(base)]
-        if bases:
-            lines += [f"All fields of `{'`, `'.join(bases)}`, and these:", ""]
-        for title, patterns in GROUPS.items():
-            chosen = [field for field in left if belongs(field.name, patterns)]
-            left = [field for field in left if field not in chosen]
-            if chosen:
-                heading = [f"### {title}", ""] if len(configs()) == 1 else [f"**{title}**", ""]
-                lines += [*heading, *field_table(chosen, hints), ""]
-    for config, about in (
-        (ComLoRAScriptConfig, "The command's folders lie in the working directory:"),
-        (ComLoRAModelConfig, "Of TRL's `ModelConfig`, the command changes these defaults:"),
-    ):
-        lines += ["", f"## {config.__name__}", "", f"`comlora-sft` only. {about}", ""]
-        lines += field_table(list(own_fields(config)), typing.get_type_hints(config))
+        bases = " and of ".join(f"`{base.__name__}`" for base in config.__bases__ if dataclasses.is_dataclass(base))
+        changed = any(own_fields(config))
+        lines += section(config, f"All fields of {bases}{', and with these defaults:' if changed else '.'}")
+    lines += section(ComLoRAScriptConfig, "`comlora-sft` only. Its folders lie in the working directory:")
+    lines += section(ComLoRAModelConfig, "`comlora-sft` only. It changes these defaults of TRL's `ModelConfig`:")
     return "\n".join(lines).strip() + "\n"
 
 

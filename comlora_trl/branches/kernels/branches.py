@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional
 
+from comlora_trl import compat
 from comlora_trl.branches.kernels.selection import products
 
 
@@ -189,4 +190,4 @@ def _as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _may_overwrite(output: Tensor) -> bool:
-    return output.is_contiguous() and output._base is None and not (output.is_leaf and output.requires_grad)
+    return output.is_contiguous() and not compat.is_view(output) and not (output.is_leaf and output.requires_grad)

@@ -9,35 +9,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor import DTensor
 
+from comlora_trl import compat
 from comlora_trl.training.sharding.pieces import gradient_piece, put_gradient_piece
 
 
-def norms(
-    groups: Sequence[Sequence[nn.Parameter]], device: torch.device, accelerator: Accelerator | None = None
-) -> Tensor:
-    """Norms of the gradients of groups of parameters, [n], 0 for a group without.
+def norms(groups: Sequence[Sequence[nn.Parameter]], device: torch.device, accelerator: Accelerator) -> Tensor:
+    """Norms of the gradients, in pieces, of groups of parameters, [n], 0 for a group without; called by all processes.
 
-    Where gradients lie in pieces every process has to call it, with the accelerator. With DeepSpeed they are at hand
-    between backward and step alone (see [`around_step`]).
+    With DeepSpeed gradients are at hand between backward and step alone (see [`around_step`]).
     """
     pieces = [[piece for parameter in group if (piece := gradient_piece(parameter)) is not None] for group in groups]
     found = torch.stack([_norm(own, device) for own in pieces])
-    if accelerator is None or not _in_pieces(groups, accelerator):
-        return found
     return (accelerator.reduce(found.square(), reduction="sum") / _replicas(groups, accelerator)).sqrt()
 
 
-def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scales a group's gradients to a norm of at most `max_norm`, in place, as `torch.nn.utils.clip_grad_norm_` does.
-
-    Args:
-        norm: of all gradients of the group.
-    """
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiplies a group's gradients by a factor, in place; each process those that it holds."""
     kept = [(parameter, piece) for parameter in parameters if (piece := gradient_piece(parameter)) is not None]
     if kept:
-        # A factor of 1 changes nothing and needs no answer from the device
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([piece for _, piece in kept], factor.to(kept[0][1].device))
+        compat.foreach_mul_([piece for _, piece in kept], factor.to(kept[0][1].device))
         for parameter, piece in kept:
             put_gradient_piece(parameter, piece)
 
@@ -75,10 +65,13 @@ def take_over_clipping(engine: Any) -> float:
     return engine.gradient_clipping()
 
 
-def _in_pieces(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator) -> bool:
+def has_sharded_gradients(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the gradients only, or DeepSpeed holds them."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return False
     if accelerator.distributed_type == DistributedType.FSDP:
         return True
-    return any(hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping") for group in groups for p in group)
+    return any(compat.trained_by_zero3(p) or compat.zero_mapping(p)[0] for group in groups for p in group)
 
 
 def _replicas(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator) -> float:
@@ -90,7 +83,7 @@ def _replicas(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator
         for placement, size in placements:
             shards *= size if placement.is_shard() else 1
     elif accelerator.distributed_type == DistributedType.FSDP:
-        wrapped = accelerator._models[-1]
+        wrapped = compat.newest_model(accelerator)
         whole = wrapped.sharding_strategy == ShardingStrategy.NO_SHARD
         shards = 1 if whole else wrapped.process_group.size()
     return accelerator.num_processes / shards

@@ -143,7 +143,7 @@ def hurt(trainer: ComLoRASFTTrainer) -> None:
 def outcome(trainer: ComLoRASFTTrainer) -> dict[str, Any]:
     """What a run has logged and decided."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "state": json.loads(json.dumps(vars(trainer.comlora_model.competition_state)))}
+    return {"losses": losses, "state": json.loads(json.dumps(vars(trainer.competition.state)))}
 
 
 def prepare(folder: Path) -> None:

@@ -13,7 +13,6 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import BranchPass, ComLoRAModel
 
 pytest.importorskip("bitsandbytes")
@@ -116,7 +115,7 @@ def test_bfloat16s_error_is_pefts(base):
         return {name.replace("branch_0", "default"): p.grad.double() for name, p in trained.items()}
 
     exact, theirs = (get_peft_model(model(kind), make_lora()) for kind in ("nf4", "nf4_bf16"))
-    mine = ComLoRAModel(model("nf4_bf16"), make_lora(), CompetitionSettings(k=1))
+    mine = ComLoRAModel(model("nf4_bf16"), make_lora(), 1)
     errors = [0.0, 0.0]
     for seed in range(10):
         expected = gradients(exact, seed, torch.float32)

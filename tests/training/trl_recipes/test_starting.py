@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.training.starting import START_NOISE
+from comlora_trl.training.initial_adapter import START_NOISE
 from recipes import make_chat_tokenizer
 
 IDS = torch.arange(3, 21).view(2, 9)
@@ -99,7 +99,7 @@ def test_branches_of_another_trainer(tmp_path):
     first = start(make_model(), tmp_path, make_lora(), comlora_k=3)
     first.train()
     model = first.model
-    model.competition_state.disqualified = {1: 2}
+    model.zero_branch(1)  # as a branch that diverges is left
     with pytest.raises(ValueError, match="has competing branches already, with comlora_k 3, but 2 is asked for"):
         start(model, tmp_path / "b", comlora_k=2)
     with pytest.raises(ValueError, match="with the selector SelectorSettings.*, but None is asked for"):
@@ -107,11 +107,13 @@ def test_branches_of_another_trainer(tmp_path):
     with pytest.raises(ValueError, match="asks for r=8, but the adapter to start from has 4"):
         start(model, tmp_path / "b", make_lora(r=8), comlora_k=3)
     second = start(model, tmp_path / "b", make_lora(), comlora_k=3, comlora_noise=0.5)
-    assert second.comlora_model.settings.noise == 0.5
-    state = second.comlora_model.competition_state
-    assert (sum(state.wins), state.disqualified, state.selection) == (0, {1: 2}, None)
-    second.train()  # a new competition, in which the branch that was out begins again
-    state = second.comlora_model.competition_state
+    assert second.competition.settings.noise == 0.5
+    state = second.competition.state
+    assert (sum(state.wins), state.disqualified, state.selection) == (0, {}, None)
+    # A new competition, in which the branch that was out begins again
+    assert all(bool(p.any()) for n, p in model.named_parameters() if "lora_A.branch_1" in n)
+    second.train()
+    state = second.competition.state
     assert sum(state.wins) == 3 and not state.disqualified
 
 

@@ -1,17 +1,20 @@
-"""A small model with competing branches, and a step of it as the trainer makes one."""
+"""A competition of a small model, one step of which is driven in a plain loop, without a Trainer."""
 
 import torch
 from conftest import make_lora, make_model
-from reference import Row
+from reference import Row, eta
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
-from comlora_trl.competition import CompetitionSettings, mean_nll, pairwise_loss
+from comlora_trl.competition import CompetitionSettings
 from comlora_trl.competition.selector import SelectorSettings
-from comlora_trl.training.model import BranchPass, ComLoRAModel, CompetitionOutput
+from comlora_trl.training.competition import Competition
+from comlora_trl.training.model import ComLoRAModel, CompetitionOutput
 
 TOLERANCE = 1e-9
 DEFAULT_SELECTOR = SelectorSettings()
+STEP, STEPS = 3, 10
+AT = eta("exponential", STEP, STEPS)
 
 
 def make_comlora(
@@ -24,7 +27,7 @@ def make_comlora(
     base = make_model(**overrides).double()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     torch.manual_seed(2)
-    model = ComLoRAModel(base, make_lora(**lora or {}), settings, selector).double()
+    model = ComLoRAModel(base, make_lora(**lora or {}), settings.k, selector).double()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (".branch_" in name or "bias" in name):
             parameter.data += 0.2 * torch.randn_like(parameter)
@@ -36,20 +39,24 @@ def trainable(model: ComLoRAModel) -> dict[str, Tensor]:
 
 
 def step(
-    model: ComLoRAModel, inputs: dict, noise: Tensor, at: float = 0.6, chunk: int | None = None
+    model: ComLoRAModel,
+    inputs: dict,
+    noise: Tensor,
+    settings: CompetitionSettings | None = None,
+    chunk: int | None = None,
+    disqualified: dict[int, int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], CompetitionOutput]:
-    """Loss and gradients of one optimizer step, put together as the trainer does."""
+    """Loss, gradients and output of one micro-batch that is a whole optimizer step, after 3 of 10 steps."""
+    competition = Competition(model, settings or CompetitionSettings(k=model.k), chunk=chunk)
+    competition.begin(STEPS, STEP)
+    competition.state.disqualified = disqualified or {}
     model.zero_grad()
-    inputs = {name: value for name, value in inputs.items()}
-    output = model(branch_pass=BranchPass(eta=at, chunk=chunk), fused_lm_head=True, use_cache=False, **inputs)
-    loss = -output.log_probs.sum() / output.tokens.sum().clamp(min=1)
-    if output.scores is not None:
-        supervised, settings = output.tokens > 0, model.settings
-        racing = model.alive(torch.device("cpu")) & output.nll.isfinite().all(dim=1)
-        mean = mean_nll(output.nll, output.tokens)
-        noise = torch.cat([noise, noise.new_zeros(len(mean.T) - len(noise), settings.k)])  # rows of mere padding
-        pairs = pairwise_loss(output.scores, mean, noise, supervised, supervised.sum(), settings, racing)
-        loss = loss + settings.pairwise_weight * pairs
+    inputs = dict(inputs)
+    plan = competition.plan_step([inputs])
+    plan.noise = torch.cat([noise, noise.new_zeros(plan.rows - len(noise), model.k)])  # rows of mere padding
+    rows = competition.rows_of(inputs)
+    output = model(branch_pass=rows, fused_lm_head=True, use_cache=False, **inputs)
+    loss = competition.combine(-output.log_probs.sum() / plan.tokens.clamp(min=1), output)
     loss.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trainable(model).items()}
     return loss.detach(), gradients, output

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from comlora_trl import compat
 from comlora_trl.competition import ValidationTally
-from comlora_trl.training.model import BranchPass, ComLoRAModel
-from comlora_trl.training.step_plan import ROWS_PER_LINE
+from comlora_trl.training.competition import Competition
+from comlora_trl.training.step import ROWS_PER_LINE
 
 
 def own_batches(
@@ -57,7 +58,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def validate(
     model: torch.nn.Module,
-    branches: ComLoRAModel,
+    competition: Competition,
     datasets: Iterable[Dataset | IterableDataset],
     trainer: Any,
 ) -> ValidationTally:
@@ -65,12 +66,11 @@ def validate(
 
     Args:
         model: the model as the accelerator wrapped it.
-        branches: the same model, unwrapped.
+        competition: its living branches are measured.
         trainer: the trainer whose collator, batch size, devices and precision are used.
     """
     accelerator: Accelerator = trainer.accelerator
-    tally = ValidationTally.empty(branches.settings.k, accelerator.device)
-    chunk = trainer.args.comlora_branch_chunk
+    tally, rows = ValidationTally.empty(competition.settings.k, accelerator.device), competition.branch_pass()
     with evaluation_mode(model):
         for dataset in datasets:
             loader = trainer.get_eval_dataloader(dataset)  # its columns and its collator, not its batches
@@ -79,11 +79,22 @@ def validate(
             batches = own_batches(readable, size, accelerator.process_index, accelerator.num_processes)
             hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
             for examples, count in tqdm(batches, desc="selection", leave=False, disable=hidden):
-                inputs = trainer._prepare_inputs(loader.collate_fn(examples))
+                inputs = compat.prepare_inputs(trainer, loader.collate_fn(examples))
                 inputs.pop(ROWS_PER_LINE, None)
                 with trainer.compute_loss_context_manager():
-                    output = model(branch_pass=BranchPass(chunk=chunk), fused_lm_head=True, use_cache=False, **inputs)
+                    output = model(branch_pass=rows, fused_lm_head=True, use_cache=False, **inputs)
                 if count:
                     tally.add(output.nll, output.correct, output.tokens, output.scores, count)
     tally.sums = accelerator.reduce(tally.sums, reduction="sum")
     return tally
+
+
+def selection_metrics(selection: dict[str, Any], prefix: str) -> dict[str, float]:
+    """A selection's figures as log entries `PREFIX_comlora/...`."""
+    metrics = {}
+    columns = {"loss": "validation_nll", "accuracy": "validation_accuracy", "score": "scores"}
+    for entry, column in columns.items():
+        for branch, value in enumerate(selection[column] or []):
+            if value is not None:
+                metrics[f"{prefix}_comlora/{entry}_{branch}"] = value
+    return metrics | {f"{prefix}_comlora/winner": selection["winner"]}

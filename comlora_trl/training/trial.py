@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from comlora_trl.branches.expansion import SEPARATELY
 from comlora_trl.branches.trial import first_line, settle_expansion
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.step_plan import ROWS_PER_LINE
+from comlora_trl.training.step import ROWS_PER_LINE
 
 logger = get_logger(__name__)
 
