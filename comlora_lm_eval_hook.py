@@ -60,7 +60,7 @@ def apply(name, module):
         load_package()
         from comlora_trl.evaluation.hook import apply as change
 
-        change(name, module)
+        change(name, module, tell)
     except Exception as error:
         tell(error)
 

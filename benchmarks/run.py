@@ -28,8 +28,8 @@ from tournament import tournaments
 from trainers import alternate_trainers, make_trainer
 
 from comlora_trl.branches import layer_groups
-from comlora_trl.branches.expansion import INPUTS
 from comlora_trl.branches.kernels import selected_kernels
+from comlora_trl.branches.passes import INPUTS
 
 
 def against_frozen(bench: Bench, results: Results) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comlora_trl.branches import layer_groups
 from comlora_trl.branches.kernels import BranchWeights
-from comlora_trl.branches.kernels.stacking import Masters
+from comlora_trl.branches.kernels.branches import Masters
 
 
 def stacked_parameters(bench: Bench, results: Results) -> None:

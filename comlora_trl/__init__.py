@@ -3,12 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from comlora_trl.version import __version__
+
 if TYPE_CHECKING:
     from comlora_trl.trainers.sft import ComLoRASFTTrainer
     from comlora_trl.training.config import ComLoRAConfig
 
-__version__ = "0.1.0"
-__all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
+__all__ = ["ComLoRAConfig", "ComLoRASFTTrainer", "__version__"]
 
 # lm_eval imports this package at its start, so importing it must not load torch and trl
 _LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.trainers.sft"}

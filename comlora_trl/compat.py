@@ -42,6 +42,12 @@ SEAMS = (
     Seam("torch", "torch._C._current_graph_task_id", "tells one running backward pass from another", "2.8"),
     Seam(
         "torch",
+        "torch._C._will_engine_execute_node",
+        "tells backward() from autograd.grad",
+        "2.8",
+    ),
+    Seam(
+        "torch",
         "torch.autograd.Variable._execution_engine",
         "its queue_callback runs a function at the end of a backward pass, as DDP and FSDP use it",
         "2.8",
@@ -53,12 +59,10 @@ SEAMS = (
     Seam("torch", "torch.nn.Module._backward_pre_hooks", "a watched layer's frozen output must stay as it is", "2.8"),
     Seam("torch", "torch.nn.modules.module._has_any_global_hook", "hooks for all modules watch a layer too", "2.8"),
     Seam("torch", "torch.nn.Module._parameters", "weights past __getattr__: a pass asks for thousands", "2.8"),
-    Seam(
-        "torch", "torch.nn.Module._buffers", "the names of all tensors of a state dict, without gathering any", "2.8"
-    ),
+    Seam("torch", "torch.nn.Module._buffers", "names of a state dict's tensors, without gathering any", "2.8"),
     Seam("torch", "torch.nn.Module._non_persistent_buffers_set", "buffers that a state dict leaves out", "2.8"),
     Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
-    Seam("torch", "torch.nn.parameter.Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
+    Seam("torch", "Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
     # ---- accelerate ----
     Seam("accelerate", "accelerate.Accelerator._models", "FSDP1's wrapped model, for its sharding strategy", "1.12"),
@@ -94,10 +98,19 @@ SEAMS = (
         "a model that transformers itself loaded with an adapter is refused in one line",
         "5.10",
     ),
+    Seam(
+        "transformers",
+        "transformers.PreTrainedModel._loss_function",
+        "the loss that a user has set on a model, which is put back after a pass of several branches",
+        "5.10",
+    ),
     # ---- trl ----
     Seam("trl", "trl.SFTTrainer._tag_names", "the tags of the model card", "1.16"),
     Seam("trl", "trl.SFTTrainer._name", "the method's name in the model card", "1.16"),
+    Seam("trl", "trl.SFTTrainer._metrics", "figures of a loss that is computed again are put back", "1.16"),
+    Seam("trl", "trl.SFTTrainer._total_train_tokens", "TRL counts a batch again for each branch", "1.16"),
     # ---- peft ----
+    Seam("peft", "peft.PeftModel._adapters_disabled", "no public name tells that a model is switched off", "0.19"),
     Seam(
         "peft",
         "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter",
@@ -145,6 +158,16 @@ def at_the_end_of_backward(function: Callable[[], None]) -> None:
     import torch
 
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def accumulates(parameter: "Tensor") -> bool:
+    """Whether the backward pass that is running in this thread will add to a parameter's gradient."""
+    import torch
+
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # autograd.grad with respect to it, which leaves `grad` alone
+        return False
 
 
 def is_compiled_in_place(module: "nn.Module") -> bool:
@@ -206,6 +229,24 @@ def prepare_inputs(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 def has_adapter_of_transformers(model: Any) -> bool:
     """Whether transformers itself, and not PEFT, has loaded an adapter into a model."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def own_loss_function(model: Any) -> Any:
+    """The loss function that was set on a model, None for its type's own."""
+    return model.__dict__.get("_loss_function")
+
+
+def reset_loss_function(model: Any) -> None:
+    """Gives a model its type's own loss function back."""
+    model.__dict__.pop("_loss_function", None)
+
+
+# ---- peft ----
+
+
+def adapters_disabled(model: Any) -> bool:
+    """Whether a `PeftModel` is within `disable_adapter()`."""
+    return model._adapters_disabled
 
 
 # ---- deepspeed ----

@@ -3,10 +3,11 @@
 `losses` has eq. 4–9, `annealing` eq. 13–14, `selector` eq. 1–3, `standings` the tallies and the winner (eq. 11–12).
 """
 
-from comlora_trl.competition.annealing import ANNEALING_SCHEDULES, annealing
 from comlora_trl.competition.losses import (
+    ANNEALING_SCHEDULES,
     EQUATION_SIGNS,
     CompetitionSettings,
+    annealing,
     mean_nll,
     pairwise_loss,
     pairwise_losses,

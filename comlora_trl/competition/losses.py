@@ -1,16 +1,44 @@
-"""The losses of ComLoRA as pure tensor functions: selection probabilities, row weights, the pairwise loss (eq. 4–9).
+"""The losses of ComLoRA as pure functions: annealing, selection probabilities, row weights, pairwise loss.
+
+Eq. 4-9 and 13-14.
 
 Nothing here knows a model, a Trainer or PEFT. Shapes use K (branches) and R (rows: sequences, or the segments of a
 packed sequence). Equation numbers are those of *ComLoRA: A Competitive Learning Approach for Enhancing LoRA*
 (ICLR 2025).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from comlora_trl.competition.rungs import Rung
+
+ANNEALING_SCHEDULES = ("constant", "cosine", "exponential", "linear")
+
+
+def annealing(progress: float, schedule: str = "exponential", rate: float = 5.0) -> float:
+    """η(t), the weight of the alignment loss (eq. 13–14).
+
+    Args:
+        progress: t/T, optimizer steps done over all optimizer steps, in [0, 1].
+        schedule: one of `ANNEALING_SCHEDULES`.
+        rate: γ of the exponential schedule.
+
+    Raises:
+        ValueError: if `schedule` is unknown.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1.0 - math.cos(math.pi * progress))
+    if schedule == "exponential":
+        return 1.0 - math.exp(-rate * progress)
+    if schedule == "linear":
+        return progress
+    raise ValueError(f"unknown annealing schedule {schedule!r}: choose one of {', '.join(ANNEALING_SCHEDULES)}.")
+
 
 EQUATION_SIGNS = ("as_described", "as_printed")
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from comlora_lm_eval_hook import tell
 from comlora_trl import compat
 from comlora_trl.data.errors import DataError
 from comlora_trl.data.files import tasks_folder
@@ -21,8 +20,11 @@ from comlora_trl.evaluation.adapters import hf_arguments, vllm_arguments
 OLDEST = (0, 4, 13)
 
 
-def apply(name: str, module: Any) -> None:
+def apply(name: str, module: Any, tell: Callable[[Exception], None]) -> None:
     """Changes one of lm_eval's modules, which has just been imported. A second time does nothing.
+
+    Args:
+        tell: says in a line that lm_eval goes on without us, and why.
 
     Raises:
         RuntimeError: lm_eval is too old to be changed.
@@ -31,13 +33,13 @@ def apply(name: str, module: Any) -> None:
         return
     _check_version()
     if name == "lm_eval.tasks.manager":
-        _add_tasks(module)
+        _add_tasks(module, tell)
     elif name == "lm_eval.config.evaluate_config":
-        _check_early(module.EvaluatorConfig)
+        _check_early(module.EvaluatorConfig, tell)
     elif name == "lm_eval.models.huggingface":
-        _fill_base(module.HFLM, "peft", hf_arguments)
+        _fill_base(module.HFLM, "peft", hf_arguments, tell)
     elif name == "lm_eval.models.vllm_causallms":
-        _fill_base(module.VLLM, "lora_local_path", vllm_arguments)
+        _fill_base(module.VLLM, "lora_local_path", vllm_arguments, tell)
     module._comlora_hook = True
 
 
@@ -49,7 +51,7 @@ def _check_version() -> None:
         raise RuntimeError(f'lm_eval {version} is older than {oldest}; pip install "lm-eval[hf]>={oldest}"')
 
 
-def _add_tasks(module: Any) -> None:
+def _add_tasks(module: Any, tell: Callable[[Exception], None]) -> None:
     init = module.TaskManager.__init__
     signature = inspect.signature(init)
 
@@ -85,7 +87,7 @@ def _with_our_tasks(module: Any, include_path: Any, include_defaults: bool) -> l
     return [ours, *named]
 
 
-def _check_early(config: type) -> None:
+def _check_early(config: type, tell: Callable[[Exception], None]) -> None:
     """Has our tasks' data checked before the model is loaded, which can take minutes."""
     process_tasks = config.process_tasks
 
@@ -114,7 +116,9 @@ def _stop(error: Exception) -> None:
     raise error
 
 
-def _fill_base(model: type, argument: str, arguments_of: Callable[..., dict[str, Any]]) -> None:
+def _fill_base(
+    model: type, argument: str, arguments_of: Callable[..., dict[str, Any]], tell: Callable[[Exception], None]
+) -> None:
     init = model.__init__
 
     @functools.wraps(init)

@@ -10,14 +10,16 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from comlora_trl.branches.views import BranchView
 from comlora_trl.training.arguments import check_trainer_arguments, use_plain_checkpointing, warn_of_newer_trl
 from comlora_trl.training.attach import Attachment
+from comlora_trl.training.competition import ROWS_PER_LINE
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.data_checks import check_columns, check_prepared
 from comlora_trl.training.export import check_target, check_writable
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import CompetitionOutput
-from comlora_trl.training.step import ROWS_PER_LINE
+from comlora_trl.training.own_loss import UndecidedView
 from comlora_trl.training.trainer import CompetingTrainer
 
 
@@ -90,6 +92,7 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
             super().__init__(
                 args=args,
                 data_collator=data_collator,
+                compute_loss_func=compute_loss_func,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 compute_metrics=compute_metrics,
@@ -107,9 +110,11 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
         """TRL's loss over the weighted rows of all branches, L_LM + L_align, plus the pairwise loss.
 
         In evaluation mode it is TRL's own, of the leader. Called outside a training step it takes the batch for a
-        whole optimizer step, and no figure of the run changes.
+        whole optimizer step, and no figure of the run changes. Called with a branch's view it is TRL's, of the branch.
         """
-        if not self.model.training:
+        if type(model) is UndecidedView:
+            model = model.views.wrapped
+        if not self.model.training or isinstance(model, BranchView):
             inputs.pop(ROWS_PER_LINE, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._in_step:
@@ -117,7 +122,17 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
                 return self._branches_loss(model, inputs, return_outputs, tokens)
         return self._branches_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    _competing_loss = compute_loss
+
+    @property
+    def _loss_is_per_branch(self) -> bool:
+        """Whether TRL's loss is no sum over rows and branches, but one of each branch's own outputs."""
+        smoothed = self.args.loss_type == "nll" and self.label_smoother is not None
+        return self.compute_loss_func is not None or self.args.loss_type == "dft" or smoothed
+
     def _branches_loss(self, model: Any, inputs: dict, return_outputs: bool, tokens: Any) -> Any:
+        if self._loss_is_per_branch:
+            return self.own_losses.per_view(super().compute_loss, model, inputs, return_outputs, tokens)
         rows = self.competition.rows_of(inputs)
         outputs: list[CompetitionOutput] = []
 

@@ -58,7 +58,11 @@ def complete_lora_config(config: PeftConfig | None, model: PreTrainedModel) -> P
         lacks = "is a model that PEFT proposes no target modules for"
     else:
         known = not isinstance(proposed, ProposedTargets) or _linear_layers(model).keys() >= proposed
-        lacks = f"does not have all of {', '.join(sorted(proposed))}" if not known else ""
+        lacks = (
+            f"does not have all of {', '.join(name for name in DEFAULT_TARGETS if name in proposed)}"
+            if not known
+            else ""
+        )
     if known:
         return config
     targets = default_targets(model)

@@ -16,15 +16,23 @@ logger = get_logger(__name__)
 
 
 def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, optimizer: Any) -> None:
-    """Refuses options of TRL whose loss can't be a row-weighted sum of log-probabilities.
+    """Refuses options of TRL that the selector, or rates of the branches' own, can't go with.
 
     Raises:
         ValueError: naming the option, the reason and the fix.
     """
+    losses = {
+        "loss_type='dft'": args.loss_type == "dft",
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+        "compute_loss_func": compute_loss_func is not None,
+    }
+    for option, given in losses.items():
+        if given and args.comlora_selector and args.comlora_k > 1:
+            raise ValueError(
+                f"{option} does not work with the selector of K={args.comlora_k} branches, which weighs each row's "
+                "negative log-likelihood (eq. 5-9): leave it out, or set comlora_selector=False."
+            )
     refused = {
-        "loss_type='dft'": (args.loss_type == "dft", "its token weights depend on the branch's own probabilities"),
-        "label_smoothing_factor": (args.label_smoothing_factor > 0, "it needs the full logits of every branch"),
-        "compute_loss_func": (compute_loss_func is not None, "it needs the full logits of every branch"),
         "optimizers": (
             optimizer is not None
             and (args.comlora_selector_learning_rate is not None or args.comlora_branch_learning_rates is not None),

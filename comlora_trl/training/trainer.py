@@ -34,7 +34,7 @@ from comlora_trl.training import sharding
 from comlora_trl.training.arguments import check_parallelism
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
-from comlora_trl.training.competition import Competition
+from comlora_trl.training.competition import Competition, LineCollator
 from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.evaluation import selection_metrics, validate
 from comlora_trl.training.export import (
@@ -46,6 +46,7 @@ from comlora_trl.training.export import (
     save_branch,
     write_snapshots,
 )
+from comlora_trl.training.graphing import padding_line, settle_graphs
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.optimizers import (
     BranchRates,
@@ -54,8 +55,8 @@ from comlora_trl.training.optimizers import (
     forget_state,
     has_evaluation_weights,
 )
+from comlora_trl.training.own_loss import OwnLosses, refusing_lone_gradients
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
-from comlora_trl.training.step import LineCollator
 from comlora_trl.training.trial import try_branches
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import settings_of, training_record, write_training_record, write_winner_files
@@ -73,6 +74,7 @@ class CompetingTrainer:
     Attributes:
         competition: the competition; its `state` is what checkpoints store.
         rates: the learning rates of the branches, as the optimizer has them.
+        own_losses: computes a loss of each branch on its view, where the loss is no sum over rows.
         retired_files: writes the retired branches' folders.
         data_name: what is trained on, a preset's name, a hub id or a path, for the winner's record and card; a data
             set does not know. Set it before [`train`].
@@ -81,6 +83,7 @@ class CompetingTrainer:
     args: CompetitionConfig
     competition: Competition
     rates: BranchRates
+    own_losses: OwnLosses
     data_name: str | None = None
     _in_step = False
     _own_evaluation = False
@@ -98,6 +101,7 @@ class CompetingTrainer:
         try_branches(model, self.data_collator, self.accelerator, packed, router_loss)
         if args.comlora_rows == "shared" and packed:
             self.data_collator = LineCollator(self.data_collator)
+        self._without_graphs = settle_graphs(model, args, self.accelerator)
         # The loss is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
         self.competition = Competition(
@@ -109,6 +113,7 @@ class CompetingTrainer:
             router_loss=router_loss,
         )
         self.rates = BranchRates(model, args)
+        self.own_losses = OwnLosses(self, self.competition)
         self.retired_files = Background()
         self._exported: set[Path] = set()
         self._decided = self._unlogged = False
@@ -144,8 +149,12 @@ class CompetingTrainer:
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
+        for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
+            if line is not None:
+                self.accelerator.print(line)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with refusing_lone_gradients(self.competition):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.retired_files.wait()
 
@@ -217,7 +226,8 @@ class CompetingTrainer:
             sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
         self._in_step = True
         try:
-            loss = super().training_step(*args, **kwargs)
+            with self.own_losses.in_place_of(type(self)._competing_loss):
+                loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
             self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open

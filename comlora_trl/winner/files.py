@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from comlora_trl import __version__
 from comlora_trl.data.files import tasks_folder
 from comlora_trl.data.prompts import check_template
 from comlora_trl.demo import DEMO_BASE, base_name, resolve_base
+from comlora_trl.version import __version__
 from comlora_trl.winner.card import write_card
 from comlora_trl.winner.folder import TOKENIZER_FILES, TRAINING_FILE, Adapter, demo_base_sha256, read_json, tasks_for
 

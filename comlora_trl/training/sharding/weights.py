@@ -89,7 +89,7 @@ def _gathered(
     units = {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
     if isinstance(root, FSDP) or units:
         for prefix, unit in (units | ({"": root} if isinstance(root, FSDP) else {})).items():
-            if _wanted(unit.module, names, prefix):
+            if _may_hold(unit, names, prefix):
                 with FSDP.summon_full_params(unit, recurse=False, writeback=change):
                     yield _wanted(unit.module, names, prefix)
         return
@@ -99,6 +99,14 @@ def _gathered(
         if not change:
             named = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in named.items()}
         yield named
+
+
+def _may_hold(unit: FSDP, names: Collection[str] | None, prefix: str) -> bool:
+    """Whether an FSDP1 unit is to be gathered; one that keeps a flat parameter alone shows no names until then."""
+    place = plain_name(f"{prefix}.") if prefix else ""
+    if names is not None and any("_flat_param" in name for name, _ in unit.module.named_parameters()):
+        return any(name.startswith(place) for name in names)
+    return bool(_wanted(unit.module, names, prefix))
 
 
 def _wanted(module: nn.Module, names: Collection[str] | None, prefix: str = "") -> dict[str, nn.Parameter]:
