@@ -24,7 +24,8 @@ from comlora_trl.cli.sft import ComLoRAModelConfig, ComLoRAScriptConfig  # noqa:
 PACKAGE = ROOT / "comlora_trl"
 # Headings of the configuration page, and the fields below each: names without "comlora_", or patterns with a "*"
 GROUPS = {
-    "Competition": ("k", "tournament", "rows", "branch_chunk", "learning_rate", "lora_*", "use_peft"),
+    "Competition": ("k", "tournament", "rows", "learning_rate", "lora_*", "use_peft"),
+    "Speed and memory": ("branch_chunk", "graphs"),
     "Tournament": ("branch*", "rungs"),
     "Losses of the paper": ("*_weight", "top_n", "annealing*", "noise", "equation_signs"),
     "Selector": ("selector*",),
