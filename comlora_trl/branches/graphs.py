@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.fx.experimental import _config as _symbolic
 
+from comlora_trl import compat
 from comlora_trl.branches.kernels import BranchWeights
 from comlora_trl.branches.layers import ActivePass, CompetingBranches
 from comlora_trl.branches.static_weights import LayerWeights, StaticWeights
@@ -180,7 +180,7 @@ class LayerGraphs:
         if any("forward" in layer.__dict__ for layer in self.layers):
             self.turn_off("a decoder layer has been given another forward")
             return
-        if any(self._hooks) or nn.modules.module._has_any_global_hook():
+        if any(self._hooks) or compat.has_global_hooks():
             self.turn_off("a hook watches what passes the decoder layers")
             return
         if not all(layer.training for layer in self.layers):
@@ -638,7 +638,7 @@ class _Layer:
                 else:
                     group.weights, group.flat = None, (a, b)
             try:
-                with _not_checkpointed(self.module), _without_autocast_cache(), _symbols_apart():
+                with _not_checkpointed(self.module), _without_autocast_cache(), compat.distinct_symbols():
                     output = (way or _run_layer)(self.module, args, kwargs)
             finally:
                 for group in self.groups:
@@ -700,17 +700,6 @@ def _not_checkpointed(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _symbols_apart() -> Iterator[None]:
-    """Inside, a compiler takes sizes that happen to be equal (32 rows, 4 branches of rank 8) for different ones."""
-    before = _symbolic.use_duck_shape
-    _symbolic.use_duck_shape = False
-    try:
-        yield
-    finally:
-        _symbolic.use_duck_shape = before
-
-
-@contextmanager
 def _without_autocast_cache() -> Iterator[None]:
     """Inside, autocast casts weights anew each time: a cast that it kept would lie outside the graph."""
     before = torch.is_autocast_cache_enabled()
@@ -724,6 +713,7 @@ def _without_autocast_cache() -> Iterator[None]:
 def _hooks(layer: nn.Module) -> Iterator[Mapping[int, Any]]:
     """All hooks that somebody may put on a layer's modules, but for those on the layer's own call."""
     for module in layer.modules():
-        yield from (module._backward_hooks, module._backward_pre_hooks)
+        of_the_call, of_the_backward = compat.hooks_of(module)
+        yield from of_the_backward
         if module is not layer:
-            yield from (module._forward_hooks, module._forward_pre_hooks)
+            yield from of_the_call

@@ -390,7 +390,7 @@ class BranchLayer:
                 f"{type(self).__name__} got {x.size(0)} rows for {len(names)} branches, which can't all have the same "
                 "number: run the branches one after the other (comlora_branch_chunk=1)."
             )
-        if self.merged_adapters or self._disable_adapters:
+        if self.merged_adapters or self.disable_adapters:
             raise SwitchedOffError(self._why_off())
         if self.group is None or args or kwargs:
             return self.forward_one_by_one(x, names, *args, **kwargs)
@@ -405,7 +405,7 @@ class BranchLayer:
         found = self._trained_before_inference or self._trained()
         super().set_adapter(adapter_names, inference_mode)
         self._trained_before_inference = found if inference_mode else None
-        off = inference_mode or self._disable_adapters
+        off = inference_mode or self.disable_adapters
         self._let_train(dict.fromkeys(found, False) if off else found)
 
     def enable_adapters(self, enabled: bool) -> None:

@@ -154,11 +154,6 @@ def edge_remark(rates: Sequence[float], winner: int) -> str | None:
     return f"the best rate may lie {'above' if up else 'below'} {rate:g}: try rates around it, {tries}"
 
 
-def cost(rows: int, living: int, shared: bool) -> int:
-    """Row passes of one optimizer step: one row through one branch, forward and backward."""
-    return rows if shared else rows * living
-
-
 def rung_record(rung: Rung, step: int, selection: dict[str, Any], retired: Sequence[int]) -> dict[str, Any]:
     """The record of a rung, ready for JSON."""
     figures = {key: selection[key] for key in ("validation_nll", "validation_accuracy", "scores")}

@@ -263,8 +263,8 @@ def _check_head(model: ComLoRAModel) -> None:
         )
     if isinstance(head, BaseTunerLayer):
         raise ValueError(
-            f"target_modules adapts the LM head of {kind}, whose weight TRL's loss reads past the adapter, so that it "
-            "would never train: remove it from target_modules."
+            f"an adapter on the LM head of {kind} would never train, for TRL's loss reads the head's weight past it. "
+            "Remove `'lm_head'` from your `target_modules`."
         )
 
 

@@ -27,7 +27,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ from comlora_trl.competition import (
     pairwise_loss,
     step_noise,
 )
-from comlora_trl.competition.rungs import Rung, cost, dealt_to, retired_at, rung_record, rung_steps
+from comlora_trl.competition.rungs import Rung, dealt_to, retired_at, rung_record, rung_steps
 from comlora_trl.training import sharding
 from comlora_trl.training.model import BranchPass, ComLoRAModel, CompetitionOutput
 
@@ -345,7 +345,7 @@ class Competition:
             self._sums.add_gradients(finite)
         vector, self._sums = self._sums.vector, StepSums(k, self.device)
         figures = StepFigures(k, (vector if self.processes == 1 else self._reduced(vector)).tolist())
-        planned = cost(self.plan.row_count, len(state.living), self.plan.owners is not None)
+        planned = self.plan.row_passes(len(state.living))
         passes, self._passes = self._passes, None
         # A loss of the user's may run the model twice, or not at all
         state.row_passes += planned if passes is None else round(planned * passes / len(self.plan.places))
@@ -367,7 +367,7 @@ class Competition:
         if best is not None:
             state.wins[best] += 1
         if max_norm > 0:
-            clip_gradients(groups, norms, max_norm)
+            clip_gradients(groups, norms, max_norm, self.accelerator)
         self.grad_norm = norms[:-1].norm()
         self.step = step
         return self.grad_norm
@@ -558,10 +558,9 @@ class StepPlan:
             first += count
         return len(self.lines) / (len(living) * having_lines.clamp(min=1))
 
-    @property
-    def row_count(self) -> int:
-        """Rows of the step as the cost counts them: a packed line of shared rows counts once."""
-        return sum(self.lines)
+    def row_passes(self, living: int) -> int:
+        """The step's cost: rows through one branch, forward and backward; a packed line of shared rows counts once."""
+        return sum(self.lines) * (1 if self.owners is not None else living)
 
     def next(self, seed: int, step: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The noise ε [R, K] of the next micro-batch's rows, and the step's number of rows with supervised tokens."""
@@ -752,7 +751,7 @@ def gradient_norms(
 
     Every process has to call it. The norms of all gradients are one launch, however many parameters there are.
     """
-    if accelerator is not None and sharding.has_sharded_gradients(groups, accelerator):
+    if _may_be_sharded(accelerator) and sharding.has_sharded_gradients(groups, accelerator):
         return sharding.norms(groups, device, accelerator)
     gradients = [_gradients(group) for group in groups]
     flat = [gradient for own in gradients for gradient in own]
@@ -763,7 +762,9 @@ def gradient_norms(
     return torch.stack([own.norm() for own in norms.split([len(own) for own in gradients])])
 
 
-def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], norms: Tensor, max_norm: float) -> None:
+def clip_gradients(
+    groups: Sequence[Sequence[nn.Parameter]], norms: Tensor, max_norm: float, accelerator: Accelerator | None = None
+) -> None:
     """Scales each group's gradients to a norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
 
     Args:
@@ -772,10 +773,15 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], norms: Tensor, max_
     # A factor of 1 changes nothing and needs no answer from the device
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for group, factor in zip(groups, factors, strict=True):
-        if sharding.is_sharded(group[:1]):
+        if _may_be_sharded(accelerator) and sharding.is_sharded(group[:1]):
             sharding.scale_gradients(group, factor)
         elif gradients := _gradients(group):
             compat.foreach_mul_(gradients, factor.to(gradients[0].device))
+
+
+def _may_be_sharded(accelerator: Accelerator | None) -> bool:
+    kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return accelerator is not None and accelerator.distributed_type in kinds
 
 
 def _gradients(group: Sequence[nn.Parameter]) -> list[Tensor]:

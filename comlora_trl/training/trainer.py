@@ -29,7 +29,6 @@ from trl.trainer.utils import get_config_model_id
 from comlora_trl.branches import kernels
 from comlora_trl.branches.model import branch_name
 from comlora_trl.competition import ValidationTally
-from comlora_trl.competition.rungs import cost
 from comlora_trl.training import sharding
 from comlora_trl.training.arguments import check_parallelism
 from comlora_trl.training.attach import Attachment
@@ -55,7 +54,7 @@ from comlora_trl.training.optimizers import (
     forget_state,
     has_evaluation_weights,
 )
-from comlora_trl.training.own_loss import OwnLosses, refusing_lone_gradients
+from comlora_trl.training.own_loss import OwnLosses, refuse_lone_gradients
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
 from comlora_trl.training.trial import try_branches
 from comlora_trl.winner.card import CARD_FILE, card
@@ -152,11 +151,18 @@ class CompetingTrainer:
         for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
             if line is not None:
                 self.accelerator.print(line)
+        watched = model.register_forward_hook(self._watch_forward, with_kwargs=True)
         try:
-            with refusing_lone_gradients(self.competition):
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            watched.remove()
             self.retired_files.wait()
+
+    def _watch_forward(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """While a training runs, no loss may train the active branch alone."""
+        one_branch = "branch_pass" not in kwargs and "view_pass" not in kwargs
+        if one_branch and torch.is_grad_enabled() and len(self.competition.state.living) > 1:
+            refuse_lone_gradients(self.competition, output)
 
     def _reset(self) -> None:
         """Gives branches that an earlier training retired or disqualified new adapters: a new competition begins."""
@@ -226,7 +232,8 @@ class CompetingTrainer:
             sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
         self._in_step = True
         try:
-            with self.own_losses.in_place_of(type(self)._competing_loss):
+            own = getattr(self.compute_loss, "__func__", None) is type(self)._competing_loss
+            with nullcontext() if own else self.own_losses.in_place():
                 loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
@@ -266,7 +273,7 @@ class CompetingTrainer:
         if self._flos_per_token is None:
             self._flos_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
         shared = plan is not None and plan.owners is not None
-        return int(self._flos_per_token * cost(tokens, len(self.competition.state.living), shared))
+        return int(self._flos_per_token * tokens * (1 if shared else len(self.competition.state.living)))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
@@ -636,7 +643,8 @@ class CompetitionCallback(TrainerCallback):
             self.trainer.end_step()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.rates.note()
+        if self.trainer.competition.state.rates is not None:
+            self.trainer.rates.note()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         known = self.trainer.competition.state.selection
