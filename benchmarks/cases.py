@@ -133,7 +133,7 @@ class Bench:
         labels[:, : -self.shape.supervised] = -100
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
-    def floor_step(self, model: nn.Module, rows: int) -> Callable[[], None]:
+    def frozen_step(self, model: nn.Module, rows: int) -> Callable[[], None]:
         """Forward and backward of the frozen model on `rows` rows, with gradients to the embeddings."""
         batch = self.batch(rows)
         ids = batch.pop("input_ids")

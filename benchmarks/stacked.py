@@ -33,13 +33,13 @@ def stacked_parameters(bench: Bench, results: Results) -> None:
             with stacking(_written):
                 own()
 
-        arms = {"floor": bench.floor_step(frozen, 4 * rows), "K=4": own}
+        arms = {"frozen model": bench.frozen_step(frozen, 4 * rows), "K=4": own}
         arms |= {"K=4, stacked parameters": stacked, "K=4, gradients written": written}
         found = results.figures[f"stacked parameters, {rows} rows"] = bench.alternate(arms)
         detail = "; ".join(f"{arm} {one['ms']:.1f} ms" for arm, one in found.items())
         for arm in ("stacked parameters", "gradients written"):
-            ratio = found[f"K=4, {arm}"]["ms"] / found["floor"]["ms"]
-            results.row(f"K=4 / floor, {rows} rows, {arm} (at best)", ratio, None, detail)
+            ratio = found[f"K=4, {arm}"]["ms"] / found["frozen model"]["ms"]
+            results.row(f"K=4 / frozen model, {rows} rows, {arm} (at best)", ratio, None, detail)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ComLoRAConfig", "ComLoRASFTTrainer", "__version__"]
 
-# The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
+# lm_eval imports this package at its start, so importing it must not load torch and trl
 _LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.trainers.sft"}
 
 

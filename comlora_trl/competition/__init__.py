@@ -1,4 +1,4 @@
-"""Who gets which weight, who is left, who wins: pure functions and small state that know no model.
+"""Weights, rungs and the winner of a competition: pure functions and small state, without a model.
 
 `losses` has eq. 4–9, `annealing` eq. 13–14, `selector` eq. 1–3, `standings` the tallies and the winner (eq. 11–12).
 """

@@ -45,14 +45,14 @@ EQUATION_SIGNS = ("as_described", "as_printed")
 
 @dataclass(frozen=True)
 class CompetitionSettings:
-    """What of the competition stays the same for a whole run; see [`ComLoRAConfig`] for each value's meaning.
+    """Settings of the competition that are constant during a run; see [`ComLoRAConfig`] for their meaning.
 
-    Range checks live in `ComLoRAConfig.__post_init__`, the place where a user's values arrive.
+    `ComLoRAConfig.__post_init__` checks the ranges.
 
     Attributes:
         independent: whether each branch trains as it would alone, by a loss of its own.
         winner_by: the criterion of rungs and winner: "selector", "validation_loss" or "validation_accuracy".
-        rates: peak learning rate of each branch, None where all have the same.
+        rates: peak learning rate of each branch; None if all have the same.
         learning_rate: that one, for messages; None if it is not known.
         seed: of the noise of eq. 6.
     """
@@ -152,7 +152,7 @@ def pairwise_losses(
         [R], zero when no pair is left.
     """
     noisy = mean_nll.detach().T.to(scores.dtype) + settings.noise * noise.to(scores.dtype)  # eq. 6
-    # A non-finite loss belongs to a branch that is out; it must not reach the arithmetic, where 0 * nan is nan
+    # A non-finite loss belongs to a disqualified branch. It must be removed first, because 0 * nan is nan
     noisy = torch.where(alive, noisy, torch.zeros_like(noisy))
     difference = _pairs(scores)
     performance = -settings.sign * _pairs(noisy)  # eq. 7

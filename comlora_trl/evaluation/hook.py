@@ -1,8 +1,8 @@
-"""What changes in lm_eval: it finds our tasks, takes an adapter without its base, and checks our data early.
+"""The changes to lm_eval: it finds this package's tasks, accepts an adapter without its base, checks data early.
 
 `comlora_lm_eval_hook` (imported at Python's start by a .pth file) calls [`apply`] when lm_eval imports one of the
-modules concerned. Nothing the user wrote is overridden, and what fails here is done without: lm_eval then runs as if
-we were not there. What a user has to mend (data, an adapter's base) is said in one line, before a model is loaded.
+modules concerned. Arguments of the user always win. If a change fails, lm_eval runs as if this
+package were not there. Errors of the input (data, an adapter's base) end in one line, before a model is loaded.
 """
 
 import functools
@@ -67,7 +67,7 @@ def _add_tasks(module: Any, tell: Callable[[Exception], None]) -> None:
             init(*given.args, **given.kwargs)
             self.include_path = include_path
         except Exception as error:
-            # without us; an error of the user's own comes again, and is theirs
+            # lm_eval continues unchanged; an error of the user's own code appears again there
             init(self, *args, **kwargs)
             tell(error)
 
@@ -102,7 +102,7 @@ def _check_early(config: type, tell: Callable[[Exception], None]) -> None:
                 check_tasks(manager, names, predict_only=self.predict_only, num_fewshot=self.num_fewshot)
         except DataError as error:
             _stop(error)
-        except Exception as error:  # lm_eval meets it itself when it loads the tasks, unless it was only ours
+        except Exception as error:  # lm_eval raises it itself when it loads the tasks, unless only this check failed
             tell(error)
         return manager
 

@@ -158,7 +158,7 @@ class CompetitionConfig:
     comlora_rungs: str | None = field(
         default=None,
         metadata={
-            "help": "Points of training at which the field shrinks, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
+            "help": "Points of training at which branches are retired, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
             "best 2 go on after a tenth of the steps, the best one after a quarter. None: all go on to the end."
         },
     )
