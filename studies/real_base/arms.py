@@ -40,7 +40,7 @@ class Arm:
         rank: of each branch; `lora_alpha` is twice the rank.
         passes: over the training rows.
         watched: whether every branch is measured at `RUNG_SHARES` of the steps.
-        priority: what is trained first; 1 and 2 answer the goals.
+        priority: what is trained first; 1 is the grid, 2 answers the goals.
         few: whether it is trained with `FEW_SEEDS` at most.
     """
 
@@ -135,36 +135,30 @@ def wide_field(best: float) -> Arm:
 
 def equal_branches(best: float) -> Arm:
     """Four branches of one rate, each with its own A and no selector: four seeds of LoRA."""
-    return Arm(f"four seeds {best:g}", independent([best] * 4), watched=True, priority=4, few=True)
+    return Arm(f"four seeds {best:g}", independent([best] * 4), watched=True, priority=5, few=True)
 
 
 def long_field(best: float, passes: int) -> Arm:
     """LoRA at two rates with more passes over the rows."""
     rates = [on_lattice(best / 2), best]
-    return Arm(f"field r8 {passes} passes", independent(rates), "field", passes=passes, priority=6, few=True)
+    return Arm(f"field r8 {passes} passes", independent(rates), "field", passes=passes, priority=7, few=True)
 
 
 def dependent_arms(best: float) -> list[Arm]:
     """The arms that are told the grid's best rate; without its knowledge a user has to guess."""
     low = on_lattice(best * LOW)
-    variants = [
-        arm
-        for centre in (best, low)
-        for arm in (
-            tournament(centre, MIDDLE, priority=3),
-            tournament(centre, EARLY, by="accuracy", priority=3),
-            tournament(centre, EARLY_OF_EIGHT, k=8, priority=3),
-        )
-    ]
     return [
         *(tournament(on_lattice(best * factor), priority=2) for factor in GUESSES),
-        *variants,
-        tournament(best, LATE, priority=3),
-        tournament(best, MIDDLE_OF_EIGHT, k=8, priority=3),
+        tournament(best, MIDDLE, priority=3),
+        *(tournament(centre, EARLY_OF_EIGHT, k=8, priority=3) for centre in (best, low)),
         *(comlora(k, rate, priority=4) for k in (2, 4) for rate in (low, best)),
         wide_field(best),
+        *(tournament(centre, EARLY, by="accuracy", priority=5) for centre in (best, low)),
+        tournament(low, MIDDLE, priority=5),
+        tournament(best, LATE, priority=5),
+        tournament(best, MIDDLE_OF_EIGHT, k=8, priority=5),
         equal_branches(best),
-        *(comlora(2, best, without, priority=5) for without in ("L_LM", "L_align", "L_pairwise")),
+        *(comlora(2, best, without, priority=6) for without in ("L_LM", "L_align", "L_pairwise")),
         long_field(best, 2),
         long_field(best, 4),
     ]

@@ -150,8 +150,8 @@ class Study:
         """Optimizer steps of one pass."""
         return steps_of(len(self.train_rows) - self.settings.validation, self.settings.batch)
 
-    def trainer(self, arm: Arm, seed: int, folder: str, max_steps: int = -1) -> SFTTrainer:
-        """A trainer that is ready to start, on a copy of the base."""
+    def trainer(self, arm: Arm, seed: int, folder: str, max_steps: int = -1, chunk: int | None = None) -> SFTTrainer:
+        """A trainer that is ready to start, on a copy of the base; with `chunk` branches at a time, if given."""
         steps, train, validation = arm.passes * self.steps, *self.split(seed)
         given = {
             "output_dir": folder,
@@ -179,7 +179,7 @@ class Study:
         model = copy.deepcopy(self.base)
         if arm.kind == "trl":
             return SFTTrainer(model, SFTConfig(**given), **shared)
-        config = ComLoRAConfig(**given, comlora_branch_chunk=min(self.settings.chunk, len(arm.rates)))
+        config = ComLoRAConfig(**given, comlora_branch_chunk=min(chunk or self.settings.chunk, len(arm.rates)))
         watched = [Rung(share, 1).step(steps) for share in RUNG_SHARES] if arm.watched else []
         callbacks: list[TrainerCallback] = [Watch(watched)] + ([SameStart()] if arm.kind == "field" else [])
         return ComLoRASFTTrainer(model, config, eval_dataset=validation, callbacks=callbacks, **shared)
@@ -189,9 +189,15 @@ class Study:
         with tempfile.TemporaryDirectory() as name:
             if alone:  # the first steps of a process are slower than any others
                 self.trainer(arm, seed, f"{name}/warm-up", WARM_UP).train()
-            trainer = self.trainer(arm, seed, f"{name}/run")
-            begin = self._now()
-            trainer.train()
+            try:
+                # Alone there is room for all branches at once, which is faster
+                trainer, begin = self._trained(arm, seed, name, len(arm.rates) if alone else self.settings.chunk)
+            except RuntimeError as error:
+                if "every branch is disqualified" not in str(error):
+                    raise
+                units = arm.branch_steps(arm.passes * self.steps) / self.steps
+                nothing = {"units": units, "winner": 0, "branches": {}, "watched": {}, "seconds": 0.0}
+                return {"arm": arm.name, "seed": seed, "rates": arm.rates, "diverged": str(error), **nothing}
             if arm.kind == "trl":
                 trainer.save_model()
             seconds = self._now() - begin
@@ -199,10 +205,28 @@ class Study:
             for branch, folder in found["folders"].items():
                 found["branches"][branch] |= self.score(folder, arm.rank, f"{arm.name}, seed {seed}, {branch}")
         del found["folders"], trainer
+        self._free()
+        return {"arm": arm.name, "seed": seed, "seconds": round(seconds, 2), "rates": arm.rates, **found}
+
+    def _trained(self, arm: Arm, seed: int, folder: str, most: int) -> tuple[SFTTrainer, float]:
+        """A finished trainer and when it began; where the GPU is full, one branch at a time, which changes nothing."""
+        for chunk in (most, 1):
+            trainer = self.trainer(arm, seed, f"{folder}/run-{chunk}", chunk=chunk)
+            begin = self._now()
+            try:
+                trainer.train()
+                return trainer, begin
+            except torch.OutOfMemoryError:
+                if chunk == 1:
+                    raise
+            del trainer
+            self._free()
+        raise AssertionError("unreachable")
+
+    def _free(self) -> None:
         gc.collect()  # trainers hold themselves in circles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the others share the GPU
-        return {"arm": arm.name, "seed": seed, "seconds": round(seconds, 2), "rates": arm.rates, **found}
 
     def _now(self) -> float:
         if self.device.type == "cuda":

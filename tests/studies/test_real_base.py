@@ -33,13 +33,13 @@ def dialogues(count: int) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> worker.Settings:
-    """A base of two layers and 36 training rows, 4 of which choose."""
+    """A base of two layers and 24 training rows, 4 of which choose."""
     folder = tmp_path_factory.mktemp("real_base")
     make_model(max_position_embeddings=1024).save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
     (folder / "base" / base.RECORD).write_text(json.dumps({"source": str(folder / "base"), "sha256": None}))
     (folder / "data").mkdir()
-    (folder / "data" / "train_self_original.txt").write_text(dialogues(12))
+    (folder / "data" / "train_self_original.txt").write_text(dialogues(8))
     (folder / "data" / "valid_self_original.txt").write_text(dialogues(3))
     return worker.Settings(
         str(folder / "base"), str(folder / "data"), validation=4, batch=2, rates=arms.RATES, scored=4, chunk=1
@@ -236,8 +236,11 @@ def test_held_out_figures_are_those_of_an_ordinary_forward(study: worker.Study, 
 
 
 def test_the_command_trains_what_is_missing_and_no_more(tiny: worker.Settings, tmp_path: Path) -> None:
-    results, patterns = tmp_path / "results.jsonl", ["--arms", "*shared rows by nll, around 0.004", "ComLoRA K2 0.004"]
-    more = [*patterns, "--seeds", "1", "--best", "0.004", "--priority", "4", "--rows", "24", "--test", "4"]
+    results, patterns = (
+        tmp_path / "results.jsonl",
+        ["--arms", "tournament K4 0.1:2,0.25:1 shared rows by nll, around 0.004", "ComLoRA K2 0.004"],
+    )
+    more = [*patterns, "--seeds", "1", "--best", "0.004", "--priority", "4", "--rows", "14", "--test", "4"]
     given = arguments(tiny, results, *more, "--workers", "1", "--adapters", str(tmp_path / "kept"))
     assert run.train(given, run.Plan(given), tmp_path) == 0
     lines = report.read_results(results)
