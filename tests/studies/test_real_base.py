@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -158,6 +159,18 @@ def test_runs_come_by_priority_and_wait_for_the_grid(tiny: worker.Settings, tmp_
     job = plan.supply()
     assert job["best"] == BEST and job["arm"].startswith("tournament K4 0.1:2,0.25:1 shared") and job["seed"] == 0
     assert (job["arm"], 0) not in {(one["arm"], one["seed"]) for one in (plan.supply(), plan.supply())}
+
+
+def test_runs_that_would_not_end_in_time_are_left_for_the_next_call(tiny: worker.Settings, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    plan = run.Plan(arguments(tiny, results, "--seeds", "1", "--best", "0.004"))
+    nlls = [9.0, 8.0, 7.0, 6.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0]
+    results.write_text(json.dumps(field_row(7, nlls, nlls) | {"seconds": 100.0}) + "\n")  # 10 s a unit
+    plan.ends = time.monotonic() + 20
+    asked = [plan.supply() for _ in range(3)]  # a field of five needs 50 s
+    assert [job["arm"].split()[0] for job in asked] == ["base", "tournament", "tournament"]
+    plan.ends = time.monotonic() + 5
+    assert plan.supply() is None
 
 
 def test_a_worker_that_dies_costs_one_run_and_results_free_waiting_ones(tmp_path: Path) -> None:
