@@ -193,8 +193,9 @@ class Study:
                 # Alone there is room for all branches at once, which is faster
                 trainer, begin = self._trained(arm, seed, name, len(arm.rates) if alone else self.settings.chunk)
             except RuntimeError as error:
-                if "every branch is disqualified" not in str(error):
+                if not re.search(r"all \d+ branches have diverged|every branch is disqualified", str(error)):
                     raise
+                self._free()
                 units = arm.branch_steps(arm.passes * self.steps) / self.steps
                 nothing = {"units": units, "winner": 0, "branches": {}, "watched": {}, "seconds": 0.0}
                 return {"arm": arm.name, "seed": seed, "rates": arm.rates, "diverged": str(error), **nothing}

@@ -237,6 +237,12 @@ def test_a_tournament_on_all_rows_is_read_off_the_field(study: worker.Study) -> 
     assert found["test_nll"] == pytest.approx(real["branches"][str(real["winner"])]["test_nll"], abs=1e-5)
 
 
+def test_branches_that_all_diverge_are_a_result(study: worker.Study) -> None:
+    line = study.run(arms.Arm("tournament K2 shared", arms.independent([1e30, 1e32])), 0)
+    assert line["branches"] == {} and "diverged" in line["diverged"] and line["units"] == 2
+    assert report.arms_by_seed([line], arms.RATES, None)[line["arm"]][0]["test_nll"] == report.DIVERGED
+
+
 def test_held_out_figures_are_those_of_an_ordinary_forward(study: worker.Study, tiny: worker.Settings) -> None:
     nll = tokens = 0
     for row in study.test_rows:
