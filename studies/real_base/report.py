@@ -324,7 +324,13 @@ def sections(results: Sequence[Row], rates: Sequence[float], best: float | None,
         "Where the figures come from": provenance(results),
     }
     head = f"The grid's best rate by mean validation NLL is {best:g}.\n\n![Cost and quality of all arms](cost.png)\n\n"
-    return head + "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items() if text)
+    return head + "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items() if filled(text))
+
+
+def filled(text: str) -> bool:
+    """Whether a table has a row with a figure."""
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return any(re.search(r"\d\.\d", row) for row in rows) or text.startswith("- ")
 
 
 FAMILIES = {  # the first pattern that an arm's name has counts
