@@ -75,7 +75,9 @@ def arms_by_seed(results: Sequence[Row], rates: Sequence[float], best: float | N
             if set(derived.rates) <= set(grid):
                 steps = grid[derived.rates[0]]["steps"]
                 rate = derived.chosen(grid, steps)
-                arms.setdefault(derived.name, {})[seed] = _figures(grid[rate], rate, derived.units(steps))
+                arms.setdefault(derived.name, {})[seed] = _figures(
+                    grid[rate], rate if len(derived.rates) > 1 else None, derived.units(steps)
+                )
     for row in results:
         if "alone" in row or GRID_FIELD.fullmatch(row["arm"]):
             continue
