@@ -109,6 +109,12 @@ SEAMS = (
     ),
     Seam(
         "transformers",
+        "transformers.PreTrainedModel._gradient_checkpointing_func",
+        "a layer that is not replayed is checkpointed as it was set up",
+        "5.10",
+    ),
+    Seam(
+        "transformers",
         "transformers.PreTrainedModel._can_compile_fullgraph",
         "transformers' own word on whether a model's layers compile without a break",
         "5.10",
@@ -284,6 +290,11 @@ def own_loss_function(model: Any) -> Any:
 def reset_loss_function(model: Any) -> None:
     """Gives a model its type's own loss function back."""
     model.__dict__.pop("_loss_function", None)
+
+
+def checkpoint(layer: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs a function of a layer by the checkpointing that was set up for it."""
+    return layer._gradient_checkpointing_func(function, *args)
 
 
 def compiles_whole(model: Any) -> bool:

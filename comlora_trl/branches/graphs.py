@@ -355,7 +355,7 @@ class _Forward:
         """The layer as it is, checkpointed if it is to be."""
         if self._checkpointing and torch.is_grad_enabled():
             run = partial(_run_once, self.layer, **kwargs)
-            return self.layer._gradient_checkpointing_func(run, *args)
+            return compat.checkpoint(self.layer, run, *args)
         return _run_layer(self.layer, args, kwargs)
 
 
