@@ -65,6 +65,7 @@ SEAMS = (
     Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
     Seam("torch", "torch.nn.modules.dropout._DropoutNd", "a layer with dropout of any kind is not captured", "2.8"),
     Seam("torch", "torch.fx.experimental._config", "use_duck_shape: rows and lengths may be equal by chance", "2.8"),
+    Seam("torch", "torch._dynamo.maybe_mark_dynamic", "no public name marks a length that varies", "2.8"),
     Seam("torch", "Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
     # ---- accelerate ----
@@ -242,6 +243,13 @@ def is_dropout(module: "nn.Module") -> bool:
     from torch.nn.modules.dropout import _DropoutNd
 
     return isinstance(module, _DropoutNd)
+
+
+def mark_varying(tensor: "Tensor", dimension: int) -> None:
+    """Tells a compiler that a tensor's size varies in a dimension."""
+    import torch
+
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 @contextmanager

@@ -693,7 +693,7 @@ def _mark_lengths(hidden: Tensor, tensors: Sequence[Tensor]) -> None:
     for tensor in (hidden, *tensors):
         for dimension, size in enumerate(tensor.shape):
             if dimension > 0 and size == length:
-                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+                compat.mark_varying(tensor, dimension)
 
 
 def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
