@@ -3,15 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from comlora_trl.version import __version__
+
 if TYPE_CHECKING:
+    from comlora_trl.trainers.sft import ComLoRASFTTrainer
     from comlora_trl.training.config import ComLoRAConfig
-    from comlora_trl.training.trainer import ComLoRASFTTrainer
 
-__version__ = "0.1.0"
-__all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
+__all__ = ["ComLoRAConfig", "ComLoRASFTTrainer", "__version__"]
 
-# The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
-_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.training.trainer"}
+# lm_eval imports this package at its start, so importing it must not load torch and trl
+_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.trainers.sft"}
 
 
 def __getattr__(name: str) -> Any:

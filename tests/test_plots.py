@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from comlora_trl import plots
+from comlora_trl.cli import plot
 
 LOSSES = {5: [3.0, 2.0, 2.5], 10: [2.8, 1.5, None], 20: [None, 1.2, None]}
 
@@ -87,11 +88,11 @@ def test_scores_against_losses(winner):
 
 @pytest.mark.parametrize("name", ["picture.png", "picture.svg"])
 def test_the_command_writes_a_picture(winner, tmp_path, capsys, name):
-    plots.main([str(winner()), "--output", str(tmp_path / name)])
+    plot.main([str(winner()), "--output", str(tmp_path / name)])
     assert capsys.readouterr().out == f"{tmp_path / name}\n"
     content = (tmp_path / name).read_bytes()
     assert content.startswith(b"\x89PNG") if name.endswith("png") else ElementTree.fromstring(content) is not None
-    plots.main([str(tmp_path), "--figure", "wins"])
+    plot.main([str(tmp_path), "--figure", "wins"])
     assert (tmp_path / "wins.png").stat().st_size > 5000
 
 
@@ -110,7 +111,7 @@ BAD = {
 def test_bad_input_is_one_line(winner, monkeypatch, changes, arguments, message):
     monkeypatch.chdir(winner(**changes))
     with pytest.raises(SystemExit) as ended:
-        plots.main(arguments)
+        plot.main(arguments)
     assert str(ended.value).startswith("error: ") and message in str(ended.value)
     assert "\n" not in str(ended.value)
 
@@ -119,14 +120,14 @@ def test_without_matplotlib(winner, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match="error: pictures need matplotlib: pip install matplotlib"):
-        plots.main([str(winner())])
+        plot.main([str(winner())])
 
 
 def test_a_real_tournament(train, tmp_path):
     settings = {"comlora_tournament": True, "max_steps": 12, "logging_steps": 2}
     trainer = train(**settings, trainer={"eval_dataset": None})
     run = plots.read_competition(trainer.args.winner_dir)
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert run.rungs == [(2, 4, 2), (3, 2, 1)] and run.winner == state.leader
     assert {branch: max(run.validation[branch]) for branch in state.retired} == state.retired
     assert list(run.validation[run.winner]) == [2, 3, 12]

@@ -19,19 +19,16 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.fx.experimental import _config as _symbolic
 
+from comlora_trl import compat
 from comlora_trl.branches.kernels import BranchWeights
+from comlora_trl.branches.layers import ActivePass, CompetingBranches
 from comlora_trl.branches.static_weights import LayerWeights, StaticWeights
-
-if TYPE_CHECKING:
-    from comlora_trl.branches.layers import CompetingBranches
-    from comlora_trl.branches.passes import Pass
 
 # Shapes that are captured at most, and how many are remembered: lengths in buckets are few
 MOST_SHAPES = 32
@@ -156,7 +153,7 @@ class LayerGraphs:
 
     def __init__(
         self,
-        branches: "CompetingBranches",
+        branches: CompetingBranches,
         layers: Sequence[nn.Module],
         maker: Any,
         report: Callable[[str], None],
@@ -178,7 +175,7 @@ class LayerGraphs:
 
     # ---- A pass's beginning and end ----
 
-    def begin(self, one: "Pass") -> None:
+    def begin(self, one: ActivePass) -> None:
         """Takes the layers' forwards over for a pass, where they may be replayed in it."""
         self._run = None
         if self.off or not one.differentiable or one.compiled or is_compiling():
@@ -186,7 +183,7 @@ class LayerGraphs:
         if any("forward" in layer.__dict__ for layer in self.layers):
             self.turn_off("a decoder layer has been given another forward")
             return
-        if any(self._hooks) or nn.modules.module._has_any_global_hook():
+        if any(self._hooks) or compat.has_global_hooks():
             self.turn_off("a hook watches what passes the decoder layers")
             return
         if not all(layer.training for layer in self.layers):
@@ -366,7 +363,7 @@ class _Forward:
         """The layer as it is, checkpointed if it is to be."""
         if self.checkpointing and torch.is_grad_enabled():
             run = partial(_run_once, self.layer, **kwargs)
-            return self.layer._gradient_checkpointing_func(run, *args)
+            return compat.checkpoint(self.layer, run, *args)
         return _run_layer(self.layer, args, kwargs)
 
 
@@ -386,7 +383,7 @@ class _Token:
 class _Run:
     """A pass's way through the layers."""
 
-    def __init__(self, one: "Pass") -> None:
+    def __init__(self, one: ActivePass) -> None:
         self.one = one
         self.key: tuple[Any, ...] = ()
         self.unfit: str | None = None
@@ -687,7 +684,7 @@ class _Layer:
             if way is not None:
                 _mark_lengths(hidden, self.tensors)
             try:
-                with _not_checkpointed(self.module), _without_autocast_cache(), _compiler_settings():
+                with _not_checkpointed(self.module), _without_autocast_cache(), compat.distinct_symbols():
                     output = (way or _run_layer)(self.module, args, kwargs)
             finally:
                 for group in self.groups:
@@ -703,7 +700,7 @@ def _mark_lengths(hidden: Tensor, tensors: Sequence[Tensor]) -> None:
     for tensor in (hidden, *tensors):
         for dimension, size in enumerate(tensor.shape):
             if dimension > 0 and size == length:
-                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+                compat.mark_varying(tensor, dimension)
 
 
 def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -756,22 +753,6 @@ def _not_checkpointed(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _compiler_settings() -> Iterator[None]:
-    """Inside, a compiler takes sizes that happen to be equal (32 rows, 4 branches of rank 8) for different ones, and
-    does not collect garbage after each compilation, which takes half a second."""
-    settings = [(_symbolic, "use_duck_shape", False), (torch._dynamo.config, "run_gc_after_compile", False)]
-    before = [(where, name, getattr(where, name)) for where, name, _ in settings if hasattr(where, name)]
-    for where, name, value in settings:
-        if hasattr(where, name):
-            setattr(where, name, value)
-    try:
-        yield
-    finally:
-        for where, name, value in before:
-            setattr(where, name, value)
-
-
-@contextmanager
 def _without_autocast_cache() -> Iterator[None]:
     """Inside, autocast casts weights anew each time: a cast that it kept would lie outside the graph."""
     before = torch.is_autocast_cache_enabled()
@@ -785,6 +766,7 @@ def _without_autocast_cache() -> Iterator[None]:
 def _hooks(layer: nn.Module) -> Iterator[Mapping[int, Any]]:
     """All hooks that somebody may put on a layer's modules, but for those on the layer's own call."""
     for module in layer.modules():
-        yield from (module._backward_hooks, module._backward_pre_hooks)
+        of_the_call, of_the_backward = compat.hooks_of(module)
+        yield from of_the_backward
         if module is not layer:
-            yield from (module._forward_hooks, module._forward_pre_hooks)
+            yield from of_the_call

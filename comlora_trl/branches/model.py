@@ -1,25 +1,33 @@
 """K LoRA branches on one frozen base, as one PEFT model."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from comlora_trl.branches.dealing import indices
-from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
-from comlora_trl.branches.layers import make_branch_layers, make_plain_layers
-from comlora_trl.branches.rebinding import rebound
-from comlora_trl.branches.routers import keep_router_logits
-from comlora_trl.branches.rows import Rows
-from comlora_trl.branches.running import is_whole, run_batched, run_dealt, run_in_chunks, touch
+from comlora_trl import compat
+from comlora_trl.branches.batches import Rows, indices
+from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
+from comlora_trl.branches.passes import (
+    SEPARATELY,
+    BranchExpansion,
+    is_whole,
+    keep_router_logits,
+    run_batched,
+    run_dealt,
+    run_in_chunks,
+    touch,
+)
+from comlora_trl.branches.views import ViewPass, run_view_pass
 
 
 @dataclass
@@ -58,6 +66,7 @@ class BranchModel(PeftModelForCausalLM):
 
     Attributes:
         adapted_layers: PEFT's LoRA layers, in the order of the model's modules.
+        splits_loss: whether the base model's own loss can be had branch by branch of one pass, as far as is known.
 
     Args:
         model: the base model, with TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) before branches run.
@@ -67,18 +76,25 @@ class BranchModel(PeftModelForCausalLM):
     """
 
     def __init__(self, model: PreTrainedModel, peft_config: LoraConfig, k: int, **kwargs: Any) -> None:
+        peft_config = copy.deepcopy(peft_config)
+        # Known from the beginning: PEFT compares this base's vocabulary with the model's when it saves
+        peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or model.name_or_path or None
         super().__init__(model, copy.deepcopy(peft_config), adapter_name=branch_name(0), **kwargs)
         self.k = k
         for name in self.branch_names[1:]:
             self.add_adapter(name, copy.deepcopy(peft_config), **kwargs)
         super().set_adapter(branch_name(0))
-        self.set_requires_grad(self.branch_names, True)
+        if k > 1 or peft_config.inference_mode:
+            self.set_requires_grad(self.branch_names, True)
         base = self.get_base_model()
         adapted, self.competing = make_branch_layers(base, branch_name(0))
+        self.competing.branches = tuple(self.branch_names)
         self.adapted_layers = list(adapted.values())
         self._layer_names = [f"base_model.model.{name}" for name in adapted]
+        self._beside_layers = self._trained_beside_layers()
         self._known_parameters: dict[int, list[nn.Parameter]] = {}
         self._modules_in_mode: list[nn.Module] = []
+        self.splits_loss = True
         self.expansion = BranchExpansion(self.competing, list(adapted))
         self._router_hook = base.base_model.register_forward_hook(self._keep_router_logits)
 
@@ -96,7 +112,7 @@ class BranchModel(PeftModelForCausalLM):
         name, known = branch_name(branch), self._known_parameters.get(branch)
         if name not in self.peft_config:
             return []
-        if not known or known[0] is not next(_layer_parameters(self.adapted_layers[0], name))[1]:
+        if not known or known[0] is not next(layer_parameters(self.adapted_layers[0], name))[1]:
             known = list(self.named_branch_parameters(branch).values())
             self._known_parameters[branch] = known
         return known
@@ -107,7 +123,26 @@ class BranchModel(PeftModelForCausalLM):
         if name not in self.peft_config:
             return {}
         layers = zip(self._layer_names, self.adapted_layers, strict=True)
-        return {f"{place}.{own}": p for place, layer in layers for own, p in _layer_parameters(layer, name)}
+        found = {f"{place}.{own}": p for place, layer in layers for own, p in layer_parameters(layer, name)}
+        if self.k == 1:
+            found |= {f"{place}.{own}": module.get_parameter(own) for place, module, own in self._beside_layers}
+        return found
+
+    def _trained_beside_layers(self) -> list[tuple[str, nn.Module, str]]:
+        """What a single branch trains beside its LoRA layers (`modules_to_save`, tokens, biases): each with its module
+        and the names of both."""
+        adapters = {
+            id(p)
+            for layer in self.adapted_layers
+            for name in self.branch_names
+            for _, p in layer_parameters(layer, name)
+        }
+        return [
+            (place, module, own)
+            for place, module in self.named_modules()
+            for own, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and id(parameter) not in adapters
+        ]
 
     def drop_branch(self, branch: int) -> None:
         """Deletes a branch's adapter and frees its weights; the others keep their names.
@@ -157,14 +192,10 @@ class BranchModel(PeftModelForCausalLM):
             super().train(mode)
         return self
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Chooses the adapter of ordinary forwards; what trains in each branch stays as it was."""
-        parameters = [p for branch in range(self.k) for p in self.branch_parameters(branch)]
-        trained = [parameter.requires_grad for parameter in parameters]
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for parameter, trains in zip(parameters, trained, strict=True):
-            if not inference_mode and parameter.requires_grad is not trains:
-                parameter.requires_grad_(trains)
+    @property
+    def is_switched_off(self) -> bool:
+        """Whether the model runs without its adapters, as within `disable_adapter()`."""
+        return compat.adapters_disabled(self) or self.adapted_layers[0].disable_adapters
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: only reentrant checkpointing needs inputs that require gradients, and the frozen layers below
@@ -190,7 +221,7 @@ class BranchModel(PeftModelForCausalLM):
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         own = new.get_base_model()
         if isinstance(own.__dict__.get("forward"), MethodType):
-            own.forward = MethodType(rebound(own.forward.__func__, self.get_base_model(), own), own)
+            own.forward = MethodType(_rebound(own.forward.__func__, self.get_base_model(), own), own)
         return new
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -266,10 +297,16 @@ class BranchModel(PeftModelForCausalLM):
         full = {name: output[name].new_zeros(self.k, rows.count).index_copy(0, places, output[name]) for name in names}
         return {**full, "ran": torch.zeros_like(ran).index_fill(0, places, True)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """An ordinary PEFT forward with the active adapter."""
+    def forward(self, *args: Any, view_pass: ViewPass | None = None, **kwargs: Any) -> Any:
+        """An ordinary PEFT forward with the active adapter, or with `view_pass` one over branches for their views."""
         self.competing.abandon()
+        if view_pass is not None:
+            return self._run_views(view_pass, kwargs, is_compiling())
         return super().forward(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _run_views(self, view_pass: ViewPass, inputs: dict[str, Any], compiled: bool) -> Any:
+        return run_view_pass(self, view_pass, inputs, compiled)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the active adapter."""
@@ -286,13 +323,18 @@ def branch_name(branch: int) -> str:
     return f"branch_{branch}"
 
 
-def _layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    # a set: PEFT's DoRA layers name their magnitudes twice
-    for kind in sorted({*layer.adapter_layer_names}):
-        container = getattr(layer, kind)
-        if name in container:
-            part, place = container[name], f"{kind}.{name}"
-            if isinstance(part, nn.Parameter):
-                yield place, part
-            else:
-                yield from ((f"{place}.{own}", parameter) for own, parameter in part.named_parameters())
+def _rebound(function: Callable, old: nn.Module, new: nn.Module) -> Callable:
+    """A function whose closure has methods of one module, with another module in their place."""
+    cells = []
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        if isinstance(held, MethodType) and held.__self__ is old:
+            cell = CellType(MethodType(_rebound(held.__func__, old, new), new))
+        cells.append(cell)
+    if not cells:
+        return function
+    result = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(result, function)

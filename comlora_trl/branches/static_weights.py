@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comlora_trl import compat
 from comlora_trl.branches.kernels.ops import KeptWeights, keep_weights
-from comlora_trl.branches.layer_groups import LayerGroup, compute_dtype
+from comlora_trl.branches.layers import LayerGroup, compute_dtype
 
 # Decoder layers that are filled together: all at once would keep the GPU waiting for the first layer's weights
 _LAYERS_AT_A_TIME = 6
@@ -212,7 +213,7 @@ class _Section:
             modules = [pair[0] for group in own for branch in group for pair in branch]
             for index in range(kind.n):
                 modules += [branch[index][1] for group in own for branch in group]
-            found += [(module._parameters, module._parameters["weight"]) for module in modules]
+            found += [(compat.parameters_of(module), compat.parameters_of(module)["weight"]) for module in modules]
         return found
 
     def parameters(self, names: tuple[str, ...]) -> list[Tensor]:

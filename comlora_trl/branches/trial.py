@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comlora_trl.branches.attention import is_padded_right
-from comlora_trl.branches.expansion import INPUTS, LAYERS, SEPARATELY
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel
-from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.passes import INPUTS, LAYERS, SEPARATELY, is_padded_right
 
 # Errors relative to the largest value that are rounding's; float32 may be TF32 on a GPU
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}

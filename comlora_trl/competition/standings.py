@@ -1,4 +1,4 @@
-"""Where the branches stand: wins, disqualifications, sums over a validation set, and who wins (eq. 11–12)."""
+"""The state of a competition: wins, disqualified branches, sums over a validation set, the winner (eq. 11–12)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ _BY_BRANCH = ("disqualified", "retired")
 
 @dataclass
 class CompetitionState:
-    """What the competition has come to; saved with every checkpoint.
+    """The state of the competition, saved with every checkpoint.
 
     Attributes:
         k: number of branches.
         disqualified: optimizer step at which a branch was disqualified, by branch.
         retired: optimizer step of the rung that retired a branch, by branch.
-        rungs: what was measured and decided at each rung so far.
-        rates: each branch's peak learning rate, None where all have the same.
+        rungs: the figures and the decision of each rung so far.
+        rates: each branch's peak learning rate; None if all have the same.
         row_passes: rows through one branch, forward and backward, so far: the cost.
         wins: optimizer steps won so far, by branch.
         selection: the newest selection's result (see [`ValidationTally.result`]), or None before the first.
@@ -41,7 +41,7 @@ class CompetitionState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompetitionState":
-        """From what `vars(state)` became in JSON, where keys are text."""
+        """Reads the JSON form of `vars(state)`, in which keys are text."""
         by_branch = {name: {int(branch): step for branch, step in values[name].items()} for name in _BY_BRANCH}
         return cls(**values | by_branch)
 
@@ -56,8 +56,8 @@ class CompetitionState:
         return [branch for branch, lives in enumerate(self.alive) if lives]
 
     @property
-    def field(self) -> int:
-        """How many branches the rungs have left, those that diverged among them."""
+    def remaining(self) -> int:
+        """Number of branches that no rung has retired, including branches that diverged."""
         return self.k - len(self.retired)
 
     @property
@@ -82,7 +82,7 @@ class ValidationTally:
 
     @classmethod
     def empty(cls, k: int, device: torch.device | str = "cpu") -> "ValidationTally":
-        # float64 is not known to every accelerator (MPS)
+        # MPS has no float64
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return cls(k, torch.zeros(3 * k + 2, dtype=dtype, device=device))
 
@@ -149,5 +149,5 @@ def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:
     values = values.double() if highest else -values.double()
     values = values.masked_fill(~alive | ~values.isfinite(), float("-inf"))
     best = values.max()
-    # `argmax` leaves open which of several maxima it returns
+    # `argmax` does not specify which of several maxima it returns
     return int(((values == best) & alive).nonzero()[0])

@@ -12,16 +12,27 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from comlora_trl import compat
+
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 _ATTENTION = {"q_proj", "k_proj", "v_proj"}
 # Initialisations that change the base weights, once per adapter, so that K adapters can't share the base
-_BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Those that take a matrix from the base or the data, the same one for every branch
+_FIXED_INITIALISATIONS = {"eva": "takes its A from the data", "mica": "takes its B from the base"}
 # Layers that PEFT takes for experts and routers where a model has these in fused parameters
 _EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 logger = get_logger(__name__)
+
+
+class ProposedTargets(set[str]):
+    """Target modules that nobody wrote, such as a script's default: on a model without them, others take their place.
+
+    Target modules in any other collection are the user's own and stay as they are.
+    """
 
 
 def complete_lora_config(config: PeftConfig | None, model: PreTrainedModel) -> PeftConfig:
@@ -29,7 +40,7 @@ def complete_lora_config(config: PeftConfig | None, model: PreTrainedModel) -> P
 
     Args:
         config: None for [`default_lora_config`]. Without target modules it gets PEFT's choice for the model. Where
-            PEFT has none, or the paper's five are given and are not all there, it gets [`default_targets`].
+            PEFT has none, or the model lacks some [`ProposedTargets`], it gets [`default_targets`].
     """
     if config is None:
         config = default_lora_config(model)
@@ -41,17 +52,23 @@ def complete_lora_config(config: PeftConfig | None, model: PreTrainedModel) -> P
         return config
     if not isinstance(config, LoraConfig) or config.target_parameters:
         return config
-    if config.target_modules is None:
+    proposed = config.target_modules
+    if proposed is None:
         known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        lacks = "is a model that PEFT proposes no target modules for"
     else:
-        five = not isinstance(config.target_modules, str) and set(config.target_modules) == set(DEFAULT_TARGETS)
-        known = not five or _linear_layers(model).keys() >= set(DEFAULT_TARGETS)
+        known = not isinstance(proposed, ProposedTargets) or _linear_layers(model).keys() >= proposed
+        lacks = (
+            f"does not have all of {', '.join(name for name in DEFAULT_TARGETS if name in proposed)}"
+            if not known
+            else ""
+        )
     if known:
         return config
     targets = default_targets(model)
     logger.warning(
-        f"{type(model).__name__} does not have all of {', '.join(DEFAULT_TARGETS)}: the branches adapt "
-        f"{', '.join(targets)} instead; choose others with target_modules (scripts/sft.py: --lora_target_modules)."
+        f"{type(model).__name__} {lacks}: the branches adapt {', '.join(targets)} instead; choose others with "
+        "target_modules (scripts/sft.py: --lora_target_modules)."
     )
     config = copy.deepcopy(config)
     config.target_modules = set(targets)
@@ -90,6 +107,7 @@ def default_targets(model: PreTrainedModel) -> list[str]:
 def _linear_layers(model: nn.Module) -> dict[str, set[str]]:
     """Names of the linear layers that see every token, each with the decoder layers that have one."""
     found: dict[str, set[str]] = {}
+    widest: dict[str, int] = {}
     unfit = _EXPERT_NAMES.copy() if _has_fused_experts(model) else set()
     for path, module in model.named_modules():
         sizes = _sizes(module)
@@ -99,12 +117,15 @@ def _linear_layers(model: nn.Module) -> dict[str, set[str]]:
             continue
         if len(numbers) > 1:  # a list within a layer: experts
             unfit.add(name)
-        # What follows in_proj in a state-space block is read as a weight by its kernels; and nothing is of low rank in
-        # a layer as narrow as an adapter
-        state_space = hasattr(model.get_submodule(".".join(parents)), "A_log") and not name.startswith("in_proj")
-        if min(sizes) > DEFAULT_RANK and not state_space:
-            found.setdefault(name, set()).add(".".join(parents[: numbers[0] + 1]))
-    return {name: layers for name, layers in found.items() if name not in unfit}
+        # What follows in_proj in a state-space block is read as a weight by its kernels
+        if hasattr(model.get_submodule(".".join(parents)), "A_log") and not name.startswith("in_proj"):
+            continue
+        found.setdefault(name, set()).add(".".join(parents[: numbers[0] + 1]))
+        widest[name] = max(widest.get(name, 0), min(sizes))
+    found = {name: layers for name, layers in found.items() if name not in unfit}
+    # Gates and other layers as narrow as an adapter are of low rank already; in a narrow model every layer is
+    wide = {name: found[name] for name in found if name in DEFAULT_TARGETS or widest[name] > DEFAULT_RANK}
+    return wide or found
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -118,7 +139,7 @@ def _has_fused_experts(model: nn.Module) -> bool:
     """Whether some parameter holds the matrices of several experts."""
     for module in model.modules():
         shapes = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]
-        if any(len(shape) > 2 for shape in shapes) and not isinstance(module, nn.modules.conv._ConvNd):
+        if any(len(shape) > 2 for shape in shapes) and not compat.is_convolution(module):
             return True
     return False
 
@@ -157,21 +178,32 @@ def check_lora_config(config: PeftConfig, k: int) -> None:
             "LoraConfig(alora_invocation_tokens=...) makes an activated LoRA, which PEFT switches on where its own "
             "forward finds these tokens; branches run without it, so it would never train: leave it out."
         )
-    shared = {
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-        "layer_replication": config.layer_replication,
-        "bias": config.bias if config.bias != "none" else None,
-    }
+    shared = (
+        {}
+        if k == 1
+        else {
+            "modules_to_save": config.modules_to_save,
+            "trainable_token_indices": config.trainable_token_indices,
+            "layer_replication": config.layer_replication,
+            "bias": config.bias if config.bias != "none" else None,
+        }
+    )
     for name, value in shared.items():
         if value:
             raise ValueError(
-                f"LoraConfig({name}={value!r}) trains weights that all branches would share: leave {name} out; each "
-                "branch may train its LoRA matrices only."
+                f"LoraConfig({name}={value!r}) trains more than the LoRA matrices, which is all that {k} branches can "
+                f"have of their own: leave {name} out, or use comlora_k=1."
             )
     method = str(config.init_lora_weights).lower()
-    if k > 1 and method.startswith(_BASE_CHANGING_INITIALISATIONS):
+    reasons = {**dict.fromkeys(_BASE_CHANGING, "changes the base weights"), **_FIXED_INITIALISATIONS}
+    for name, reason in reasons.items():
+        if k > 1 and method.startswith(name):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} {reason}, which {k} branches share: use True, "
+                "'gaussian' or 'orthogonal', or comlora_k=1."
+            )
+    if config.target_parameters and method.startswith(_BASE_CHANGING):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which {k} branches share: use "
-            "True, 'gaussian' or 'orthogonal', or comlora_k=1."
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, and an adapter on "
+            "target_parameters can't be converted back to the base that it names: use True or 'gaussian'."
         )

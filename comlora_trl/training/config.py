@@ -1,33 +1,42 @@
-"""[`ComLoRAConfig`]: TRL's `SFTConfig` with the competition's settings, each checked where it arrives."""
+"""[`ComLoRAConfig`]: TRL's `SFTConfig` with the competition's settings, each checked where it arrives.
 
+[`CompetitionConfig`] has the competition's fields and checks alone, for the configurations of other TRL trainers too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+from accelerate.logging import get_logger
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from comlora_trl.branches.attention import LENGTHS
+from comlora_trl.branches.passes import LENGTHS
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
-from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs
+from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
 from comlora_trl.data.prompts import PROMPT_TEMPLATES
-from comlora_trl.training.config_checks import WINNER_CRITERIA, check_config, settled_without_gpu, takes_graphs
+
+WINNER_CRITERIA = ("selector", "validation_loss", "validation_accuracy")
+# Settings that only a run with a selector reads
+_OF_THE_SELECTOR = ("top_n", "annealing", "annealing_rate", "noise", "alignment_weight", "pairwise_weight")
+_OF_THE_SELECTOR += ("selector_dim", "selector_ffn_dim", "selector_heads", "selector_input", "selector_learning_rate")
+_OF_THE_SELECTOR += ("equation_signs",)
+
+logger = get_logger(__name__)
 
 
 @dataclass
-class ComLoRAConfig(SFTConfig):
-    """
-    Configuration of the [`ComLoRASFTTrainer`]: every field of TRL's `SFTConfig`, and those of the competition, whose
-    names begin with `comlora_`. Each field's help text is its documentation (`scripts/sft.py --help` prints them).
+class CompetitionConfig:
+    """The competition's settings, before a configuration of TRL's: `class Mine(CompetitionConfig, SFTConfig)`.
 
-    > [!NOTE]
-    > `learning_rate` defaults to `1e-4` instead of TRL's `2e-5`, as LoRA and the paper use it.
+    Each field's help text is its documentation.
 
     Raises:
         ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
     """
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
 
     comlora_k: int | None = field(
         default=None,
@@ -150,7 +159,7 @@ class ComLoRAConfig(SFTConfig):
     comlora_rungs: str | None = field(
         default=None,
         metadata={
-            "help": "Points of training at which the field shrinks, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
+            "help": "Points of training at which branches are retired, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
             "best 2 go on after a tenth of the steps, the best one after a quarter. None: all go on to the end."
         },
     )
@@ -224,9 +233,17 @@ class ComLoRAConfig(SFTConfig):
     @property
     def competition_settings(self) -> CompetitionSettings:
         """The settings that the pure functions of [`comlora_trl.competition`] take."""
-        names = [f.name for f in fields(CompetitionSettings) if f.name != "independent"]
-        own = {name: getattr(self, f"comlora_{name}") for name in names}
-        return CompetitionSettings(**own, independent=self.independent)
+        names = "k top_n annealing annealing_rate noise lm_weight alignment_weight pairwise_weight equation_signs rows"
+        rates = self.comlora_branch_learning_rates
+        return CompetitionSettings(
+            **{name: getattr(self, f"comlora_{name}") for name in names.split()},
+            independent=self.independent,
+            rungs=parse_rungs(self.comlora_rungs, self.comlora_k),
+            winner_by=self.winner_by,
+            rates=None if rates is None else tuple(rates),
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
 
     @property
     def selector_settings(self) -> SelectorSettings | None:
@@ -248,7 +265,136 @@ class ComLoRAConfig(SFTConfig):
         return self.comlora_winner_dir or f"{self.output_dir}/winner"
 
     @classmethod
-    def from_arguments(cls, args: TrainingArguments) -> "ComLoRAConfig":
-        """A plain `SFTConfig` or `TrainingArguments` as a ComLoRA configuration, with the competition's defaults."""
+    def from_arguments(cls, args: TrainingArguments) -> "CompetitionConfig":
+        """A plain configuration of TRL's, or `TrainingArguments`, as this one, with the competition's defaults."""
         known: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
         return cls(**known)
+
+
+@dataclass
+class ComLoRAConfig(CompetitionConfig, SFTConfig):
+    """
+    Configuration of the [`ComLoRASFTTrainer`]: every field of TRL's `SFTConfig`, and those of the competition, whose
+    names begin with `comlora_`. Each field's help text is its documentation (`scripts/sft.py --help` prints them).
+
+    > [!NOTE]
+    > `learning_rate` defaults to `1e-4` instead of TRL's `2e-5`, as LoRA and the paper use it.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+
+
+@contextmanager
+def settled_without_gpu(args: "CompetitionConfig") -> Iterator[None]:
+    """Around TRL's own checks: without a GPU its default of bf16 would end in an error.
+
+    Float32 it is then, unless bf16 is asked for; the CPU is taken, and a line says so.
+    """
+    settle = not (args.use_cpu or args.fp16 or args.bf16 is False or torch.accelerator.is_available())
+    if settle:
+        args.use_cpu, args.bf16 = True, bool(args.bf16)
+    yield
+    if settle:
+        logger.warning(f"no GPU is found: training on the CPU, in {'bfloat16' if args.bf16 else 'float32'}.")
+
+
+def takes_graphs(args: "CompetitionConfig") -> bool:
+    """Whether a run's decoder layers are to be compiled and replayed as CUDA graphs, if they can be."""
+    return args.comlora_graphs is not False and not args.use_cpu and torch.cuda.is_available()
+
+
+def check_config(args: "CompetitionConfig") -> None:
+    """Checks every setting of the competition, those left out being filled in.
+
+    Raises:
+        ValueError: naming the value, what is allowed and what to do.
+    """
+    _check_ranges(args)
+    _check_tournament(args)
+    _check_choices(args)
+    _check_used(args)
+
+
+def _check_ranges(args: "CompetitionConfig") -> None:
+    k = args.comlora_k
+    _require(k >= 1, "comlora_k", k, "1 or more", "1 is plain LoRA, 2 the paper's best setting")
+    for name, meaning in (("comlora_top_n", "all K branches"), ("comlora_branch_chunk", "all K at once")):
+        value = getattr(args, name)
+        _require(value is None or 1 <= value <= k, name, value, f"1 to comlora_k={k}", f"leave it out for {meaning}")
+    above_zero = ("comlora_annealing_rate", "comlora_selector_heads", "comlora_selector_dim")
+    for name in (*above_zero, "comlora_selector_ffn_dim", "comlora_selector_learning_rate"):
+        value = getattr(args, name)
+        _require(value is None or value > 0, name, value, "above 0", "leave it out for the default")
+    for name in ("noise", "lm_weight", "alignment_weight", "pairwise_weight"):
+        value = getattr(args, f"comlora_{name}")
+        _require(value >= 0, f"comlora_{name}", value, "0 or more", "0 turns it off")
+    size = args.comlora_validation_size
+    _require(size is None or size > 0, "comlora_validation_size", size, "1 or more", "the paper uses 120")
+    if args.comlora_lm_weight == 0 and (args.comlora_alignment_weight == 0 or not args.comlora_selector):
+        raise ValueError(
+            "comlora_lm_weight=0 without an alignment loss leaves the branches nothing to learn from: raise "
+            "comlora_lm_weight, or set comlora_alignment_weight above 0 with comlora_selector=True."
+        )
+
+
+def _check_tournament(args: "CompetitionConfig") -> None:
+    k, rates = args.comlora_k, args.comlora_branch_learning_rates
+    advice = "leave it out for the default"
+    if args.comlora_tournament:
+        _require(k > 1, "comlora_k", k, "2 or more in a tournament", "one branch has nobody to compete with")
+    if rates is not None:
+        found = f"{len(rates)} rates"
+        _require(len(rates) == k, "comlora_branch_learning_rates", found, f"comlora_k={k} rates", advice)
+        for rate in rates:
+            _require(rate > 0, "comlora_branch_learning_rates", rate, "above 0 each", advice)
+    parse_rungs(args.comlora_rungs, k)
+    if args.comlora_rows == "shared" and args.comlora_selector:
+        raise ValueError(
+            "comlora_rows='shared' is not possible with comlora_selector=True: eq. 5-9 compare the branches' "
+            "losses on the same rows; leave the selector out, or use comlora_rows='all'."
+        )
+    if args.comlora_rungs and args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size is not possible with comlora_rungs: a retry can't bring retired branches back; "
+            "set per_device_train_batch_size."
+        )
+
+
+def _check_choices(args: "CompetitionConfig") -> None:
+    choices = {
+        "comlora_annealing": ANNEALING_SCHEDULES,
+        "comlora_selector_input": SELECTOR_INPUTS,
+        "comlora_winner_by": WINNER_CRITERIA,
+        "comlora_rows": ROWS,
+        "comlora_equation_signs": EQUATION_SIGNS,
+        "comlora_prompt": (None, *PROMPT_TEMPLATES),
+    }
+    for name, allowed in choices.items():
+        value = getattr(args, name)
+        _require(value in allowed, name, repr(value), f"one of {', '.join(filter(None, allowed))}", "choose one")
+
+
+def _check_used(args: "CompetitionConfig") -> None:
+    """Refuses a setting that nothing would read."""
+    unread = {
+        "comlora_selector=False": () if args.comlora_selector else _OF_THE_SELECTOR,
+        "comlora_alignment_weight=0": () if args.comlora_alignment_weight else ("annealing", "annealing_rate"),
+        "comlora_pairwise_weight=0": () if args.comlora_pairwise_weight else ("noise",),
+        f"comlora_annealing={args.comlora_annealing}": (
+            () if args.comlora_annealing == "exponential" else ("annealing_rate",)
+        ),
+    }
+    defaults = {f.name: f.default for f in fields(args)}
+    for reason, names in unread.items():
+        for name in (f"comlora_{name}" for name in names):
+            value = getattr(args, name)
+            if value != defaults[name]:
+                raise ValueError(f"{name}={value} does nothing with {reason}: leave one of the two out.")
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str, advice: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value} is not possible: it must be {allowed} ({advice}).")

@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo, HfApi
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from comlora_trl.branches.model import branch_name
 from comlora_trl.training.checkpoints import load_state
-from comlora_trl.training.model import BranchSnapshot
+from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.report import competition_summary, write_summary
-from comlora_trl.winner.files import read_training_record, write_training_record, write_winner_files
+from comlora_trl.training.saved import SavedAdapter
+from comlora_trl.winner.files import LM_EVAL_FILE, read_training_record, write_training_record, write_winner_files
 from comlora_trl.winner.folder import TOKENIZER_FILES
 
 # Where branches that a rung has retired are kept, below output_dir
@@ -85,7 +89,7 @@ def new_folder(target: str | Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_branch(snapshot: BranchSnapshot, folder: Path, summary: dict[str, Any], processing_class: Any = None) -> None:
+def save_branch(snapshot: SavedAdapter, folder: Path, summary: dict[str, Any], processing_class: Any = None) -> None:
     """Writes a branch into a folder as an ordinary PEFT adapter, with tokenizer and `competition.json`."""
     snapshot.save(folder)
     if processing_class is not None:
@@ -113,7 +117,7 @@ class Background:
 
 
 def write_snapshots(
-    snapshots: dict[int, BranchSnapshot], folder: Path, summary: dict[str, Any], record: dict[str, Any]
+    snapshots: dict[int, SavedAdapter], folder: Path, summary: dict[str, Any], record: dict[str, Any]
 ) -> None:
     """Writes branches as plain adapters, each into a folder of its own, with `competition.json` and `training.json`.
 
@@ -127,6 +131,18 @@ def write_snapshots(
         with new_folder(folder / branch_name(branch), overwrite=True) as own:
             save_branch(snapshot, own, summary | {"exported_branch": branch})
             write_training_record(own, record)
+
+
+def push_winner(args: CompetitionConfig, **options: Any) -> CommitInfo:
+    """Uploads `output_dir`, at whose root the winner lies, without checkpoints and a second copy of it.
+
+    Args:
+        options: of [`HfApi.upload_folder`].
+    """
+    winner, output = Path(args.winner_dir).absolute(), Path(args.output_dir).absolute()
+    inside = [f"{winner.relative_to(output).as_posix()}/*"] if output in winner.parents else []
+    left_out = ["_*", LM_EVAL_FILE, f"{PREFIX_CHECKPOINT_DIR}-*", *inside]
+    return HfApi().upload_folder(folder_path=args.output_dir, ignore_patterns=left_out, **options)
 
 
 def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | Path, overwrite: bool = False) -> int:

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
-from comlora_trl.branches.expansion import SEPARATELY
+from comlora_trl import compat
 from comlora_trl.branches.graphs import CudaGraphs, LayerGraphs
 from comlora_trl.branches.model import BranchModel
+from comlora_trl.branches.passes import SEPARATELY
 
 _SAMPLE = 2048
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -70,9 +71,9 @@ def why_not(model: BranchModel, args: Any, accelerator: Accelerator) -> str | No
         return "the branches do not run through one stack of decoder layers together"
     if any(getattr(base.config.get_text_config(), name, None) for name in _EXPERTS):
         return "a router sends tokens to experts"
-    if not getattr(base, "_can_compile_fullgraph", False):
+    if not compat.compiles_whole(base):
         return f"transformers does not hold {type(base).__name__} for compilable as a whole"
-    attention = getattr(base.config, "_attn_implementation", None)
+    attention = compat.attention_of(base)
     if attention not in ("sdpa", "eager"):
         return f"attn_implementation={attention!r} is not among those that were tried (sdpa, eager)"
     if args.packing or args.padding_free:
@@ -89,7 +90,7 @@ def why_not(model: BranchModel, args: Any, accelerator: Accelerator) -> str | No
 def _dropouts(layer: nn.Module) -> Any:
     """Names of what draws dropout in a decoder layer."""
     for name, module in layer.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if compat.is_dropout(module) and module.p > 0:
             yield name
         values = {key: value for key, value in vars(module).items() if "dropout" in key}
         yield from (f"{name}.{key}" for key, value in values.items() if isinstance(value, float) and value > 0)

@@ -1,19 +1,17 @@
 """The model that trains: K branches and the selector that scores them, in one module.
 
-DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forward.
+DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forward. It knows nothing of a competition:
+each forward over the branches is told by a [`BranchPass`] which of them run, and with which weights.
 """
 
-import copy
-import re
 import shutil
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,21 +19,34 @@ from torch.compiler import is_compiling
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import PreTrainedModel
 
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel, BranchOutput, branch_name
-from comlora_trl.branches.rows import Rows
-from comlora_trl.competition import CompetitionSettings, CompetitionState, row_weights, selection_probabilities
+from comlora_trl.competition import CompetitionSettings, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
-from comlora_trl.training.checkpoints import SELECTOR_FILE, check_checkpoint, save_state
-from comlora_trl.training.sharding import is_sharded, load_trained_state, state_to_save, trained_state
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from comlora_trl.training.checkpoints import SELECTOR_FILE
+from comlora_trl.training.saved import (
+    WEIGHTS_FILE,
+    SavedAdapter,
+    config_to_save,
+    names_to_save,
+    put_back,
+    saved_adapter,
+    taken_part,
+    takes_part_out,
+    trained_half,
+)
+from comlora_trl.training.sharding import is_sharded, load_trained_state, whole_state, zero_weights
 
 
 @dataclass(frozen=True)
 class BranchPass:
-    """How one forward over the competing branches is to run.
+    """How one forward over the competing branches is to run; made by [`Competition.rows_of`].
 
     Attributes:
+        settings: the competition's settings, which the rows' weights follow.
+        living: the branches that run.
+        remaining: the branches that eq. 4 takes the mean over, those that diverged among them.
+        alive: bool [K], False for a branch that is out.
         eta: η(t).
         chunk: branches run at a time; None for all at once.
         owners: the branch each line goes to where rows are shared, None where every branch sees all.
@@ -44,6 +55,10 @@ class BranchPass:
         router_weights: on the branches' load-balancing losses, [K], where rows are shared; from the step's plan.
     """
 
+    settings: CompetitionSettings
+    living: tuple[int, ...]
+    remaining: int
+    alive: Tensor
     eta: float = 0.0
     chunk: int | None = None
     owners: tuple[int, ...] | None = None
@@ -65,24 +80,6 @@ class CompetitionOutput(BranchOutput):
     probabilities: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class BranchSnapshot:
-    """A branch as it was at some step, as PEFT writes it; nothing of the model is needed any more.
-
-    Attributes:
-        config: the adapter's configuration.
-        weights: under their names in PEFT's files, on the CPU.
-    """
-
-    config: LoraConfig
-    weights: dict[str, Tensor]
-
-    def save(self, folder: Path) -> None:
-        """Writes an ordinary PEFT adapter into an existing folder."""
-        save_file(self.weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        self.config.save_pretrained(str(folder))
-
-
 class ComLoRAModel(BranchModel):
     """K LoRA adapters of one configuration that compete, and the selector that scores them.
 
@@ -92,7 +89,7 @@ class ComLoRAModel(BranchModel):
     Args:
         model: the base model.
         peft_config: the adapters' configuration; copied for each branch.
-        settings: the competition's settings, K among them.
+        k: number of branches.
         selector: the selector's settings, or None to train without one.
         kwargs: as for `PeftModelForCausalLM`.
     """
@@ -101,13 +98,11 @@ class ComLoRAModel(BranchModel):
         self,
         model: PreTrainedModel,
         peft_config: LoraConfig,
-        settings: CompetitionSettings,
+        k: int,
         selector: SelectorSettings | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, peft_config, settings.k, **kwargs)
-        self.settings = settings
-        self._alive: dict[tuple[object, ...], Tensor] = {}
+        super().__init__(model, peft_config, k, **kwargs)
         self.selector = None
         self.selector_settings = selector
         if selector is not None:
@@ -115,23 +110,24 @@ class ComLoRAModel(BranchModel):
             with torch.device(embeddings.weight.device):
                 # ZeRO-3 leaves an empty weight behind, and its shape beside it
                 width = getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[-1]
-                self.selector = Selector(width, settings.k, selector)
+                self.selector = Selector(width, k, selector)
             if embeddings.weight.dtype == torch.float64:
                 self.selector.double()  # half precisions train in float32, as PEFT's adapters do
-            self.selector_input = selector.input
-        self.competition_state = CompetitionState.new(settings.k)
-        self._saved_names, self._frozen_names = self._names_to_save()
+        self._saved_names: dict[str, dict[str, str]] = {}
+        for name in self.branch_names:
+            self._names_to_save(name)  # known before a wrapper changes the names
+        # What the initialisation took out of the base, and fields of the configuration that differ in its files
+        changed = takes_part_out(peft_config, self.get_base_model())
+        self.taken = taken_part(self, branch_name(0)) if changed else {}
+        self.saved_config: dict[str, Any] = {}
+
+    def selector_parameters(self) -> list[nn.Parameter]:
+        """The selector's parameters, none without a selector."""
+        return [] if self.selector is None else list(self.selector.parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The branches' and the selector's parameters, all that a run trains."""
-        return super().trainable_parameters() + ([] if self.selector is None else list(self.selector.parameters()))
-
-    def alive(self, device: torch.device) -> Tensor:
-        """bool [K], False for a branch that is out."""
-        key = (device, *self.competition_state.alive)
-        if key not in self._alive:  # kept: a copy to the GPU waits for all that was launched before it
-            self._alive = {key: torch.tensor(self.competition_state.alive, device=device)}
-        return self._alive[key]
+        return super().trainable_parameters() + self.selector_parameters()
 
     def forward(self, *args: Any, branch_pass: BranchPass | None = None, **kwargs: Any) -> Any:
         """An ordinary PEFT forward, or with `branch_pass` one over the branches (see [`CompetitionOutput`])."""
@@ -139,21 +135,19 @@ class ComLoRAModel(BranchModel):
             return super().forward(*args, **kwargs)
         return self._forward_branches(branch_pass, **kwargs)
 
-    def _forward_branches(self, branch_pass: BranchPass, **inputs: Any) -> CompetitionOutput:
+    def _forward_branches(self, how: BranchPass, **inputs: Any) -> CompetitionOutput:
         labels = inputs["labels"]
-        rows = Rows.of(inputs)
-        alive = self.alive(labels.device)
+        rows, alive = Rows.of(inputs), how.alive.to(labels.device)
         scores = probabilities = None
         if self.selector is not None:
             scores = self.score(inputs["input_ids"], rows, labels)
-            probabilities = selection_probabilities(scores, self.settings.top_n, alive)
+            probabilities = selection_probabilities(scores, how.settings.top_n, alive)
         dtype = torch.float64 if self.get_base_model().dtype == torch.float64 else torch.float32
-        state = self.competition_state
-        weights = row_weights(probabilities, rows.count, branch_pass.eta, self.settings, alive, dtype, state.field)
-        if branch_pass.branch_weights is not None:
-            weights = weights * branch_pass.branch_weights.to(weights)[:, None]
-        dealt = branch_pass.owners, branch_pass.rows_per_line, branch_pass.router_weights
-        output = self.run_branches(inputs, rows, weights, state.living, branch_pass.chunk, is_compiling(), *dealt)
+        weights = row_weights(probabilities, rows.count, how.eta, how.settings, alive, dtype, how.remaining)
+        if how.branch_weights is not None:
+            weights = weights * how.branch_weights.to(weights)[:, None]
+        dealt = how.owners, how.rows_per_line, how.router_weights
+        output = self.run_branches(inputs, rows, weights, how.living, how.chunk, is_compiling(), *dealt)
         return CompetitionOutput(**output, scores=scores, probabilities=probabilities)
 
     def score(self, input_ids: Tensor, rows: Rows, labels: Tensor) -> Tensor:
@@ -166,30 +160,69 @@ class ComLoRAModel(BranchModel):
         with torch.no_grad():
             embeddings = embedding(input_ids)
         embedding.training = training
-        keep = rows.prompt(labels) if self.selector_input == "prompt" else rows.real
+        keep = rows.prompt(labels) if self.selector_settings.input == "prompt" else rows.real
         return self.selector(*rows.split(embeddings, keep))
+
+    def revive_branches(self) -> None:
+        """Gives branches that an earlier competition has dropped, or made the base model, new adapters."""
+        for branch in range(self.k):
+            if branch_name(branch) not in self.peft_config:
+                self.restore_branch(branch)
+            elif not any(bool(parameter.any()) for parameter in self.branch_parameters(branch)):
+                self.redraw_branches([branch])
+
+    def redraw_branches(self, branches: Iterable[int]) -> None:
+        """Draws new adapters for branches that were out: a new competition begins.
+
+        Raises:
+            ValueError: if a branch's weights are sharded.
+        """
+        for branch in branches:
+            if is_sharded(self.branch_parameters(branch)):
+                raise ValueError(
+                    f"branch_{branch} has diverged in this trainer's last training, and its weights are sharded: make "
+                    "a new trainer for a new competition."
+                )
+            for layer in self.adapted_layers:
+                layer.reset_lora_parameters(branch_name(branch), init_lora_weights=True)
+
+    @torch.no_grad()
+    def zero_branch(self, branch: int) -> None:
+        """Makes a branch's adapter the base model itself, with nothing non-finite left in it."""
+        name = branch_name(branch)
+        zero_weights(self.branch_parameters(branch))
+        if is_sharded(self.branch_parameters(branch)):
+            return  # the base's norms would have to be gathered, for a branch that never runs again
+        for layer in self.adapted_layers:
+            if name in layer.lora_magnitude_vector:
+                # DoRA scales each output by its magnitude over the weight's norm: with B = 0 that is the base's own
+                magnitude, base = layer.lora_magnitude_vector[name], layer.get_base_layer()
+                parameter = magnitude.weight
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                magnitude.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=layer.scaling[name])
+                parameter.copy_(magnitude.weight)
+                magnitude.weight = parameter  # the optimizer's
 
     def save_pretrained(
         self, save_directory: str, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **_: Any
     ) -> None:
-        """Saves each branch as a PEFT adapter in its own folder, the selector and the competition's state.
+        """Saves each branch as a PEFT adapter in its own folder, and the selector.
 
-        The leader's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options change
-        nothing: the files are small, and always safetensors.
+        The active adapter's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options
+        change nothing: the files are small, and always safetensors.
         """
-        state_dict = state_dict or state_to_save(self)
+        state_dict = state_dict or self.state_to_save()
         if not is_main_process:
             return
         folder = Path(save_directory)
         for name in (name for name in self.branch_names if name in self.peft_config):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            self._snapshot(name, state_dict).save(folder / name)
-        shutil.copytree(folder / branch_name(self.competition_state.leader), folder, dirs_exist_ok=True)
+            self._saved_adapter(name, state_dict).save(folder / name)
+        shutil.copytree(folder / self.active_adapter, folder, dirs_exist_ok=True)
         if self.selector is not None:
             own = {name: value for name, value in state_dict.items() if name.startswith("selector.")}
             weights = {name.removeprefix("selector."): value.contiguous() for name, value in own.items()}
             save_file(weights, folder / SELECTOR_FILE, metadata={"format": "pt"})
-        save_state(self.competition_state, folder)
 
     def load_branches(self, folder: str | Path, root: nn.Module | None = None) -> None:
         """Loads what [`save_pretrained`] saved, into the branches and the selector that exist.
@@ -198,67 +231,72 @@ class ComLoRAModel(BranchModel):
             root: the wrapped model, where FSDP1 shards it.
 
         Raises:
-            ValueError: if the checkpoint has another number of branches, or differs in having a selector.
+            ValueError: if the checkpoint has other weights.
         """
         folder = Path(folder)
-        check_checkpoint(folder, self.settings.k, self.selector is not None)
         load_trained_state(self, self._saved_weights(folder), root)
 
-    def snapshot(self, branch: int, root: nn.Module | None = None) -> "BranchSnapshot":
-        """A branch as it is now, as PEFT would write it; every process has to call it.
+    def state_to_save(self, root: nn.Module | None = None) -> dict[str, Tensor]:
+        """Everything that [`save_pretrained`] writes, whole; every process has to call it.
+
+        Args:
+            root: the wrapped model.
+        """
+        names = {own for name in self.peft_config for own in self._names_to_save(name).values()}
+        if self.selector is not None:
+            names |= {f"selector.{name}" for name, _ in self.selector.named_parameters()}
+        return whole_state(self, root, names)
+
+    def snapshot(self, branch: int, root: nn.Module | None = None) -> SavedAdapter:
+        """A branch as it is now, as it is to be written; every process has to call it.
 
         Args:
             root: the wrapped model.
         """
         name = branch_name(branch)
-        if isinstance(root, FSDP):
-            state = trained_state(self, root)
-        else:
-            frozen = {own: self.get_parameter(own) for own in self._frozen_names.values()}
-            whole = {own: parameter for own, parameter in frozen.items() if not is_sharded([parameter])}
-            state = trained_state(self, root, self.named_branch_parameters(branch) | whole)
-        return self._snapshot(name, state)
+        return self._saved_adapter(name, whole_state(self, root, set(self._names_to_save(name).values())))
 
-    def _snapshot(self, name: str, state: Mapping[str, Tensor]) -> "BranchSnapshot":
-        names = self._saved_names[name] | self._frozen_names
-        config, base = copy.deepcopy(self.peft_config[name]), self.get_base_model()
-        config.inference_mode = True
-        config.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path or None
-        if config.task_type is None:
-            config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        weights = {key: state[own].contiguous() for key, own in names.items() if own in state}
-        return BranchSnapshot(config, weights)
+    def restore_branch(self, branch: int) -> None:
+        """Adds an adapter for a branch that was dropped, with new weights."""
+        super().restore_branch(branch)
+        self._names_to_save(branch_name(branch))
 
-    def _names_to_save(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """The names of each adapter's weights in PEFT's files, and in the model; asked before a wrapper changes them.
+    def config_to_save(self, branch: int) -> LoraConfig:
+        """The configuration in a branch's files."""
+        return config_to_save(self, branch_name(branch), self.taken, self.saved_config)
 
-        Beside them those of the frozen weights that PEFT saves too: embeddings that were resized, or are adapted.
-        """
-        first = branch_name(0)
-        marks = {own: torch.empty(0) for own, _ in self.named_parameters()}
-        known = {id(mark): own for own, mark in marks.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT has to say of the embeddings it says when it saves
-            saved = get_peft_model_state_dict(self, marks, first)
-        names = {key: known[id(mark)] for key, mark in saved.items()}
-        trained = {key: own for key, own in names.items() if self.get_parameter(own).requires_grad}
-        own_names = {
-            name: {key: re.sub(rf"\.{first}(?=\.|$)", f".{name}", own) for key, own in trained.items()}
-            for name in self.branch_names
-        }
-        return own_names, {key: own for key, own in names.items() if key not in trained}
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model as it was before the branches, and before what their initialisation took out of it."""
+        name, layers = self.active_adapter, self.get_base_model().named_modules()
+        scaling = {place: layer.scaling[name] for place, layer in layers if isinstance(layer, LoraLayer)}
+        base = super().unload(*args, **kwargs)
+        put_back(base, self.taken, scaling)
+        return base
+
+    def _saved_adapter(self, name: str, state: Mapping[str, Tensor]) -> SavedAdapter:
+        return saved_adapter(self, name, self._names_to_save(name), state, self.taken, self.saved_config)
+
+    def _names_to_save(self, name: str) -> dict[str, str]:
+        """[`names_to_save`] of a branch; FSDP1 leaves no names to find, and those from before it hold."""
+        if not any(isinstance(module, FSDP) for module in self.modules()):
+            self._saved_names[name] = names_to_save(self, name)
+        return self._saved_names[name]
 
     def _saved_weights(self, folder: Path) -> dict[str, Tensor]:
         """The weights in a checkpoint, by the names that they have in the model."""
         weights = {}
-        for name in (name for name in self.branch_names if name in self.peft_config):
-            saved, names = load_file(folder / name / WEIGHTS_FILE), self._saved_names[name]
+        for branch, name in enumerate(self.branch_names):
+            if name not in self.peft_config:
+                continue
+            saved, own = load_file(folder / name / WEIGHTS_FILE), self.named_branch_parameters(branch)
+            names = {key: place for key, place in self._names_to_save(name).items() if place in own}
             if not saved.keys() >= names.keys():
                 raise ValueError(
                     f"{folder / name} has no weights {min(names.keys() - saved.keys())}: it was trained on other "
                     "target_modules."
                 )
-            weights |= {own: saved[key] for key, own in names.items()}
+            for key, place in names.items():
+                weights[place] = trained_half(key, saved[key], self.taken, folder / name)
         if self.selector is not None:
             weights |= {f"selector.{name}": value for name, value in load_file(folder / SELECTOR_FILE).items()}
         return weights

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from comlora_trl.branches.expansion import SEPARATELY
+from comlora_trl.branches.passes import SEPARATELY
 from comlora_trl.competition import CompetitionState
 from comlora_trl.competition.rungs import Rung, early_remark, edge_remark
 from comlora_trl.training.model import ComLoRAModel
@@ -26,8 +26,8 @@ class ParameterCounts:
 
     @classmethod
     def of(cls, model: ComLoRAModel) -> "ParameterCounts":
-        adapters = sum(_numel(p) for branch in range(model.settings.k) for p in model.branch_parameters(branch))
-        selector = sum(_numel(p) for p in model.selector.parameters()) if model.selector is not None else 0
+        adapters = sum(_numel(p) for branch in range(model.k) for p in model.branch_parameters(branch))
+        selector = sum(_numel(p) for p in model.selector_parameters())
         return cls(sum(_numel(p) for p in model.parameters()) - adapters - selector, adapters, selector)
 
     @property
@@ -61,7 +61,7 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None, by_module: 
         by_module: whether weights are gathered one module at a time, see [`sharding.gathers_by_module`].
     """
     config = model.peft_config[model.active_adapter]
-    k, place = model.settings.k, model.expansion.place
+    k, place = model.k, model.expansion.place
     together = "all at once" if chunk in (None, k) else f"{chunk} at a time"
     how = f"{kernels} kernels"
     if k > 1 and place == SEPARATELY:
@@ -73,19 +73,20 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None, by_module: 
     return f"ComLoRA: K={k} branches of rank {config.r}, {together} ({how}); {ParameterCounts.of(model)}"
 
 
-def field_line(args: Any, rungs: dict[int, Rung], max_steps: int) -> str | None:
+def tournament_line(args: Any, rates: list[str] | None, rungs: dict[int, Rung], max_steps: int) -> str | None:
     """The line on rates, rungs and shared rows that training prints at its start, None without any of them.
 
     A remark follows in a line of its own where the first rung comes too early to tell much.
 
     Args:
         args: the `ComLoRAConfig`.
+        rates: each branch's, from the optimizer's groups; None where all are the same.
         rungs: the rungs by optimizer step.
         max_steps: of the run.
     """
     parts = []
-    if args.comlora_branch_learning_rates is not None:
-        parts.append("rates " + ", ".join(f"{rate:g}" for rate in args.comlora_branch_learning_rates))
+    if rates is not None:
+        parts.append("rates " + ", ".join(rates))
     if rungs:
         steps = ", ".join(f"{rung.survivors} after step {step}" for step, rung in rungs.items())
         parts.append(f"branches that go on: {steps}, by {args.winner_by.replace('_', ' ')}")
@@ -160,14 +161,14 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     _print(table, remarks, console)
 
 
-def print_rung(record: dict[str, Any], rates: list[float], steps: int, console: Console | None = None) -> None:
+def print_rung(record: dict[str, Any], rates: list[float | None], steps: int, console: Console | None = None) -> None:
     """Prints who goes on at a rung."""
     table = _table(f"Rung at step {record['step']} of {steps}", ["rate", "validation\nNLL", "token\naccuracy"])
     for branch, rate in enumerate(rates):
         nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]
         if nll is not None:
             fate = "retired" if branch in record["retired"] else "goes on"
-            table.add_row(f"branch_{branch}", f"{rate:g}", cell(nll, ".4f"), cell(accuracy, ".1%"), fate)
+            table.add_row(f"branch_{branch}", cell(rate, "g"), cell(nll, ".4f"), cell(accuracy, ".1%"), fate)
     _print(table, [], console)
 
 

@@ -1,161 +1,124 @@
-"""[`ComLoRASFTTrainer`]: TRL's SFT trainer, with K branches in competition instead of one LoRA adapter."""
+"""[`CompetingTrainer`]: what every TRL trainer needs for its LoRA branches to compete.
+
+TRL builds the model, the data and the optimizer; the branches are attached to what it built. One optimizer step is
+five calls of the Trainer's, in this order:
+
+1. `get_batch_samples` plans the step.
+2. `compute_loss`, once a micro-batch, runs the branches and combines their losses. It is the subclass's own.
+3. `on_pre_optimizer_step` ends the step: divergence, wins, the norm and the clipping of each branch.
+4. `on_optimizer_step` notes the learning rates that were used.
+5. `on_step_end` reaches a rung, and selects the leader where the Trainer evaluates.
+"""
 
 from collections.abc import Callable
-from copy import deepcopy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import save_fsdp_optimizer
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from huggingface_hub import CommitInfo
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
-from trl import SFTTrainer
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.branches import kernels
 from comlora_trl.branches.model import branch_name
-from comlora_trl.competition import CompetitionState
+from comlora_trl.competition import ValidationTally
 from comlora_trl.training import sharding
-from comlora_trl.training.checkpoints import check_checkpoint, load_state
-from comlora_trl.training.config import ComLoRAConfig
-from comlora_trl.training.data_checks import check_columns, check_prepared
-from comlora_trl.training.export import Background, check_target, check_writable
-from comlora_trl.training.flow import CompetitionFlow
-from comlora_trl.training.gradients import revive
-from comlora_trl.training.graphing import padding_line, settle_graphs
-from comlora_trl.training.hold_out import hold_out
-from comlora_trl.training.loss import CompetitionLoss
-from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.preparation import (
-    check_parallelism,
-    check_trainer_arguments,
-    is_quantized,
-    prepare_model,
-    use_plain_checkpointing,
-    warn_of_newer_trl,
-    without,
+from comlora_trl.training.arguments import check_parallelism
+from comlora_trl.training.attach import Attachment
+from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
+from comlora_trl.training.competition import Competition, LineCollator
+from comlora_trl.training.config import CompetitionConfig
+from comlora_trl.training.evaluation import selection_metrics, validate
+from comlora_trl.training.export import (
+    RETIRED,
+    Background,
+    check_target,
+    new_folder,
+    push_winner,
+    save_branch,
+    write_snapshots,
 )
-from comlora_trl.training.publishing import WinnerPublishing
-from comlora_trl.training.report import field_line, start_line
-from comlora_trl.training.selection import WinnerSelection
-from comlora_trl.training.statistics import LogWindow, StepSums
-from comlora_trl.training.step_plan import LineCollator, StepPlan
-from comlora_trl.training.tournament import Tournament
-from comlora_trl.training.trying import try_branches
+from comlora_trl.training.graphing import padding_line, settle_graphs
+from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.optimizers import (
+    BranchRates,
+    enter_evaluation_weights,
+    evaluation_weights,
+    forget_state,
+    has_evaluation_weights,
+)
+from comlora_trl.training.own_loss import OwnLosses, refuse_lone_gradients
+from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
+from comlora_trl.training.trial import try_branches
+from comlora_trl.winner.card import CARD_FILE, card
+from comlora_trl.winner.files import settings_of, training_record, write_training_record, write_winner_files
+from comlora_trl.winner.folder import Adapter
+
+logger = get_logger(__name__)
 
 
-class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPublishing, SFTTrainer):
-    """
-    Trainer for ComLoRA: K LoRA branches compete, and the winner leaves as an ordinary PEFT adapter.
+class CompetingTrainer:
+    """Stands before a TRL trainer in a subclass's bases: `class Mine(CompetingTrainer, SFTTrainer)`.
 
-    Takes the arguments of TRL's [`~trl.SFTTrainer`]. `peft_config` describes each branch (default: rank 8 on q, k, v,
-    up and down); the competition's settings are in [`ComLoRAConfig`]. Without an `eval_dataset`,
-    `comlora_validation_size` examples are taken out of the training set to choose the winner. [`train`] ends with a
-    table of the branches and exports the winner to `comlora_winner_dir`, with a card that tells what it was trained on
-    if you set `trainer.data_name`.
+    The subclass builds TRL's trainer within [`Attachment.building`], calls [`compete`] at the end of its `__init__`,
+    and has a `compute_loss`.
 
-    Example:
-
-    ```python
-    >>> from datasets import load_dataset
-    >>> from peft import LoraConfig
-    >>> from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-
-    >>> trainer = ComLoRASFTTrainer(
-    ...     model="Qwen/Qwen2.5-0.5B",
-    ...     args=ComLoRAConfig("output", comlora_k=2),
-    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-    ...     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"]),
-    ... )
-    >>> trainer.train()
-    ```
+    Attributes:
+        competition: the competition; its `state` is what checkpoints store.
+        rates: the learning rates of the branches, as the optimizer has them.
+        own_losses: computes a loss of each branch on its view, where the loss is no sum over rows.
+        retired_files: writes the retired branches' folders.
+        data_name: what is trained on, a preset's name, a hub id or a path, for the winner's record and card; a data
+            set does not know. Set it before [`train`].
     """
 
-    _tag_names = ["trl", "sft", "comlora"]
-    _name = "ComLoRA"
+    args: CompetitionConfig
+    competition: Competition
+    rates: BranchRates
+    own_losses: OwnLosses
+    data_name: str | None = None
+    _in_step = False
+    _own_evaluation = False
+    current_gradient_accumulation_steps = 1  # the Trainer's own, which it has in its loop alone
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel,
-        args: TrainingArguments | None = None,
-        data_collator: Callable | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable | None = None,
-        callbacks: list | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable | None = None,
-        quantization_config: Any = None,
-        peft_config: PeftConfig | None = None,
-        formatting_func: Callable | None = None,
-    ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = ComLoRAConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-ComLoRA")
-        elif not isinstance(args, ComLoRAConfig):
-            args = ComLoRAConfig.from_arguments(args)
-        warn_of_newer_trl()
-        check_trainer_arguments(args, compute_loss_func, optimizers[0])
-        use_plain_checkpointing(args)
-        if args.should_save:
-            check_writable(args.output_dir, "output_dir")
-            check_target(args.winner_dir, args.comlora_overwrite_winner)
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
-        check_columns(train_dataset, "training", formatting_func, args.dataset_text_field, args.comlora_prompt)
-        train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
-
-        # The branches draw their A from the seed, as SFTTrainer's adapter does
-        set_seed(args.seed)
-        quantized = None if isinstance(model, str) else quantization_config  # TRL says that it comes too late
-        model, processing_class, done = prepare_model(model, args, processing_class, quantization_config, peft_config)
-        with without(args, *done):
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                quantization_config=quantized,
-                formatting_func=formatting_func,
-            )
-        check_prepared(self.train_dataset, self.eval_dataset, args.max_length)
+    def compete(self, attachment: Attachment) -> None:
+        """Puts the branches into the model that TRL built, and tries them on made-up tokens."""
+        args, router_loss = self.args, getattr(self, "aux_loss_enabled", False)
+        model = self.model = self.model_wrapped = self.callback_handler.model = attachment.branches(self.model)
+        if args.activation_offloading:  # TRL's context is bound to the model that it built
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model=model)
         check_parallelism(self.accelerator, args)
         sharding.settle_fsdp(self.accelerator)
-        try_branches(model, self.data_collator, self.accelerator, self.padding_free, self.aux_loss_enabled)
-        self._without_graphs = settle_graphs(model, args, self.accelerator)
-        if args.comlora_rows == "shared" and self.padding_free:
+        packed = getattr(self, "padding_free", False)
+        try_branches(model, self.data_collator, self.accelerator, packed, router_loss)
+        if args.comlora_rows == "shared" and packed:
             self.data_collator = LineCollator(self.data_collator)
-        zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-        if is_quantized(model.get_base_model()) and model.selector is not None and not zero3:
-            model.selector.float()  # TRL makes all that trains over a quantised base bfloat16, as QLoRA's adapters are
+        self._without_graphs = settle_graphs(model, args, self.accelerator)
         # The loss is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
-        self._settings = model.settings
-        self._exported: set[Path] = set()
+        self.competition = Competition(
+            model,
+            args.competition_settings,
+            self.accelerator,
+            chunk=args.comlora_branch_chunk,
+            average_tokens=args.average_tokens_across_devices,
+            router_loss=router_loss,
+        )
+        self.rates = BranchRates(model, args)
+        self.own_losses = OwnLosses(self, self.competition)
         self.retired_files = Background()
-        self._unlogged = self._decided = False
-        self._resumed: CompetitionState | None = None
-        self._plan: StepPlan | None = None
-        self._sums = StepSums(model.settings.k, self.args.device)
-        self._window = LogWindow(model.settings.k)
-        self._norms: Tensor | None = None
+        self._exported: set[Path] = set()
+        self._decided = self._unlogged = False
         self._flos_per_token: float | None = None
         # Right after the Trainer's own flow control, which the callback list begins with
-        self.callback_handler.callbacks.insert(1, CompetitionFlow(self))
+        self.callback_handler.callbacks.insert(1, CompetitionCallback(self))
 
     @property
     def comlora_model(self) -> ComLoRAModel:
@@ -164,7 +127,7 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
             return self.model
         return self.accelerator.unwrap_model(self.model)
 
-    # ---- Training ----
+    # ---- A training, from its beginning to its winner ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains; at its end the winner is chosen, the table of the branches printed and the winner exported.
@@ -173,17 +136,14 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         """
         if self.args.should_save:
             check_target(self.args.winner_dir, self._may_overwrite(Path(self.args.winner_dir)))
-        self._resumed = None
-        self.restore_retired()
-        self.comlora_model.competition_state = CompetitionState.new(self._settings.k)
+        self._reset()
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
             if folder is not None:
-                check_checkpoint(folder, self._settings.k, self.args.comlora_selector)
-                self._resumed = load_state(folder)
-                self.comlora_model.competition_state = deepcopy(self._resumed)
-                self.drop_retired()
+                check_checkpoint(folder, self.comlora_model.k, self.args.comlora_selector)
+                self.competition.resume(load_state(folder))
+                self._drop_retired()
         model = self.comlora_model
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
@@ -191,41 +151,296 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
             if line is not None:
                 self.accelerator.print(line)
+        watched = model.register_forward_hook(self._watch_forward, with_kwargs=True)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            watched.remove()
             self.retired_files.wait()
+
+    def _watch_forward(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """While a training runs, no loss may train the active branch alone."""
+        one_branch = "branch_pass" not in kwargs and "view_pass" not in kwargs
+        if one_branch and torch.is_grad_enabled() and len(self.competition.state.living) > 1:
+            refuse_lone_gradients(self.competition, output)
+
+    def _reset(self) -> None:
+        """Gives branches that an earlier training retired or disqualified new adapters: a new competition begins."""
+        gone = [b for b in self.competition.state.retired if branch_name(b) not in self.comlora_model.peft_config]
+        if gone and self.rates.given:
+            raise ValueError(
+                "the optimizer that was given knows nothing of new adapters for the branches that the last training "
+                "retired: make a new trainer, or a subclass with create_optimizer."
+            )
+        self.competition.reset()
+        if gone:
+            self.optimizer = self.lr_scheduler = None  # they know nothing of the new parameters
 
     def begin_competition(self) -> None:
         """Begins a competition, or goes on with that of the checkpoint; again when a smaller batch is tried."""
-        model = self.comlora_model
-        if model.competing.graphs is not None:
-            model.competing.graphs.forget_more_than(0)  # a smaller batch is tried where the memory was too little
-        if self._resumed is not None:
-            model.competition_state = deepcopy(self._resumed)
-        else:
-            revive(model, model.competition_state.disqualified)
-            model.competition_state = CompetitionState.new(self._settings.k)
-        model.competition_state.rates = self.args.comlora_branch_learning_rates
-        self._plan, self._decided, self._unlogged = None, False, False
-        self.drop_retired()
-        if line := field_line(self.args, self.rungs, self.state.max_steps):  # rungs that fall on one step end here
+        graphs = self.comlora_model.competing.graphs
+        if graphs is not None:
+            graphs.forget_more_than(0)  # a smaller batch is tried where the memory was too little
+        competition = self.competition
+        competition.begin(self.state.max_steps, self.state.global_step)
+        self._decided = self._unlogged = False
+        self._drop_retired()
+        resumed = competition.resumed
+        competition.state.rates = self.rates.settle(
+            self.optimizer,
+            competition.state.living,
+            resumed=None if resumed is None else resumed.rates,
+            goes_on=resumed is not None,
+            deepspeed=self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else None,
+            fsdp=self.is_fsdp_enabled,
+        )
+        if self.is_deepspeed_enabled and has_evaluation_weights(self.optimizer):
+            logger.warning(
+                f"optim={self.args.optim} evaluates other weights than it trains, but DeepSpeed steps on a copy of "
+                "them: the weights that it trains are measured and exported; use DDP or FSDP for the others."
+            )
+        rates = None if competition.state.rates is None else self.rates.texts
+        if line := tournament_line(self.args, rates, competition.rungs, self.state.max_steps):
             self.accelerator.print(line)
-        self._sums = StepSums(self._settings.k, self.args.device)
-        self._window = LogWindow(self._settings.k)
-        self._follow_the_leader()
+
+    def finish_competition(self) -> None:
+        """Chooses the winner, exports it, prints the table; at the end of training, before any callback's end."""
+        enter_evaluation_weights(self.optimizer, self.model)  # the model that is left is the one that is exported
+        if self.can_select and not self._decided:
+            self.select()
+        folder = self.export_winner()
+        self.retired_files.wait()
+        if self.is_world_process_zero():
+            print_table(self.competition_summary())
+        line = f"winner: {branch_name(self.determine_winner())} in {folder}"
+        if self.competition.state.retired:
+            line += f"; the retired branches are in {Path(self.args.output_dir) / RETIRED}"
+        self.accelerator.print(line)
+
+    # ---- One optimizer step ----
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Fetches an optimizer step's micro-batches, and plans the step."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.competition.normaliser(self.competition.plan_step(batches))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch's forward and backward.
+
+        Returns:
+            the loss for the Trainer's log; of independent branches the mean, while each trains by its own.
+        """
+        if self.is_deepspeed_enabled:
+            # DeepSpeed's step follows its backward at once, before the Trainer's callback
+            sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
+        self._in_step = True
+        try:
+            own = getattr(self.compute_loss, "__func__", None) is type(self)._competing_loss
+            with nullcontext() if own else self.own_losses.in_place():
+                loss = super().training_step(*args, **kwargs)
+        finally:
+            self._in_step = False
+            self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
+        independent = self.competition.settings.independent
+        return loss / len(self.competition.state.living) if independent else loss
+
+    def end_step(self) -> None:
+        """Ends the competition's step when its gradients are complete, before the optimizer's own."""
+        scaled, max_norm = self._has_loss_scaler, self.args.max_grad_norm
+        if self.is_deepspeed_enabled:
+            max_norm = 0.0 if scaled else sharding.take_over_clipping(self.deepspeed)
+        elif scaled:
+            self.accelerator.unscale_gradients()
+        known = set(self.competition.state.disqualified)
+        self.competition.end_step(max_norm, loss_scaled=scaled)
+        for branch in self.competition.state.disqualified.keys() - known:
+            forget_state(self.optimizer, self.comlora_model.branch_parameters(branch))
+
+    @property
+    def _has_loss_scaler(self) -> bool:
+        if self.is_deepspeed_enabled:
+            return self.deepspeed.fp16_enabled()
+        return self.accelerator.scaler is not None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Nothing to do: [`Competition.end_step`] clips each branch by its own norm."""
+        return super()._clip_grad_norm(model) if self.is_deepspeed_enabled and self._has_loss_scaler else None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Nothing to compute: the norm that is logged is the competition's, see [`log`]."""
+        return grad_norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The Trainer's estimate for the rows of all branches; it counts the parameters once, not at every step."""
+        tokens, plan = inputs["input_ids"].numel(), self.competition.plan
+        if self._flos_per_token is None:
+            self._flos_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
+        shared = plan is not None and plan.owners is not None
+        return int(self._flos_per_token * tokens * (1 if shared else len(self.competition.state.living)))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
+        existed = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        self.rates.take(optimizer, existed)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the window's competition figures to the Trainer's training logs."""
+        """Adds the competition's figures since the last log to the Trainer's training logs."""
         if self._unlogged and "loss" not in logs:
             self.log_selection()
         if self.model.training:
-            logs.update(self._window.flush())
+            logs.update(self.competition.window_figures())
             if "loss" in logs:
-                logs.update(self.tournament_logs())
+                logs.update(self._step_figures())
         super().log(logs, start_time)
         if self._unlogged:
             self.log_selection()
+
+    def _step_figures(self) -> dict[str, float]:
+        """Entries of the Trainer's log: gradient norm, living branches, cost so far, each branch's rate.
+
+        The Trainer's own `learning_rate` would be the first branch's; it becomes the leader's, as `eval_loss` is.
+        """
+        state = self.competition.state
+        logs: dict[str, float] = {"comlora/row_passes": state.row_passes}
+        if self.competition.grad_norm is not None:
+            logs["grad_norm"] = self.competition.grad_norm.item()
+        if self.args.comlora_rungs:
+            logs["comlora/living"] = len(state.living)
+        rates = {} if state.rates is None else self.rates.used
+        logs |= {f"comlora/learning_rate_{branch}": rates[branch] for branch in state.living if branch in rates}
+        return logs | ({"learning_rate": rates[state.leader]} if state.leader in rates else {})
+
+    # ---- Rungs and the winner ----
+
+    def reach_rung(self) -> None:
+        """Retires the worse branches if a rung is due after the step that has just ended."""
+        record = self.competition.reach_rung(self._measure)
+        if record is None:
+            return
+        if self.is_world_process_zero():
+            print_rung(record, self.rates.peaks, self.state.max_steps)
+        self._keep_retired(record["retired"])
+        self._drop_retired()
+
+    def _keep_retired(self, branches: list[int]) -> None:
+        """Keeps branches as they are, as plain adapters, and frees their optimizer state and gradients.
+
+        They are written in the background, which ends before a checkpoint relies on it, and before training does.
+        """
+        self.retired_files.wait()
+        model = self.comlora_model
+        with evaluation_weights(self.optimizer, self.model):
+            snapshots = {branch: model.snapshot(branch, self.model_wrapped) for branch in branches}
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / RETIRED
+            summary, record = self.competition_summary(), self.training_record()
+            self.retired_files.start(write_snapshots, snapshots, folder, summary, record)
+        parameters = [parameter for branch in branches for parameter in model.branch_parameters(branch)]
+        if self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.rates.forget(self.optimizer, parameters)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _drop_retired(self) -> None:
+        """Frees the weights of retired branches, where no wrapper holds them."""
+        if self.model_wrapped is not self.comlora_model or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # DDP, FSDP and DeepSpeed know every parameter for good; theirs get no gradient any more
+        self.competition.drop_retired()
+
+    @property
+    def can_select(self) -> bool:
+        """Whether there is a validation set to choose by."""
+        return self.eval_dataset is not None
+
+    def select(self) -> dict[str, Any]:
+        """Measures every living branch on the validation set and makes the best one the leader (eq. 11-12).
+
+        Each example counts once, several sets add up. `evaluate()`, `predict()` and callbacks report and change
+        nothing; this alone chooses.
+
+        Returns:
+            the result, see [`ValidationTally.result`].
+
+        Raises:
+            RuntimeError: if there is no example, or every branch is disqualified.
+        """
+        return self.competition.select(self._measure)
+
+    def _measure(self) -> ValidationTally:
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        with evaluation_weights(self.optimizer, self.model):
+            return validate(self.model_wrapped, self.competition, sets, self)
+
+    def determine_winner(self) -> int:
+        """The branch that wins (eq. 11-12): the newest selection's, or that of one made now.
+
+        Returns:
+            the branch's index, which is also the model's active adapter.
+
+        Raises:
+            RuntimeError: if every branch is disqualified.
+        """
+        if self.competition.state.selection is None and self.can_select:
+            self.select()
+        self.competition.follow_leader()
+        return self.competition.state.leader
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; the loop's own evaluations follow a selection, those too that a user's callback asks for."""
+        # The loop names no data, and then the sets of a dict by their keys
+        self._own_evaluation = self.is_in_train and (eval_dataset is None or isinstance(eval_dataset, str))
+        if self._own_evaluation and self.control.should_evaluate and self.can_select:
+            self.select()
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._own_evaluation = False
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's, of the leader; the loop's own also has every branch's figures from its selection."""
+        enter_evaluation_weights(self.optimizer, self.model)  # now, for the Trainer would after its cast
+        parameters = self.comlora_model.trainable_parameters()
+        values = [parameter.data for parameter in parameters]
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:
+            if has_evaluation_weights(self.optimizer):
+                sharding.reshard(self.model)  # the next step would take FSDP2's gathered copies for the iterate
+            if self.args.bf16_full_eval or self.args.fp16_full_eval:
+                # The Trainer casts the model for good; what is trained and exported keeps its own precision
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.data = value
+        if self._own_evaluation and self.competition.selected:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update(selection_metrics(self.competition.state.selection, prefix))
+        return output
+
+    def log_selection_next(self) -> None:
+        """The newest selection is logged after the step's own figures, and before the run's summary."""
+        self._unlogged = True
+
+    def log_selection(self) -> None:
+        """Logs the newest selection, where no evaluation does."""
+        self._unlogged = False
+        training = self.model.training
+        # What is logged in training mode ends the window of training's own figures. The loggers, TRL's and ours, read
+        # the model's own mode; that of its thousands of modules stays
+        self.model.training = False
+        self.log(selection_metrics(self.competition.state.selection, "eval"))
+        self.model.training = training
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible: a search makes the model anew for each trial.
+
+        Raises:
+            NotImplementedError: always, naming the tournament.
+        """
+        raise NotImplementedError(
+            "hyperparameter_search needs a model_init, which no TRL trainer takes: set comlora_tournament=True, which "
+            "compares learning rates in one run (comlora_branch_learning_rates)."
+        )
 
     # ---- Checkpoints: K branches and a selector, whole, whatever the base is sharded by ----
 
@@ -240,7 +455,21 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's.
+
+        Raises:
+            ValueError: under FSDP with an optimizer that has evaluation weights, whose state does not come back whole.
+        """
+        if checkpoint is not None and self.is_fsdp_enabled and has_evaluation_weights(self.optimizer):
+            raise ValueError(
+                f"resuming with optim={self.args.optim} is not possible under FSDP: a resumed run was seen to end "
+                "elsewhere than the one that went on; resume with DDP or in one process, or start a new run."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_checkpoint(resume_from_checkpoint, self.comlora_model.k, self.comlora_model.selector is not None)
         self.comlora_model.load_branches(resume_from_checkpoint, self.model_wrapped)
 
     def load_checkpoint_branches(self, folder: str) -> None:
@@ -248,13 +477,194 @@ class ComLoRASFTTrainer(CompetitionLoss, Tournament, WinnerSelection, WinnerPubl
         for branch in load_state(folder).living:
             if branch_name(branch) not in self.comlora_model.peft_config:
                 self.comlora_model.restore_branch(branch)
-        self.comlora_model.load_branches(folder, self.model_wrapped)
+        self._load_from_checkpoint(folder)
 
     def _load_best_model(self) -> None:
-        self.load_checkpoint_branches(self.state.best_model_checkpoint)
+        enter_evaluation_weights(self.optimizer, self.model)  # what is loaded are evaluation weights
+        best, state = self.state.best_model_checkpoint, self.competition.state
+        self.load_checkpoint_branches(best)
         # The winner is the best checkpoint's leader; wins, rungs and disqualifications are the whole run's
-        state = self.comlora_model.competition_state
-        state.selection = load_state(self.state.best_model_checkpoint).selection
+        state.selection = load_state(best).selection
         # A branch that has diverged since can't win: another one of that checkpoint is chosen
         self._decided = state.selection is not None and state.selection["winner"] not in state.disqualified
-        self._follow_the_leader()
+        self.competition.follow_leader()
+
+    # ---- Where the Trainer saves or pushes "the model": the winner, as an ordinary adapter ----
+
+    def export_winner(self, path: str | Path | None = None) -> Path:
+        """Exports the winner (determined first if need be) as an ordinary PEFT adapter, atomically.
+
+        Args:
+            path: the folder; `comlora_winner_dir` by default.
+
+        Raises:
+            FileExistsError: if the folder is not empty, `comlora_overwrite_winner` is False and it is not this
+                trainer's own earlier export.
+        """
+        path = Path(path or self.args.winner_dir)
+        self.export_branch(self.determine_winner(), path, self._may_overwrite(path))
+        self._exported.add(path.absolute())
+        return path
+
+    def export_branch(self, branch: int, path: Path, overwrite: bool) -> None:
+        """Exports a branch as an ordinary PEFT adapter, with all that an exported one carries; by all processes."""
+        self._export(branch, path, lambda: new_folder(path, overwrite))
+
+    def _export(self, branch: int, target: Path, folder: Callable[[], Any]) -> None:
+        with evaluation_weights(self.optimizer, self.model):
+            snapshot = self.comlora_model.snapshot(branch, self.model_wrapped)
+        if self.args.should_save:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with folder() as written:
+                save_branch(
+                    snapshot, written, self.competition_summary() | {"exported_branch": branch}, self.processing_class
+                )
+                write_winner_files(written, target=target, record=self.training_record())
+        self.accelerator.wait_for_everyone()
+
+    def _may_overwrite(self, path: Path) -> bool:
+        return self.args.comlora_overwrite_winner or path.absolute() in self._exported
+
+    def competition_summary(self) -> dict[str, Any]:
+        """The content of `competition.json`: the branches' figures and the history."""
+        return competition_summary(self.competition.state, self.state.log_history)
+
+    def training_record(self) -> dict[str, Any]:
+        """The content of `training.json`: base, prompt template, data, settings, seed, versions."""
+        model = self.comlora_model
+        return training_record(
+            base=get_config_model_id(model.config),
+            base_revision=model.peft_config[model.active_adapter].revision,
+            prompt_template=self.args.comlora_prompt,
+            data=self.data_name,
+            settings=settings_of(self.args) | self._trained_settings(),
+            seed=self.args.seed,
+        )
+
+    def _trained_settings(self) -> dict[str, Any]:
+        """The settings of optimizer and schedule that are other ones than the arguments'."""
+        settings = self.rates.settings(self.optimizer, own=self.optimizer_cls_and_kwargs is not None)
+        if self.lr_scheduler is not None and not self._created_lr_scheduler:
+            settings |= {"lr_scheduler_type": type(self.lr_scheduler).__name__, "warmup_steps": None}
+        return settings
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the winner as an ordinary adapter; within a checkpoint, which the Trainer makes, every branch."""
+        if _internal_call and output_dir is not None:
+            self.retired_files.wait()
+            enter_evaluation_weights(self.optimizer, self.model)
+            self.competition.follow_leader()
+            self._save(output_dir, state_dict=self.comlora_model.state_to_save(self.model_wrapped))
+            if self.args.should_save:
+                save_state(self.competition.state, output_dir)
+                write_training_record(output_dir, self.training_record())
+            return
+        self._save_winner(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_winner(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._export(self.determine_winner(), folder, lambda: nullcontext(folder))
+        if self.args.should_save:
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Pushes the winner as the repository's root adapter, with its model card.
+
+        Args:
+            kwargs: as for [`create_model_card`].
+
+        Returns:
+            the commit, or its future if not `blocking`; None on processes other than the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._save_winner(Path(self.args.output_dir))
+        if not self.is_world_process_zero():
+            return None
+        name = kwargs.pop("model_name", None) or self.hub_model_id.split("/")[-1]
+        self.create_model_card(model_name=name, **kwargs)
+        self._finish_current_push()
+        return push_winner(
+            self.args,
+            repo_id=self.hub_model_id,
+            commit_message=commit_message,
+            token=token,
+            run_as_future=not blocking,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the leader's card and its record into `output_dir`, which the Trainer pushes.
+
+        Args:
+            model_name: the card's title; the method's name by default.
+            dataset_name: the training data's name, [`data_name`] from now on.
+            tags: further tags on the hub.
+        """
+        self.data_name = dataset_name or self.data_name
+        if not self.is_world_process_zero():
+            return
+        config = self.comlora_model.config_to_save(self.competition.state.leader).to_dict()
+        chats = getattr(self.processing_class, "chat_template", None) is not None
+        leader = Adapter(config, self.training_record(), self.competition_summary(), chats)
+        folder = Path(self.args.output_dir)
+        place = self.hub_model_id or folder.absolute().name
+        tags = {tags} if isinstance(tags, str) else tags or ()
+        (folder / CARD_FILE).write_text(card(leader, place, title=model_name, tags=tags), encoding="utf-8")
+        write_training_record(folder, leader.record)
+
+
+class CompetitionCallback(TrainerCallback):
+    """When the competition acts within the Trainer's loop, by the Trainer's own events.
+
+    It comes right after the Trainer's own flow control, so that a selection precedes the evaluation and the checkpoint
+    of its step, and the winner is out before any other callback ends the run, or fails.
+    """
+
+    def __init__(self, trainer: CompetingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.begin_competition()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.trainer.is_deepspeed_enabled:
+            self.trainer.end_step()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.competition.state.rates is not None:
+            self.trainer.rates.note()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        known = self.trainer.competition.state.selection
+        self.trainer.reach_rung()
+        self._select(state, control, known)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._select(state, control, self.trainer.competition.state.selection)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.finish_competition()
+
+    def _select(self, state: TrainerState, control: TrainerControl, known: Any) -> None:
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        if self.trainer.can_select and (control.should_evaluate or last):
+            self.trainer.select()
+        new = self.trainer.competition.state.selection is not known
+        if new and not control.should_evaluate:
+            # A log of a later step would bear that step's number
+            (self.trainer.log_selection_next if control.should_log else self.trainer.log_selection)()

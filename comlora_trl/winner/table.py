@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# (heading, key, format); a line break where a narrow table may have one
+# (heading, key, format); a narrow table may break the line at the newline
 _COLUMNS = (
     ("rate", "learning_rate", "g"),
     ("validation\nNLL", "validation_nll", ".4f"),
@@ -13,7 +13,7 @@ _COLUMNS = (
 
 
 def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: the branch, the columns that have something to say, and what became of the branch.
+    """Headings and cells: the branch, the columns with different values, and the branch's end.
 
     Args:
         summary: the content of `competition.json`.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import Architecture
-from conftest import make_arguments, make_dataset, make_lora, make_tokenizer
+from conftest import TARGETS, make_arguments, make_dataset, make_lora, make_tokenizer
 from families import FAMILIES, make_family
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -11,8 +11,8 @@ from transformers import CTRLConfig, CTRLLMHeadModel, GraniteMoeConfig, GraniteM
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.branches.expansion import INPUTS, LAYERS, SEPARATELY
-from comlora_trl.training.adapters import complete_lora_config, default_targets
+from comlora_trl.branches.passes import INPUTS, LAYERS, SEPARATELY
+from comlora_trl.training.adapters import ProposedTargets, complete_lora_config, default_targets
 
 TOLERANCE = 1e-5
 AT_INPUTS = {"Gemma 3n text", "Bloom", "StarCoder"}  # batch in the second dimension, or batch times heads in the first
@@ -191,7 +191,7 @@ def test_default_targets_fit_and_are_said(tmp_path, caplog):
     assert trainer.comlora_model.peft_config["branch_0"].target_modules >= {"qkv_proj", "gate_up_proj"}
     assert "no peft_config is given: each branch is a LoRA of rank 8 on down_proj, gate_up_proj" in caplog.text
     caplog.clear()
-    lora = make_lora()  # the paper's five, as `scripts/sft.py` gives them
+    lora = make_lora(target_modules=ProposedTargets(TARGETS))  # as `scripts/sft.py` gives them
     config = complete_lora_config(lora, make_family("Mixtral"))
     assert config.target_modules == {"q_proj", "k_proj", "v_proj"} and lora.target_modules != config.target_modules
     assert "MixtralForCausalLM does not have all of q_proj" in caplog.text and "adapt q_proj, k_proj" in caplog.text

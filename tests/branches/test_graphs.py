@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from competing import assert_equal, make_comlora, make_noise, step, trainable
 from conftest import collate, make_rows
+from plain_loop import assert_equal, make_comlora, make_noise, step, trainable
 from rerunning import RerunGraph, RerunGraphs
 from torch import Tensor
 
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.graphs import LayerGraphs
-from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import ComLoRAModel
 

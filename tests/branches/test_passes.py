@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from competing import assert_equal, make_comlora, make_noise, step
 from conftest import collate, make_rows
+from plain_loop import assert_equal, make_comlora, make_noise, step
 from torch import Tensor, nn
 
-from comlora_trl.branches.passes import at_the_end_of_backward, running_backward
-from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.batches import Rows
+from comlora_trl.compat import at_the_end_of_backward, running_backward
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import ComLoRAModel
 
@@ -142,7 +142,19 @@ def test_a_backward_finds_its_own_pass_again(model):
 
 
 def test_two_passes_in_one_backward(model):
-    both = forward(model) + forward(model)
+    """Passes of the same branches and rows: under checkpointing the layers run again alike for both."""
+    forward(model).backward()
+    expected = {n: 3 * p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (forward(model) + 2 * forward(model)).backward()
+    assert_equal({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+    assert_nothing_left(model)
+
+
+def test_two_passes_of_other_branches_in_one_backward(model):
+    inputs = {**collate(make_rows()), "fused_lm_head": True, "use_cache": False}
+    weights = torch.ones(K, 4, dtype=torch.float64)
+    both = forward(model) - model.run_branches(inputs, Rows.of(inputs), weights, [1]).log_probs.sum()
     if not model.competing.checkpointing:
         both.backward()
         return

@@ -16,7 +16,7 @@ from comlora_trl.data.keywords import COMMONSENSE_TASKS, first_keyword
 from comlora_trl.demo import DEMO_SPLITS, demo_data_path, demo_model_path, demo_recipe_path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "make_demo_data.py"
+SCRIPT = ROOT / "tools" / "demo" / "make_demo_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def rows() -> dict[str, list[dict[str, str]]]:
     return {split: json.loads(demo_data_path(split).read_text(encoding="utf-8")) for split in DEMO_SPLITS}
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the repository's scripts")
+@pytest.mark.skipif(not SCRIPT.exists(), reason="installed without the repository's tools")
 def test_script_rewrites_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], check=True, capture_output=True)
     for split in DEMO_SPLITS:
@@ -33,9 +33,9 @@ def test_script_rewrites_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[ModuleType]:
-    """scripts/demo_world.py, where the repository is there."""
+    """tools/demo/demo_world.py, where the repository is there."""
     if not SCRIPT.exists():
-        pytest.skip("installed without the repository's scripts")
+        pytest.skip("installed without the repository's tools")
     sys.path.insert(0, str(SCRIPT.parent))
     yield importlib.import_module("demo_world")
     sys.path.remove(str(SCRIPT.parent))

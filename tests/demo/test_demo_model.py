@@ -16,14 +16,14 @@ from comlora_trl.data.prompts import PROMPT_TEMPLATES, build_prompt
 from comlora_trl.demo import demo_data_path, demo_model_path
 
 PER_TASK = 40
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-needs_scripts = pytest.mark.skipif(not SCRIPTS.exists(), reason="installed without the repository's scripts")
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "demo"
+needs_tools = pytest.mark.skipif(not TOOLS.exists(), reason="installed without the repository's tools")
 Accuracy = dict[str, float]
 
 
 @pytest.fixture(autouse=True)
-def scripts_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def tools_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_base_model_is_small_and_scores_near_chance(
     assert abs(sum(accuracy.values()) - sum(chance.values())) / 8 < 0.1, (accuracy, chance)
 
 
-@needs_scripts
+@needs_tools
 def test_base_model_knows_something_of_every_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """What it knows it says in the quizzes' layout; a task that it knows nothing of would stay at chance."""
     rng, rows = random.Random(0), []
@@ -120,7 +120,7 @@ def test_base_model_knows_something_of_every_task(model: PreTrainedModel, tokeni
     assert all(accuracy[task] > chance[task] + 0.2 for task in accuracy), (accuracy, chance)
 
 
-@needs_scripts
+@needs_tools
 @pytest.mark.slow
 def test_the_default_run_leaves_every_task_between_chance_and_100(
     tmp_path: Path,
@@ -130,7 +130,10 @@ def test_the_default_run_leaves_every_task_between_chance_and_100(
 ) -> None:
     """Else the demo could not tell one method from another."""
     monkeypatch.chdir(tmp_path)
-    sft, argv = importlib.import_module("sft"), ["--comlora_k", "2", "--use_cpu", "--disable_tqdm", "true"]
+    sft, argv = (
+        importlib.import_module("comlora_trl.cli.sft"),
+        ["--comlora_k", "2", "--use_cpu", "--disable_tqdm", "true"],
+    )
     trainer = sft.build_trainer(sft._given(argv), sft.parse_arguments(argv))
     trainer.train()
     responses = generate(trainer.comlora_model.eval(), tokenizer, [build_prompt(r["instruction"]) for r in test_rows])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-SOURCES = ("comlora_trl", "lm_eval_tasks", "scripts", "pyproject.toml", "setup.py", "MANIFEST.in")
+SOURCES = ("comlora_trl", "lm_eval_tasks", "pyproject.toml", "setup.py", "MANIFEST.in")
 SOURCES += ("comlora_lm_eval_hook.py", "comlora_lm_eval_hook.pth", "README.md", "LICENSE")
 
 LM_EVAL_PROJECT = """

@@ -170,7 +170,7 @@ def test_stock_results_are_the_same_with_and_without_the_hook(adapter, tmp_path)
 @pytest.mark.slow
 def test_a_stale_base_ends_in_one_line(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone/base"}))
-    command = ["-m", "comlora_trl.evaluation.cli", "--model", "hf", "--model_args", f"peft={tmp_path}"]
+    command = ["-m", "comlora_trl.cli.eval", "--model", "hf", "--model_args", f"peft={tmp_path}"]
     result = run([*command, "--tasks", "comlora_demo", "--limit", "2"], tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path}: its base model /gone/base does not exist")
@@ -178,7 +178,7 @@ def test_a_stale_base_ends_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_missing_data_ends_in_one_line_before_the_model(adapter, tmp_path):
-    command = ["-m", "comlora_trl.evaluation.cli", "--model", "hf", "--model_args", f"peft={adapter}"]
+    command = ["-m", "comlora_trl.cli.eval", "--model", "hf", "--model_args", f"peft={adapter}"]
     result = run([*command, "--tasks", "comlora_boolq"], tmp_path, COMLORA_DATA_DIR=str(tmp_path))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     missing = tmp_path / "commonsense" / "boolq" / "test.json"

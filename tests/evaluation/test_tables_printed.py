@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from result_files import commonsense, notes, write_adapter, write_recorded, write_results
 
-from comlora_trl.evaluation.tables import build_tables, main, read_runs
+from comlora_trl.cli.tables import main
+from comlora_trl.evaluation.tables import build_tables, read_runs
 from comlora_trl.evaluation.tables_render import Cell, Row, Table, latex, markdown, ranks
 
 

@@ -47,5 +47,5 @@ def test_every_task_is_stopped_row_by_row(manager):
 @pytest.mark.slow
 def test_validate_finds_every_task(manager, tmp_path):
     names = ",".join(manager.all_tasks)
-    result = run(["-m", "comlora_trl.evaluation.cli", "validate", "--tasks", names], tmp_path)
+    result = run(["-m", "comlora_trl.cli.eval", "validate", "--tasks", names], tmp_path)
     assert "All tasks found and valid" in result.stdout, result.stderr[-2000:]

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from comlora_trl.cli.tables import main
 from comlora_trl.data.files import tasks_folder
 from comlora_trl.demo import DEMO_BASE, base_name, demo_model_path, resolve_base
 from comlora_trl.evaluation import adapters
-from comlora_trl.evaluation.tables import main
 from comlora_trl.winner.card import write_card
 from comlora_trl.winner.files import read_training_record, settings_of, training_record, write_winner_files
 from comlora_trl.winner.folder import demo_base_sha256, weights_sha256

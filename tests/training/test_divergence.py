@@ -24,7 +24,7 @@ class Poison(TrainerCallback):
 
 def test_diverged_branch_is_disqualified_and_the_others_train_on(train):
     trainer = train(comlora_k=3, trainer={"callbacks": [Poison(1)]})
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert state.disqualified == {1: 3}
     assert state.selection["winner"] != 1
     values = parameters(trainer)

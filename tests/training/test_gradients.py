@@ -8,9 +8,9 @@ from conftest import difference, make_lora, make_model, parameters
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainerCallback
 
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel
-from comlora_trl.branches.rows import Rows
-from comlora_trl.training.gradients import clip_gradients, gradient_norms
+from comlora_trl.training.competition import clip_gradients, gradient_norms
 
 
 class Gradients(TrainerCallback):
@@ -81,7 +81,7 @@ def test_a_huge_gradient_of_one_branch_leaves_the_others(train):
     options = {"comlora_k": 3, "comlora_selector": False, "max_grad_norm": 0.1}
     calm = parameters(train(**options))
     hurt = train(**options, trainer={"callbacks": [Replace("branch_1", 1e6)]})
-    assert not hurt.comlora_model.competition_state.disqualified
+    assert not hurt.competition.state.disqualified
     moved = {name for name, value in parameters(hurt).items() if not torch.equal(value, calm[name])}
     assert moved and all("branch_1" in name for name in moved)
 
@@ -89,7 +89,7 @@ def test_a_huge_gradient_of_one_branch_leaves_the_others(train):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_selectors_non_finite_gradient_is_left_out_for_a_step(train, value, caplog):
     trainer = train(comlora_k=2, trainer={"callbacks": [Replace("selector.encoder", value)]})
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert not state.disqualified and sum(state.wins) == 8
     assert all(parameter.isfinite().all() for parameter in parameters(trainer).values())
     assert "the selector's gradient is not finite at step 2" in caplog.text
@@ -97,9 +97,11 @@ def test_a_selectors_non_finite_gradient_is_left_out_for_a_step(train, value, ca
 
 def test_norms_without_gradients_are_zero():
     model = BranchModel(make_model(), make_lora(), 2)
-    model.settings, model.selector = type("Settings", (), {"k": 2}), None
-    assert gradient_norms(model).tolist() == [0.0, 0.0, 0.0]
-    assert clip_gradients(model, gradient_norms(model), 1.0) == 0
+    groups = [model.branch_parameters(0), model.branch_parameters(1), []]
+    norms = gradient_norms(groups, torch.device("cpu"))
+    assert norms.tolist() == [0.0, 0.0, 0.0]
+    clip_gradients(groups, norms, 1.0)
+    assert all(parameter.grad is None for group in groups for parameter in group)
 
 
 def test_neftunes_noise_does_not_reach_the_selector(train):
@@ -133,7 +135,7 @@ def test_a_retry_with_a_smaller_batch_counts_wins_once(train, monkeypatch):
 
     monkeypatch.setattr(trainer, "compute_loss", fail_once)
     trainer.train()
-    assert failed and sum(trainer.comlora_model.competition_state.wins) == 4
+    assert failed and sum(trainer.competition.state.wins) == 4
 
 
 def test_the_loss_outside_the_loop_takes_the_batch_for_a_step(train):
@@ -145,7 +147,7 @@ def test_the_loss_outside_the_loop_takes_the_batch_for_a_step(train):
     assert loss.item() == pytest.approx(again.item(), abs=1e-9) and outputs.logits.size(0) == 3
     loss.backward()
     trainer.train()
-    assert sum(trainer.comlora_model.competition_state.wins) == 8
+    assert sum(trainer.competition.state.wins) == 8
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_substep_end"])
@@ -160,7 +162,7 @@ def test_a_callbacks_own_loss_changes_nothing(train, event):
     trainer.add_callback(type("Asking", (TrainerCallback,), {event: ask})())
     trainer.train()
     assert len(own) == 4 and difference(parameters(trainer), parameters(calm)) == 0
-    assert trainer.comlora_model.competition_state == calm.comlora_model.competition_state
+    assert trainer.competition.state == calm.competition.state
     for entry, expected in zip(trainer.state.log_history[:4], calm.state.log_history[:4], strict=True):
         names = [name for name in expected if name.startswith("comlora/") or name in ("loss", "grad_norm")]
         assert {name: entry[name] for name in names} == {name: expected[name] for name in names}
@@ -186,7 +188,7 @@ def test_a_flattened_line_counts_its_sequences(train):
     assert rows.count == 3 and rows.supervised_tokens(batch["labels"]).tolist() == [2, 1, 3]
     options = {"comlora_k": 2, "max_steps": 2, "max_length": None, "completion_only_loss": False}
     trainer = train(trainer={"data_collator": flattened}, **options)
-    assert trainer.comlora_model.competition_state.selection["examples"] == 13
+    assert trainer.competition.state.selection["examples"] == 13
 
 
 def test_a_disqualified_dora_branch_is_the_base(train):
@@ -196,7 +198,7 @@ def test_a_disqualified_dora_branch_is_the_base(train):
                 model.branch_parameters(1)[-1].data.fill_(math.inf)
 
     trainer = train(comlora_k=2, lora={"use_dora": True}, trainer={"callbacks": [Poison()]})
-    assert trainer.comlora_model.competition_state.disqualified == {1: 3}
+    assert trainer.competition.state.disqualified == {1: 3}
     ids = torch.arange(3, 21).view(2, 9)
     model = trainer.comlora_model.eval()
     model.set_adapter("branch_1")

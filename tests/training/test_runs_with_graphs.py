@@ -4,14 +4,14 @@ import os
 
 import pytest
 import torch
-from competing import assert_equal, make_comlora, make_noise, step
 from conftest import TOURNAMENT, collate, difference, make_arguments, make_rows, parameters
+from plain_loop import assert_equal, make_comlora, make_noise, step
 from rerunning import RerunGraphs
 from transformers import TrainerCallback
 
 from comlora_trl import ComLoRAConfig
-from comlora_trl.branches.attention import is_padded_right
 from comlora_trl.branches.graphs import LayerGraphs
+from comlora_trl.branches.passes import is_padded_right
 from comlora_trl.branches.trial import ignores_padding
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training import graphing

@@ -14,12 +14,12 @@ from trl import RichProgressCallback
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.training.checkpoints import load_state
+from comlora_trl.training.evaluation import own_batches
 from comlora_trl.training.hold_out import hold_out
-from comlora_trl.training.validation import own_batches
 
 
 def selection(trainer: ComLoRASFTTrainer) -> dict:
-    return trainer.comlora_model.competition_state.selection
+    return trainer.competition.state.selection
 
 
 def literal_nll(trainer: ComLoRASFTTrainer, branch: int, dataset: Dataset) -> float:
@@ -164,9 +164,9 @@ def test_rich_progress(train):
 
 def test_a_second_training_is_a_new_competition(train):
     trainer = train(comlora_k=2, max_steps=3)
-    first, wins = selection(trainer), trainer.comlora_model.competition_state.wins
+    first, wins = selection(trainer), trainer.competition.state.wins
     trainer.train()
-    assert selection(trainer) != first and sum(trainer.comlora_model.competition_state.wins) == sum(wins) == 3
+    assert selection(trainer) != first and sum(trainer.competition.state.wins) == sum(wins) == 3
     other = train(start=False, comlora_k=2, comlora_winner_dir=trainer.args.winner_dir, comlora_overwrite_winner=True)
     other.args.comlora_overwrite_winner = False  # the folder was filled after this trainer was made
     with pytest.raises(FileExistsError, match="exists and is not empty"):
@@ -189,7 +189,7 @@ def test_the_best_checkpoints_leader_wins_and_all_wins_count(train):
     trainer = train(comlora_k=2, load_best_model_at_end=True, trainer={"callbacks": [Spoil()]}, **options)
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert state.selection == load_state(best).selection and sum(state.wins) == 6
     exported = load_file(Path(trainer.args.winner_dir) / "adapter_model.safetensors")
     kept = load_file(best / f"branch_{state.selection['winner']}" / "adapter_model.safetensors")
@@ -201,13 +201,13 @@ def test_a_best_checkpoints_leader_that_diverged_since_gives_way_to_the_next_bes
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 4:
                 for branch in range(3):
-                    by = math.inf if branch == model.competition_state.leader else 30
+                    by = math.inf if model.branch_names[branch] == model.active_adapter else 30
                     model.branch_parameters(branch)[-1].data.add_(1).mul_(by)
 
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     options |= {"comlora_k": 3, "comlora_winner_by": "validation_loss", "load_best_model_at_end": True}
     trainer = train(trainer={"callbacks": [Diverge()]}, **options)
-    state, best = trainer.comlora_model.competition_state, Path(trainer.state.best_model_checkpoint)
+    state, best = trainer.competition.state, Path(trainer.state.best_model_checkpoint)
     then = load_state(best).selection
     assert list(state.disqualified) == [then["winner"]] and best.name != "checkpoint-6"
     losses = {branch: then["validation_nll"][branch] for branch in state.living}

@@ -1,4 +1,4 @@
-"""Tournament: each branch is the LoRA run it would be alone, the field shrinks, each shared row goes to one branch."""
+"""Tournament: each branch is the LoRA run it would be alone, rungs retire branches, a shared row goes to one."""
 
 import json
 import math
@@ -25,10 +25,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from comlora_trl.competition import CompetitionSettings
+from comlora_trl.training.evaluation import evaluation_mode
 from comlora_trl.training.export import export_checkpoint, write_snapshots
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.validation import evaluation_mode
 
 
 class Recorder(TrainerCallback):
@@ -87,7 +86,7 @@ def test_rates_alone_are_separate_runs_of_trls_lora(train, tmp_path):
         assert own == pytest.approx(alone["losses"], abs=1e-3)  # TRL rounds what it logs
         logged = [entry[f"comlora/learning_rate_{branch}"] for entry in trainer.state.log_history if "loss" in entry]
         assert logged == pytest.approx([rate * (1 - step / 8) for step in range(8)])
-    assert trainer.comlora_model.competition_state.row_passes == 8 * 8 * 3
+    assert trainer.competition.state.row_passes == 8 * 8 * 3
 
 
 def parameters_of(model) -> dict[str, Tensor]:
@@ -105,7 +104,7 @@ def test_rungs_stop_the_losers_runs_and_free_what_they_took(train, tmp_path, cap
             sizes.append((len(optimizer.state), len(parameters_of(model))))
 
     trainer = train(comlora_rungs="0.25:2, 0.5:1", **TOURNAMENT, trainer={"callbacks": [Watch()]})
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     per_branch = len(start) // 4
     assert [size[0] for size in sizes] == [per_branch * n for n in [4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]]
     assert [size[1] for size in sizes] == [size[0] for size in sizes]
@@ -172,7 +171,7 @@ def test_shared_rows_are_a_literal_deal(train, cut, float64):
             found = of_branch(gradients, branch)
             for name, value in expected.items():
                 torch.testing.assert_close(found.get(name, torch.zeros_like(value)), value, rtol=0, atol=1e-9)
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert state.row_passes == 5 * total
 
 
@@ -202,7 +201,7 @@ def test_any_cut_of_a_step_is_the_same_tournament(train, float64):
         options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
         runs.append(train(comlora_branch_chunk=chunk, **settings, **options))
     for run in runs[1:]:
-        assert run.comlora_model.competition_state.retired == runs[0].comlora_model.competition_state.retired
+        assert run.competition.state.retired == runs[0].competition.state.retired
         assert difference(parameters(run), parameters(runs[0])) < 1e-8
 
 
@@ -211,7 +210,7 @@ def test_packed_lines_go_to_one_branch_whole(train):
     settings = {**TOURNAMENT, **options, "comlora_rungs": "0.5:1", "comlora_rows": "shared"}
     together, chunked = train(**settings), train(**settings, comlora_branch_chunk=1)
     assert difference(parameters(together), parameters(chunked)) < 1e-5
-    assert together.comlora_model.competition_state.row_passes == 8 * 4
+    assert together.competition.state.row_passes == 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_packed_lines_go_to_one_branch_whole(train):
 )
 def test_a_branch_is_written_as_peft_would_save_it(lora, tmp_path):
     """At a rung, in a checkpoint and as the winner."""
-    model = ComLoRAModel(make_model(), make_lora(**lora), CompetitionSettings(k=3))
+    model = ComLoRAModel(make_model(), make_lora(**lora), 3)
     for branch, parameter in enumerate(model.trainable_parameters()):
         parameter.data.normal_(generator=torch.Generator().manual_seed(branch))
     PeftModel.save_pretrained(model, str(tmp_path), selected_adapters=["branch_1"])
@@ -257,11 +256,11 @@ def test_retired_branches_are_written_before_what_relies_on_them(train, monkeypa
         time.sleep(0.5)
         write_snapshots(*args)
 
-    monkeypatch.setattr("comlora_trl.training.tournament.write_snapshots", slowly)
+    monkeypatch.setattr("comlora_trl.training.trainer.write_snapshots", slowly)
     settings = {**TOURNAMENT, "max_steps": 4, "comlora_rungs": "0.25:2,0.75:1", "trainer": {"callbacks": [Look()]}}
     trainer = train(save_strategy="steps", save_steps=1, **settings)
     assert list(map(len, seen)) == [0, 2, 2, 2, 2, 3, 3, 3]
-    retired = trainer.comlora_model.competition_state.retired
+    retired = trainer.competition.state.retired
     assert {int(file.parent.name[-1]) for file in seen[-1]} == retired.keys()
 
 
@@ -269,7 +268,7 @@ def test_a_retired_branch_that_cant_be_written_ends_training(train, monkeypatch)
     def fail(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("comlora_trl.training.tournament.write_snapshots", fail)
+    monkeypatch.setattr("comlora_trl.training.trainer.write_snapshots", fail)
     with pytest.raises(OSError, match="no space left"):
         train(**{**TOURNAMENT, "max_steps": 4, "comlora_rungs": "0.25:1"})
 
@@ -293,8 +292,8 @@ def test_resumed_in_any_rung_is_uninterrupted(train, rows, tmp_path):
         resumed.train(resume_from_checkpoint=str(checkpoint))
         assert parameters(resumed).keys() == parameters(whole).keys()
         assert all(torch.equal(value, parameters(whole)[name]) for name, value in parameters(resumed).items())
-        assert vars(resumed.comlora_model.competition_state) == vars(whole.comlora_model.competition_state)
-    loser = next(iter(whole.comlora_model.competition_state.retired))
+        assert vars(resumed.competition.state) == vars(whole.competition.state)
+    loser = next(iter(whole.competition.state.retired))
     checkpoint = Path(whole.args.output_dir) / "checkpoint-12"
     assert export_checkpoint(checkpoint, loser, tmp_path / "loser") == loser
     kept = load_file(Path(whole.args.output_dir) / "retired" / f"branch_{loser}" / "adapter_model.safetensors")
@@ -308,11 +307,11 @@ def test_the_best_checkpoints_leader_may_have_been_retired_since(train):
 
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 4:
-                self.leader = model.competition_state.leader
+                self.leader = model.branch_names.index(model.active_adapter)
                 for parameter in model.branch_parameters(self.leader):
                     parameter.data.mul_(30)
             if state.global_step == 6:
-                for branch in model.competition_state.living:
+                for branch in range(model.k):
                     for parameter in model.branch_parameters(branch):
                         parameter.data.mul_(30)
 
@@ -320,7 +319,7 @@ def test_the_best_checkpoints_leader_may_have_been_retired_since(train):
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     given = {"trainer": {"callbacks": [spoil]}, **TOURNAMENT, **evaluated}
     trainer = train(comlora_rungs="0.5:1", load_best_model_at_end=True, **given)
-    assert spoil.leader in trainer.comlora_model.competition_state.retired
+    assert spoil.leader in trainer.competition.state.retired
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name in ("checkpoint-2", "checkpoint-4") and trainer.determine_winner() == spoil.leader
     kept = load_file(best / f"branch_{spoil.leader}" / "adapter_model.safetensors")
@@ -335,14 +334,14 @@ def test_a_diverged_branch_is_out_before_its_rung(train):
                 model.branch_parameters(0)[-1].data.fill_(math.inf)
 
     trainer = train(comlora_rungs="0.5:3", trainer={"callbacks": [Poison()]}, **TOURNAMENT)
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert state.disqualified == {0: 2} and not state.retired and len(state.living) == 3
 
 
 @pytest.mark.parametrize("by", ["selector", "validation_accuracy"])
 def test_rungs_with_a_selector_and_by_accuracy(train, by):
     trainer = train(comlora_k=3, comlora_rungs="0.5:2", comlora_winner_by=by, max_steps=6)
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     record, column = state.rungs[0], {"selector": "scores", "validation_accuracy": "validation_accuracy"}[by]
     assert list(state.retired) == [min(range(3), key=lambda branch: (record[column][branch], -branch))]
     assert {"comlora/probability_0", "comlora/living"} <= trainer.state.log_history[0].keys()
@@ -352,6 +351,6 @@ def test_a_second_tournament_begins_with_all_branches(train):
     trainer = train(comlora_rungs="0.25:1", **TOURNAMENT)
     assert len(parameters(trainer)) == 20
     trainer.train()
-    state = trainer.comlora_model.competition_state
+    state = trainer.competition.state
     assert len(state.retired) == 3 and len(state.rungs) == 1
     assert sum(state.wins) == 3  # afterwards one branch is alone

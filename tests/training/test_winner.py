@@ -26,7 +26,7 @@ def trained(train, tmp_path):
 
 def test_winner_loads_as_plain_peft_and_gives_the_branchs_logits(trained, tmp_path):
     folder = Path(trained.args.winner_dir)
-    branch = trained.comlora_model.competition_state.selection["winner"]
+    branch = trained.competition.state.selection["winner"]
     trained.comlora_model.eval().set_adapter(f"branch_{branch}")
     expected = trained.comlora_model(input_ids=IDS).logits
     plain = PeftModel.from_pretrained(make_model(), folder).eval()
@@ -56,7 +56,7 @@ def test_winner_folder_holds_one_adapter_and_what_belongs_to_it(trained):
 def test_export_from_a_checkpoint(trained, tmp_path):
     checkpoint = Path(trained.args.output_dir) / "checkpoint-8"
     branch = export_checkpoint(checkpoint, None, tmp_path / "again")
-    assert branch == trained.comlora_model.competition_state.selection["winner"]
+    assert branch == trained.competition.state.selection["winner"]
     first = load_file(Path(trained.args.winner_dir) / "adapter_model.safetensors")
     second = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -82,7 +82,7 @@ def test_the_card_of_a_run(trained):
     card = ModelCard.load(winner / "README.md")
     assert card.text.startswith("\n# ComLoRA K=3 r=4, w/o selector\n")
     assert "| branch | rate | validation NLL | token accuracy | wins |  |" in card.text
-    state = trained.comlora_model.competition_state
+    state = trained.competition.state
     line = next(line for line in card.text.splitlines() if line.startswith(f"| branch_{state.leader} "))
     assert "winner, this adapter" in line
     [retired] = state.retired
@@ -110,7 +110,7 @@ def test_a_picture_that_fails_costs_no_winner(trained, tmp_path, monkeypatch, ca
 
 
 def test_a_retired_branch_says_which_it_is(trained, tmp_path):
-    [retired] = trained.comlora_model.competition_state.retired
+    [retired] = trained.competition.state.retired
     folder = Path(trained.args.output_dir) / "retired" / f"branch_{retired}"
     assert Adapter.read(folder).method == f"ComLoRA K=3 r=4, w/o selector, branch {retired}"
     assert recorded_prompt(str(folder)) == "llm_adapters"

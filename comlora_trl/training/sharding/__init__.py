@@ -12,28 +12,37 @@ exports, and loaded from them; and the competition reads and changes gradients h
 | ZeRO-3 | pieces (`ds_tensor`), with float32 masters | pieces, between backward and step |
 """
 
-from comlora_trl.training.sharding.gradients import around_step, clip, drop_gradients, norms, take_over_clipping
-from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, settle_fsdp
+from comlora_trl.training.sharding.gradients import (
+    around_step,
+    drop_gradients,
+    has_sharded_gradients,
+    norms,
+    scale_gradients,
+    take_over_clipping,
+)
+from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, local, settle_fsdp
 from comlora_trl.training.sharding.weights import (
     load_trained_state,
+    plain_name,
     reshard,
-    state_to_save,
-    trained_state,
+    whole_state,
     zero_weights,
 )
 
 __all__ = [
     "around_step",
-    "clip",
     "drop_gradients",
     "gathers_by_module",
+    "has_sharded_gradients",
     "is_sharded",
     "load_trained_state",
+    "local",
     "norms",
+    "plain_name",
     "reshard",
+    "scale_gradients",
     "settle_fsdp",
-    "state_to_save",
     "take_over_clipping",
-    "trained_state",
+    "whole_state",
     "zero_weights",
 ]

@@ -8,6 +8,8 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from comlora_trl import compat
+
 
 def settle_fsdp(accelerator: Accelerator) -> None:
     """Two settings of accelerate's FSDP that would cost a competition something, changed before the model is wrapped.
@@ -34,7 +36,7 @@ def gathers_by_module(accelerator: Accelerator) -> bool:
 
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether each process holds a part of the parameters only."""
-    return any(is_partitioned(p) or hasattr(p, "_hp_mapping") or _is_flat(p) for p in parameters)
+    return any(is_partitioned(p) or compat.zero_mapping(p)[0] or _is_flat(p) for p in parameters)
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -44,18 +46,17 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 def gradient_piece(parameter: nn.Parameter) -> Tensor | None:
     """The part of a parameter's gradient that this process holds, None for none."""
-    if hasattr(parameter, "_z3_optimizer"):
+    if compat.trained_by_zero3(parameter):
         return deepspeed_utils().safe_get_local_grad(parameter)
-    if hasattr(parameter, "_hp_mapping"):
+    if compat.zero_mapping(parameter)[0]:
         # safe_get_full_grad would gather each parameter's gradient over all processes
-        fragment = parameter._hp_mapping
-        return None if fragment is None else fragment.get_lp_grad_fragment(parameter._index_in_param_group)
+        return compat.zero_gradient_piece(parameter)
     return None if parameter.grad is None else local(parameter.grad)
 
 
 def put_gradient_piece(parameter: nn.Parameter, piece: Tensor) -> None:
     """Puts back a changed piece, where [`gradient_piece`] may have given a copy."""
-    if hasattr(parameter, "_z3_optimizer"):
+    if compat.trained_by_zero3(parameter):
         deepspeed_utils().safe_set_local_grad(parameter, piece)
 
 
@@ -73,4 +74,4 @@ def deepspeed_utils() -> Any:
 
 
 def _is_flat(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "_fsdp_flattened", False)
+    return compat.is_flattened(parameter)

@@ -1,6 +1,6 @@
 """The whole values of trained weights, wherever they lie, and weights loaded from them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,41 +10,44 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from comlora_trl.training.sharding.pieces import deepspeed_utils, is_partitioned, local
+from comlora_trl import compat
+from comlora_trl.training.sharding.pieces import deepspeed_utils, local
 
 # What FSDP1, activation checkpointing and torch.compile put into parameters' names
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-def trained_state(
-    model: nn.Module, root: nn.Module | None = None, named: Mapping[str, nn.Parameter] | None = None
+def whole_state(
+    model: nn.Module, root: nn.Module | None = None, names: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """The whole values of all trained parameters, by the names they have in the model, on every process's CPU.
+    """The whole values of parameters and buffers, by their names in the model, as copies on every process's CPU.
 
     Every process has to call it.
 
     Args:
         model: the model with its branches, out of any wrapper.
         root: the wrapped model, which FSDP1 needs before the first forward.
-        named: some parameters alone, by their names, which spares a walk through the model; not with FSDP1.
+        names: of the tensors, without any wrapper ([`plain_name`]); None for all trained parameters.
     """
     state: dict[str, Tensor] = {}
-    for values in _gathered(model, root, False, named):
+    if names is not None:
+        buffers = model.named_buffers(remove_duplicate=False)
+        state = {own: value for name, value in buffers if (own := plain_name(name)) in names}
+        state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    for values in _gathered(model, root, False, names):
         state |= {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
     return state
 
 
-def state_to_save(model: nn.Module, root: nn.Module | None = None) -> dict[str, Tensor]:
-    """[`trained_state`], and the frozen weights where they are whole: PEFT saves embeddings that were resized."""
-    state = trained_state(model, root)
-    if isinstance(root, FSDP):
-        return state
-    frozen = {name: p for name, p in model.named_parameters() if not (p.requires_grad or is_partitioned(p))}
-    return {name: value.detach() for name, value in frozen.items()} | state
+def plain_name(name: str) -> str:
+    """A tensor's name without what FSDP1, activation checkpointing and torch.compile put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def load_trained_state(model: nn.Module, values: Mapping[str, Tensor], root: nn.Module | None = None) -> None:
-    """Gives parameters the values that [`trained_state`] gathered; every process has to call it, with the same ones.
+    """Gives parameters the values that [`whole_state`] gathered; every process has to call it, with the same ones.
 
     Raises:
         ValueError: if a value's shape is another one than its parameter's.
@@ -63,10 +66,10 @@ def zero_weights(parameters: Iterable[nn.Parameter]) -> None:
             local(parameter).zero_()
             if hasattr(parameter, "ds_id"):
                 parameter.ds_tensor.zero_()
-                if hasattr(parameter, "_z3_optimizer"):
+                if compat.trained_by_zero3(parameter):
                     deepspeed_utils().safe_set_local_fp32_param(parameter, torch.zeros_like(parameter.ds_tensor))
-            elif getattr(parameter, "_hp_mapping", None) is not None:
-                parameter._hp_mapping.hp_fragment.zero_()
+            elif (mapping := compat.zero_mapping(parameter)[1]) is not None:
+                mapping.hp_fragment.zero_()
 
 
 def reshard(model: nn.Module) -> None:
@@ -77,21 +80,20 @@ def reshard(model: nn.Module) -> None:
 
 
 def _gathered(
-    model: nn.Module, root: nn.Module | None, change: bool, named: Mapping[str, nn.Parameter] | None = None
+    model: nn.Module, root: nn.Module | None, change: bool, names: Collection[str] | None = None
 ) -> Iterator[Mapping[str, Any]]:
-    """Trained parameters by name, with their whole values, as many at a time as are gathered together."""
+    """Parameters by name, with their whole values, as many at a time as are gathered together."""
     if isinstance(root, FSDP):
         with FSDP.summon_full_params(root, recurse=False, writeback=False):
             pass  # it becomes the root, which otherwise the first unit asked would
-    modules = model.named_modules() if named is None else ()
-    units = {name: module for name, module in modules if isinstance(module, FSDP)}
+    units = {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
     if isinstance(root, FSDP) or units:
         for prefix, unit in (units | ({"": root} if isinstance(root, FSDP) else {})).items():
-            if _trained(unit.module):
+            if _may_hold(unit, names, prefix):
                 with FSDP.summon_full_params(unit, recurse=False, writeback=change):
-                    yield _trained(unit.module, prefix)
+                    yield _wanted(unit.module, names, prefix)
         return
-    named = _trained(model) if named is None else named
+    named = _wanted(model, names)
     partitioned = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
     with _gathered_zero3(partitioned, change) if partitioned else nullcontext():
         if not change:
@@ -99,14 +101,22 @@ def _gathered(
         yield named
 
 
-def _trained(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
-    """A module's own trained parameters, without those that a wrapper within it holds."""
+def _may_hold(unit: FSDP, names: Collection[str] | None, prefix: str) -> bool:
+    """Whether an FSDP1 unit is to be gathered; one that keeps a flat parameter alone shows no names until then."""
+    place = plain_name(f"{prefix}.") if prefix else ""
+    if names is not None and any("_flat_param" in name for name, _ in unit.module.named_parameters()):
+        return any(name.startswith(place) for name in names)
+    return bool(_wanted(unit.module, names, prefix))
+
+
+def _wanted(module: nn.Module, names: Collection[str] | None, prefix: str = "") -> dict[str, nn.Parameter]:
+    """A module's own parameters of these names, or all trained ones, without those that a wrapper within it holds."""
     found = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and "_fsdp_wrapped_module." not in name:
-            name = f"{prefix}.{name}" if prefix else name
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
+    for name, parameter in module.named_parameters(remove_duplicate=names is None):
+        if "_fsdp_wrapped_module." in name:
+            continue
+        name = plain_name(f"{prefix}.{name}" if prefix else name)
+        if parameter.requires_grad if names is None else name in names:
             found[name] = parameter
     return found
 
@@ -130,5 +140,5 @@ def _write(parameter: nn.Parameter, value: Tensor, name: str) -> None:
         parameter.to_local().copy_(own.to_local())
         return
     parameter.copy_(value)
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+    if compat.trained_by_zero3(parameter) or compat.zero_mapping(parameter)[0]:
         deepspeed_utils().safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))

@@ -1,0 +1,1 @@
+"""The commands that an installation brings: comlora-sft, -export, -eval, -tables and -plot."""

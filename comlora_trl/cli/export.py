@@ -1,0 +1,47 @@
+"""Export a branch from a checkpoint of a ComLoRA run as an ordinary PEFT adapter.
+
+    comlora-export comlora-output/checkpoint-500                    # the winner so far, to ./winner
+    comlora-export comlora-output/checkpoint-500 --branch 1 --output branch-1
+    comlora-export comlora-output/checkpoint-500 --branch all --output branches
+
+No model is loaded. With "all" each branch gets a folder of its own below --output.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from comlora_trl.branches.model import branch_name
+from comlora_trl.training.checkpoints import load_state
+from comlora_trl.training.export import export_checkpoint
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `comlora-export`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint-N folder")
+    parser.add_argument("--branch", default="winner", help="winner (default), all, or a branch's number 0..K-1")
+    parser.add_argument("--output", default="winner", help="folder to export to (default: winner)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists and is not empty")
+    args = parser.parse_args(argv)
+    try:
+        for branch, target in exports(args.checkpoint, args.branch, Path(args.output)):
+            branch = export_checkpoint(args.checkpoint, branch, target, args.overwrite)
+            print(f"branch_{branch} exported to {target}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def exports(checkpoint: str, branch: str, output: Path) -> list[tuple[int | None, Path]]:
+    """The branches to export and their folders; None stands for the winner."""
+    if branch == "winner":
+        return [(None, output)]
+    if branch == "all":
+        return [(k, output / branch_name(k)) for k in range(load_state(checkpoint).k)]
+    if not branch.isdigit():
+        raise ValueError(f"--branch {branch} is not possible: give winner, all, or a number 0..K-1.")
+    return [(int(branch), output)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The trainers that users meet: TRL's, with competing branches; each has one loss."""

@@ -1,0 +1,86 @@
+"""TRL's arguments, checked before it builds anything: each that competing branches can't follow has one line."""
+
+from typing import Any
+
+import trl
+from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
+from packaging.version import Version
+
+from comlora_trl.training.config import CompetitionConfig
+
+TESTED_TRL = (1, 16)
+_CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
+logger = get_logger(__name__)
+
+
+def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, optimizer: Any) -> None:
+    """Refuses options of TRL that the selector, or rates of the branches' own, can't go with.
+
+    Raises:
+        ValueError: naming the option, the reason and the fix.
+    """
+    losses = {
+        "loss_type='dft'": args.loss_type == "dft",
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+        "compute_loss_func": compute_loss_func is not None,
+    }
+    for option, given in losses.items():
+        if given and args.comlora_selector and args.comlora_k > 1:
+            raise ValueError(
+                f"{option} does not work with the selector of K={args.comlora_k} branches, which weighs each row's "
+                "negative log-likelihood (eq. 5-9): leave it out, or set comlora_selector=False."
+            )
+    refused = {
+        "optimizers": (
+            optimizer is not None
+            and (args.comlora_selector_learning_rate is not None or args.comlora_branch_learning_rates is not None),
+            "comlora_selector_learning_rate, comlora_tournament and comlora_branch_learning_rates need the optimizer "
+            "to be made here",
+        ),
+    }
+    for option, (given, reason) in refused.items():
+        if given:
+            raise ValueError(f"{option} does not work with competing branches: {reason}. Leave it out.")
+
+
+def use_plain_checkpointing(args: CompetitionConfig) -> None:
+    """Takes the non-reentrant kind of checkpointing where the reentrant one is asked for, and says so.
+
+    Both give the same gradients; the reentrant kind can't follow the batch as it widens to K branches.
+    """
+    kwargs = checkpointing_kwargs(args)
+    if args.gradient_checkpointing and kwargs.get("use_reentrant"):
+        logger.warning("reentrant checkpointing is asked for: the non-reentrant kind runs, with the same gradients.")
+        for name in _CHECKPOINTING_KWARGS:
+            if hasattr(args, name):
+                setattr(args, name, {**kwargs, "use_reentrant": False})
+
+
+def checkpointing_kwargs(args: CompetitionConfig) -> dict[str, Any]:
+    """The options of checkpointing, by the newer of transformers' names for it where there are both."""
+    return next((getattr(args, name) for name in _CHECKPOINTING_KWARGS if getattr(args, name, None)), {})
+
+
+def warn_of_newer_trl() -> None:
+    """Says in a line when TRL is newer than the one that this was tested with."""
+    if Version(trl.__version__).release[:2] > TESTED_TRL:
+        tested = ".".join(map(str, TESTED_TRL))
+        logger.warning(f"trl {trl.__version__} is newer than {tested}, with which comlora-trl was tested.")
+
+
+def check_parallelism(accelerator: Accelerator, args: CompetitionConfig) -> None:
+    """Refuses ways to spread the work that the competition does not go with."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
+        raise ValueError(
+            "context, sequence and tensor parallelism split the rows that the selector scores: use data "
+            "parallelism (DDP, FSDP or DeepSpeed) instead."
+        )
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    chunked = (args.comlora_branch_chunk or args.comlora_k) < args.comlora_k
+    if chunked and sharded:
+        raise ValueError(
+            f"comlora_branch_chunk={args.comlora_branch_chunk} works with a single process or DDP: leave it out."
+        )
