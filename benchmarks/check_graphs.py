@@ -122,7 +122,6 @@ def exact(found: dict[str, Any], ways: tuple[str, ...] = ("k1", "k4", "k4 shared
         worst.append((abs((second[0] - first[0]) / first[0]).item(), *error(second[1], first[1])))
         if k > 1:
             model.drop_branch(1)
-            model.competition_state.retired[1] = 1
             kept, model.competing.graphs = model.competing.graphs, None
             alone = one(model, batches[0], False, False)
             model.competing.graphs = kept

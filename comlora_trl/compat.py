@@ -65,6 +65,12 @@ SEAMS = (
     Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
     Seam("torch", "torch.nn.modules.dropout._DropoutNd", "a layer with dropout of any kind is not captured", "2.8"),
     Seam("torch", "torch.fx.experimental._config", "use_duck_shape: rows and lengths may be equal by chance", "2.8"),
+    Seam(
+        "torch",
+        "torch._inductor.async_compile.AsyncCompile",
+        "warm_pool starts the processes that compile kernels while a run prepares",
+        "2.8",
+    ),
     Seam("torch", "torch._dynamo.maybe_mark_dynamic", "no public name marks a length that varies", "2.8"),
     Seam("torch", "Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
@@ -271,6 +277,16 @@ def distinct_symbols() -> Iterator[None]:
         _config.use_duck_shape = before
         if collects is not None:
             torch._dynamo.config.run_gc_after_compile = collects
+
+
+def start_compilers() -> None:
+    """Starts the processes that compile kernels, which takes seconds, while the run prepares."""
+    try:
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.warm_pool()
+    except Exception:  # for speed alone: compilation starts them itself
+        return
 
 
 def is_view(tensor: "Tensor") -> bool:

@@ -38,7 +38,7 @@ def forward(model: ComLoRAModel) -> Tensor:
     inputs = collate(make_rows()[:4])
     rows = Rows.of(inputs)
     weights = torch.ones(model.k, rows.count, dtype=torch.float64)
-    living = model.competition_state.living
+    living = [branch for branch in range(model.k) if f"branch_{branch}" in model.peft_config]
     return -model.run_branches(
         {**inputs, "fused_lm_head": True, "use_cache": False}, rows, weights, living
     ).log_probs.sum()
@@ -169,7 +169,6 @@ def test_a_dropped_branch_and_other_shapes_are_captured_anew():
         gradients(model, rows)
     assert model.competing.graphs.captures == 2
     model.drop_branch(1)
-    model.competition_state.retired[1] = 1
     assert not model.competing.graphs._shapes and not model.competing.graphs._buffers
     expected, kept = forward_gradients(model), model.competing.graphs
     for _ in range(2):
