@@ -26,7 +26,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.graphs import CudaGraphs, LayerGraphs
-from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.graphing import compile_regionally
 from comlora_trl.training.model import ComLoRAModel
 
@@ -39,7 +38,7 @@ def make(k: int, layers: int, dtype: torch.dtype) -> ComLoRAModel:
         base = LlamaForCausalLM(LlamaConfig(**{**SHAPES["135m"], "num_hidden_layers": layers})).to(dtype)
         add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
-        return with_delta(ComLoRAModel(base, lora, CompetitionSettings(k=k))).train()
+        return with_delta(ComLoRAModel(base, lora, k)).train()
 
 
 def batch(rows: int, length: int, seed: int) -> dict[str, Tensor]:
