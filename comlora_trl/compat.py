@@ -254,14 +254,23 @@ def mark_varying(tensor: "Tensor", dimension: int) -> None:
 
 @contextmanager
 def distinct_symbols() -> Iterator[None]:
-    """Within the block a compiler gives sizes that are equal by chance symbols of their own."""
+    """Within the block a compiler gives sizes that are equal by chance symbols of their own.
+
+    Nor does it collect garbage after each compilation, which takes half a second.
+    """
+    import torch
     from torch.fx.experimental import _config
 
     before, _config.use_duck_shape = _config.use_duck_shape, False
+    collects = getattr(torch._dynamo.config, "run_gc_after_compile", None)
+    if collects is not None:
+        torch._dynamo.config.run_gc_after_compile = False
     try:
         yield
     finally:
         _config.use_duck_shape = before
+        if collects is not None:
+            torch._dynamo.config.run_gc_after_compile = collects
 
 
 def is_view(tensor: "Tensor") -> bool:

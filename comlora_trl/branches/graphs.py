@@ -98,6 +98,7 @@ class CudaGraphs:
         """Captures and what warms up for them lie inside, on a stream of their own."""
         current = torch.cuda.current_stream()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what passes without graphs have used: the pool can't use it
         collecting = gc.isenabled()
         gc.disable()  # a collection could free other graphs within a capture
         try:
@@ -219,6 +220,9 @@ class LayerGraphs:
             del self._shapes[key]
         for own in [own for own in self._weights if own > k]:
             del self._weights[own]
+        if not self._shapes:
+            self._buffers = {}
+            self.maker.release()
 
     def _forget_shapes(self) -> None:
         self._shapes, self._seen, self._weights, self._buffers = {}, {}, {}, {}
@@ -256,15 +260,15 @@ class LayerGraphs:
         names = run.one.names
         device = call.hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (len(names), call.spec, autocast, self.branches.checkpointing)
+        key = (len(names), call.spec, autocast, self._checkpointing)
         if self._last is not None and (token := self._last()) is not None and not token.done:
             return  # the memory of an earlier pass, whose backward may still come
         shape = self._shapes.get(key)
         if shape is None:
-            recorded = self._seen.get(key)
+            recorded = self._seen.get(key[1:])  # with another number of branches, too
             if recorded is None:
                 if len(self._seen) < _MOST_SEEN:
-                    run.key, run.recorded = key, []
+                    run.key, run.recorded = key[1:], []
                 return
             if len(self._shapes) >= MOST_SHAPES:
                 return
@@ -277,6 +281,11 @@ class LayerGraphs:
         run.shape, run.filled, run.token = shape, weights, _Token()
         self._last = run.token.reference
 
+    @property
+    def _checkpointing(self) -> bool:
+        """Whether layers are checkpointed; asking transformers would walk through every module, at every pass."""
+        return any(forward.checkpointing for forward in self._forwards)
+
     def _capture(
         self, key: tuple[Any, ...], recorded: "list[_Call]", names: tuple[str, ...], call: "_Call"
     ) -> "_Shape | None":
@@ -287,13 +296,13 @@ class LayerGraphs:
                 self.turn_off("an adapted layer is none that the batched products compute")
                 return None
             self._weights[len(names)] = weights
-        recompute = self.branches.checkpointing
+        recompute = self._checkpointing
         ways = [self.run_layer, None] if self.run_layer is not None else [None]
         for way in ways:
             shape, begun = _Shape(self, recorded, weights, recompute, way), time.perf_counter()
             try:
                 with torch.no_grad(), self.maker.capturing():
-                    shape.capture(call.hidden, names, check_all=not self._shapes)
+                    shape.capture(call.hidden, names, check_all=self.captures == 0)
             except _Differs as error:
                 reason = str(error)
             except Exception as error:  # whatever a capture, a compiler or an architecture raises
@@ -302,7 +311,6 @@ class LayerGraphs:
                 reason = f"{doing} a layer ended in {type(error).__name__} ({text})"
             else:
                 self._shapes[key] = shape
-                del self._seen[key]
                 self.captures += 1
                 self.capture_seconds += time.perf_counter() - begun
                 return shape
@@ -332,12 +340,12 @@ class _Forward:
 
     def __init__(self, graphs: LayerGraphs, index: int, layer: nn.Module) -> None:
         self.graphs, self.index, self.layer = graphs, index, layer
-        self._checkpointing: bool | None = None
+        self.checkpointing: bool | None = None
 
     def begin(self) -> None:
         """Takes the layer's place."""
         own = self.layer.__dict__
-        self._checkpointing = own.get(_CHECKPOINTING)
+        self.checkpointing = own.get(_CHECKPOINTING)
         own["forward"], own[_CHECKPOINTING] = self, False
 
     def end(self) -> None:
@@ -345,15 +353,15 @@ class _Forward:
         own = self.layer.__dict__
         own.pop("forward", None)
         own.pop(_CHECKPOINTING, None)
-        if self._checkpointing is not None:
-            own[_CHECKPOINTING] = self._checkpointing
+        if self.checkpointing is not None:
+            own[_CHECKPOINTING] = self.checkpointing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.graphs.call(self.index, self.layer, args, kwargs)
 
     def own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer as it is, checkpointed if it is to be."""
-        if self._checkpointing and torch.is_grad_enabled():
+        if self.checkpointing and torch.is_grad_enabled():
             run = partial(_run_once, self.layer, **kwargs)
             return compat.checkpoint(self.layer, run, *args)
         return _run_layer(self.layer, args, kwargs)
@@ -512,11 +520,10 @@ class _Shape:
             layer = _Layer(self, index, hiddens[index], hiddens[index + 1], grads[(index + 1) % 2], grads[index % 2])
             if index in checked:
                 expected[index] = layer.figures(None)
-            if self.run_layer is not None:
+            if self.run_layer is not None and index in checked:
                 found = layer.figures(self.run_layer)  # compiles, and loads what a capture must not load
-                if index in checked:
-                    expected[index].compare(found, f"compiled, decoder layer {index}")
-            elif index not in checked:
+                expected[index].compare(found, f"compiled, decoder layer {index}")
+            elif index not in checked and check_all:
                 layer.figures(None)
             if check_all:
                 with graphs.maker.watched():

@@ -133,7 +133,8 @@ class CompetitionConfig:
             "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed: the same loss and "
             "gradients to rounding, a step several times as fast for small models. None means where they can be, on "
             "one GPU; each shape is compared with the layers as they are before it is used. Batches are then padded "
-            "to multiples of 64 tokens, unless pad_to_multiple_of is given. False turns it off."
+            "to multiples of 64 tokens, unless pad_to_multiple_of is given, and torch_compile=True means the same. "
+            "True also asks for it over several processes. False turns it off."
         },
     )
     comlora_equation_signs: str = field(
@@ -189,10 +190,13 @@ class CompetitionConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.torch_compile and self.torch_compile_backend is None and self.torch_compile_mode is None:
+            # The same by another name; the whole model compiled takes minutes, for less
+            self.torch_compile = not takes_graphs(self)
         lengths_are_free = self.pad_to_multiple_of == "auto"
         with settled_without_gpu(self):
             super().__post_init__()
-        if lengths_are_free and self.device.type == "cuda" and self.comlora_graphs is not False:
+        if lengths_are_free and takes_graphs(self):
             packs = self.packing or self.padding_free
             self.pad_to_multiple_of = self.pad_to_multiple_of if packs else LENGTHS
         self._fill_in()
@@ -295,6 +299,11 @@ def settled_without_gpu(args: "CompetitionConfig") -> Iterator[None]:
     yield
     if settle:
         logger.warning(f"no GPU is found: training on the CPU, in {'bfloat16' if args.bf16 else 'float32'}.")
+
+
+def takes_graphs(args: "CompetitionConfig") -> bool:
+    """Whether a run's decoder layers are to be compiled and replayed as CUDA graphs, if they can be."""
+    return args.comlora_graphs is not False and not args.use_cpu and torch.cuda.is_available()
 
 
 def check_config(args: "CompetitionConfig") -> None:

@@ -39,7 +39,18 @@ def settle_graphs(model: BranchModel, args: Any, accelerator: Accelerator) -> st
         lambda line: accelerator.print(line),
         compile_regionally,
     )
+    start_compilers()
     return None
+
+
+def start_compilers() -> None:
+    """Starts the processes that compile kernels, which takes seconds, while the run prepares."""
+    try:
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.warm_pool()
+    except Exception:  # a place for speed alone: compilation starts them itself
+        return
 
 
 def compile_regionally(function: Callable) -> Callable:

@@ -178,6 +178,9 @@ class CompetingTrainer:
 
     def begin_competition(self) -> None:
         """Begins a competition, or goes on with that of the checkpoint; again when a smaller batch is tried."""
+        graphs = self.comlora_model.competing.graphs
+        if graphs is not None:
+            graphs.forget_more_than(0)  # a smaller batch is tried where the memory was too little
         competition = self.competition
         competition.begin(self.state.max_steps, self.state.global_step)
         self._decided = self._unlogged = False

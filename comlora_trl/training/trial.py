@@ -43,7 +43,9 @@ def try_branches(
     if deepspeed is not None and deepspeed.zero_stage == 3:
         logger.warning(f"ZeRO-3 partitions the weights: {_UNTRIED.format(model.expansion.place)}")
         return model.expansion.place
-    found: list[Any] = [model.expansion.place, None, None, False]
+    found: list[Any] = [model.expansion.place, None, None]
+    # By a process for itself: elsewhere the mask stays
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cuda" and not router_loss
     if accelerator.is_main_process:
         if any(parameter.is_meta for parameter in model.parameters()):
             logger.warning(f"the weights are not loaded yet: {_UNTRIED.format(model.expansion.place)}")
@@ -52,16 +54,15 @@ def try_branches(
             try:
                 found[0] = settle_expansion(model, batches)
                 found[1] = model.expansion.batched
-                found[3] = accelerator.device.type == "cuda" and not router_loss and ignores_padding(model, batches)
+                model.expansion.ignores_padding = alone and ignores_padding(model, batches)
             except ValueError as error:
                 found[2] = _with_its_cause(error, model, batches) if router_loss else error
     if accelerator.num_processes > 1:
         found = broadcast_object_list(found)
-    place, batched, error, padding_is_ignored = found
+    place, batched, error = found
     if error is not None:
         raise error
     model.expansion.place, model.expansion.batched = place, batched
-    model.expansion.ignores_padding = padding_is_ignored
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if place == SEPARATELY and sharded and model.k > 1:
         raise ValueError(

@@ -3,7 +3,7 @@
 SmolLM2-135M's shape with random weights. In float32 the two must agree to rounding; in bfloat16 both are compared with
 float32, and the replayed layers must not be farther from it than the layers as they are.
 
-    python scripts/check_graphs.py --output check_graphs.json
+    python benchmarks/check_graphs.py --output check_graphs.json
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_cases import FUSED_OUTPUTS, with_delta
-from benchmark_small import SHAPES, TARGETS
+from cases import FUSED_OUTPUTS, with_delta
 from peft import LoraConfig
+from small import SHAPES, TARGETS
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -97,14 +97,11 @@ def milliseconds(work: Any, turns: int = 10) -> float:
     return statistics.median(times)
 
 
-def exact(found: dict[str, Any]) -> None:
+def exact(found: dict[str, Any], ways: tuple[str, ...] = ("k1", "k4", "k4 shared", "k4 checkpointing")) -> None:
     """Float32, few layers: every way to run against the layers as they are."""
-    for name, k, dealt, checkpointing, padding in (
-        ("k1", 1, False, False, False),
-        ("k4", 4, False, False, True),
-        ("k4 shared", 4, True, False, True),
-        ("k4 checkpointing", 4, False, True, True),
-    ):
+    for name in ways:
+        k, dealt, checkpointing = int(name[1]), "shared" in name, "checkpointing" in name
+        padding = k > 1
         model, said = make(k, 4, torch.float32), []
         model.expansion.ignores_padding = padding
         if checkpointing:
@@ -199,13 +196,15 @@ def half(found: dict[str, Any], layers: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--only", nargs="*", default=["exact", "half"], choices=["exact", "half"])
+    parser.add_argument("--only", nargs="*", default=["exact", "half"], choices=["exact", "half", "checkpointing"])
     parser.add_argument("--output", default="check_graphs.json")
     options = parser.parse_args()
     found: dict[str, Any] = {"torch": torch.__version__}
     for part in options.only:
         if part == "exact":
             exact(found)
+        elif part == "checkpointing":
+            exact(found, ("k4 checkpointing",))
         else:
             half(found, options.layers)
         Path(options.output).write_text(json.dumps(found))

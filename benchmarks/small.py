@@ -5,7 +5,7 @@ synthetic rows as long as CONVAI2's (up to 320 tokens, of which the reply's 8 to
 checkpointing. A run counts from `train()` to its end, the winner's export included. Needs a GPU; `--shape tiny` shows
 elsewhere that everything runs.
 
-    python scripts/benchmark_small.py --rows 32 --output small.json
+    python benchmarks/small.py --rows 32 --output small.json
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 2048,
     },
+    "8b_8": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -66,8 +76,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def run(arm: str, shape: str, rows: int, steps: int, validation: int, longest: int) -> dict[str, Any]:
-    """One arm's run in this process."""
+def run(
+    arm: str, shape: str, rows: int, steps: int, validation: int, longest: int, folder: Path | None = None
+) -> dict[str, Any]:
+    """One arm's run in this process.
+
+    Args:
+        folder: where to say that the run is ready, and to wait for its turn.
+    """
     import torch
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
@@ -95,9 +111,9 @@ def run(arm: str, shape: str, rows: int, steps: int, validation: int, longest: i
 
     trl = arm.startswith("trl")
     config, trainer_class = (SFTConfig, SFTTrainer) if trl else (ComLoRAConfig, ComLoRASFTTrainer)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as output:
         args = config(
-            output_dir=folder,
+            output_dir=output,
             per_device_train_batch_size=rows,
             max_steps=steps,
             logging_steps=10,
@@ -125,6 +141,10 @@ def run(arm: str, shape: str, rows: int, steps: int, validation: int, longest: i
         if not trl:
             selections = timed(trainer, "select", on_gpu)
         printed = io.StringIO()
+        if folder is not None:
+            (folder / "ready").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.2)
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -215,34 +235,65 @@ def main() -> int:
     parser.add_argument("--validation", type=int, default=120, help="rows of the validation set")
     parser.add_argument("--longest", type=int, default=320, help="tokens of the longest row")
     parser.add_argument("--rotations", type=int, default=1, help="runs of each arm")
-    parser.add_argument("--output", default="benchmark_small.json")
+    parser.add_argument("--output", default="small.json")
+    parser.add_argument("--queue", nargs="*", default=[], help="runs as ARM:SHAPE:ROWS:STEPS, in this order")
+    parser.add_argument("--ahead", action="store_true", help="all processes prepare at once; they still run in turn")
     parser.add_argument("--one", help=argparse.SUPPRESS, choices=list(ARMS))
+    parser.add_argument("--place", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = (options.shape, options.rows, options.steps, options.validation, options.longest)
     if options.one:
-        Path(options.output).write_text(json.dumps(run(options.one, *sizes)))
+        place = Path(options.place)
+        try:
+            (place / "found").write_text(json.dumps(run(options.one, *sizes, folder=place)))
+        except BaseException:
+            (place / "failed").touch()
+            raise
         return 0
+    queue = [entry.split(":") for entry in options.queue] or [
+        (arm, options.shape, options.rows, options.steps)
+        for turn in range(options.rotations)
+        for arm in rotated(options.arms, turn)
+    ]
     results: list[dict[str, Any]] = []
-    for turn in range(options.rotations):
-        first = turn % len(options.arms)
-        for arm in options.arms[first:] + options.arms[:first]:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "arm.json"
-                names = ("shape", "rows", "steps", "validation", "longest")
-                own = [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
-                command = [sys.executable, __file__, "--one", arm, *own, "--output", str(file)]
-                begun = time.perf_counter()
-                process = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-                if process.returncode or not file.exists():
-                    found = {"arm": arm, "error": (process.stderr or process.stdout)[-3000:]}
-                    print(f"{arm}: failed\n{found['error']}", flush=True)
-                else:
-                    found = json.loads(file.read_text())
-                    print(line(found), f"({time.perf_counter() - begun:.0f} s in all)", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        waiting = []
+        for number, (arm, shape, rows, steps) in enumerate(queue):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            command = [sys.executable, __file__, "--one", arm, "--shape", shape, "--rows", str(rows)]
+            command += ["--steps", str(steps), "--validation", str(options.validation)]
+            command += ["--longest", str(options.longest), "--place", str(place)]
+            # compilers' caches of its own: each run compiles as a first one does
+            own = {"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"), "TRITON_CACHE_DIR": str(place / "triton")}
+            log = (place / "log").open("w")
+            start = partial(subprocess.Popen, command, stdout=log, stderr=log, env=os.environ | own)
+            waiting.append((arm, place, start() if options.ahead else start))
+        for arm, place, process in waiting:
+            process = process if options.ahead else process()
+            # nothing is timed while another process still prepares
+            prepared = [other for _, other, _ in waiting] if options.ahead else [place]
+            while process.poll() is None and not all((other / "ready").exists() for other in prepared):
+                time.sleep(0.2)
+                prepared = [other for other in prepared if not (other / "failed").exists()]
+            (place / "go").touch()
+            process.wait()
+            if (place / "found").exists():
+                found = json.loads((place / "found").read_text())
+                print(line(found), flush=True)
+            else:
+                found = {"arm": arm, "error": (place / "log").read_text()[-3000:]}
+                print(f"{arm}: failed\n{found['error']}", flush=True)
             results.append(found)
             Path(options.output).write_text(json.dumps(results))
     print(table(results))
     return 1 if any("error" in found for found in results) else 0
+
+
+def rotated(arms: list[str], turn: int) -> list[str]:
+    """The arms, in each turn another one first."""
+    first = turn % len(arms)
+    return arms[first:] + arms[:first]
 
 
 def line(found: dict[str, Any]) -> str:
@@ -264,14 +315,26 @@ def table(results: list[dict[str, Any]]) -> str:
     """Medians of each arm, and their ratio to TRL's."""
     good = [found for found in results if "error" not in found]
     medians = {}
-    for arm in dict.fromkeys(found["arm"] for found in good):
-        own = [found for found in good if found["arm"] == arm]
-        medians[arm] = {key: statistics.median(one[key] for one in own) for key in ("step_ms", "seconds", "peak_gib")}
-    lines = ["| arm | step, ms | run, s | peak, GiB | step / TRL | run / TRL |", "|---|---|---|---|---|---|"]
-    trl = medians.get("trl")
-    for arm, own in medians.items():
+    for key in dict.fromkeys((found["arm"], found["shape"], found["rows"]) for found in good):
+        own = [found for found in good if (found["arm"], found["shape"], found["rows"]) == key]
+        medians[key] = {
+            name: statistics.median(one[name] for one in own) for name in ("step_ms", "seconds", "peak_gib")
+        }
+    lines = [
+        "| arm | shape, rows | step, ms | run, s | peak, GiB | step / TRL | run / TRL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (arm, shape, rows), own in medians.items():
+        trl = medians.get(("trl", shape, rows))
         ratios = ["", ""] if trl is None else [f"{own[key] / trl[key]:.2f}" for key in ("step_ms", "seconds")]
-        cells = [arm, f"{own['step_ms']:.1f}", f"{own['seconds']:.1f}", f"{own['peak_gib']:.2f}", *ratios]
+        cells = [
+            arm,
+            f"{shape}, {rows}",
+            f"{own['step_ms']:.1f}",
+            f"{own['seconds']:.1f}",
+            f"{own['peak_gib']:.2f}",
+            *ratios,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
