@@ -27,7 +27,7 @@ from torch import Tensor
 from tournament import tournaments
 from trainers import alternate_trainers, make_trainer
 
-from comlora_trl.branches import layer_groups
+from comlora_trl.branches import layers
 from comlora_trl.branches.kernels import selected_kernels
 from comlora_trl.branches.passes import INPUTS
 
@@ -117,7 +117,7 @@ def saved_bytes(bench: Bench, results: Results) -> None:
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    original = layer_groups.kernels.branch_linears
+    original = layers.kernels.branch_linears
 
     def watched(x: Tensor, frozen: list[Tensor], biases: list[Any], a: Tensor, b: list[Tensor], p: float) -> Any:
         nonlocal thin
@@ -127,11 +127,11 @@ def saved_bytes(bench: Bench, results: Results) -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             return original(x, frozen, biases, a, b, p)
 
-    layer_groups.kernels.branch_linears = watched
+    layers.kernels.branch_linears = watched
     try:
         bench.branch_step(model, rows)()
     finally:
-        layer_groups.kernels.branch_linears = original
+        layers.kernels.branch_linears = original
     found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     least = sum(2 * tensor.numel() for tensor in inputs.values()) + thin
     detail = f"{found / 2**30:.3f} / {least / 2**30:.3f} GiB"

@@ -9,7 +9,7 @@ from cases import Bench
 from report import Results
 from torch import Tensor, nn
 
-from comlora_trl.branches import layer_groups
+from comlora_trl.branches import layers
 from comlora_trl.branches.kernels import BranchWeights
 from comlora_trl.branches.kernels.branches import Masters
 
@@ -45,12 +45,12 @@ def stacked_parameters(bench: Bench, results: Results) -> None:
 @contextmanager
 def stacking(function: Callable[..., list[BranchWeights]]) -> Iterator[None]:
     """Has a function in place of `stack_branches` for a while."""
-    original = layer_groups.kernels.stack_branches
-    layer_groups.kernels.stack_branches = function
+    original = layers.kernels.stack_branches
+    layers.kernels.stack_branches = function
     try:
         yield
     finally:
-        layer_groups.kernels.stack_branches = original
+        layers.kernels.stack_branches = original
 
 
 class _Stacked:
