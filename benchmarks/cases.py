@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from comlora_trl.training.model import BranchPass, ComLoRAModel
+from comlora_trl.competition import CompetitionSettings
+from comlora_trl.training.competition import Competition
+from comlora_trl.training.model import ComLoRAModel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # as SFTTrainer asks for
@@ -155,7 +157,8 @@ class Bench:
 
     def branch_step(self, model: ComLoRAModel, rows: int, chunk: int | None = None) -> Callable[[], None]:
         """[`lora_step`] of all branches, `rows` rows each."""
-        return self.lora_step(model, rows, branch_pass=BranchPass(eta=0.5, chunk=chunk))
+        competition = Competition(model, CompetitionSettings(k=model.k), chunk=chunk)
+        return self.lora_step(model, rows, branch_pass=competition.branch_pass(eta=0.5))
 
     def _backward(self, output: Any) -> None:
         with torch.autocast(self.shape.device.type, enabled=False):

@@ -55,8 +55,8 @@ def batch(rows: int, length: int, seed: int) -> dict[str, Tensor]:
 def one(model: ComLoRAModel, inputs: dict[str, Tensor], autocast: bool, dealt: bool) -> tuple[Tensor, list[Tensor]]:
     rows = Rows.of(inputs)
     weights = torch.ones(model.k, rows.count, device=DEVICE)
-    owners = [line % len(model.peft_config) for line in range(rows.count)] if dealt else None
     living = [branch for branch in range(model.k) if f"branch_{branch}" in model.peft_config]
+    owners = [living[line % len(living)] for line in range(rows.count)] if dealt else None
     parameters = [p for branch in living for p in model.branch_parameters(branch)]
     for parameter in parameters:
         parameter.grad = None

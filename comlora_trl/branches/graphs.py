@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,7 @@ _MOST_SEEN = 64
 # a wrong branch or a factor left out is an error of 0.3 and more
 _ROUNDING = {torch.float64: (1e-9, 1e-9, 1e-7), torch.float32: (1e-3, 3e-3, 3e-2)}
 _HALF_ROUNDING = (2e-2, 3e-2, 0.15)
+_CHECKPOINTING = "gradient_checkpointing"  # a layer's own flag, in transformers
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
 
@@ -189,16 +191,16 @@ class LayerGraphs:
             self._forget_shapes()
             self._groups = self.branches.groups
         self._run = _Run(one)
-        for index, layer in enumerate(self.layers):
-            layer.__dict__["forward"] = self._forwards[index]
+        for forward in self._forwards:
+            forward.begin()
 
     def end(self) -> None:
         """Gives the layers their own forwards back."""
         run, self._run = self._run, None
         if run is None:
             return
-        for layer in self.layers:
-            layer.__dict__.pop("forward", None)
+        for forward in self._forwards:
+            forward.end()
         if run.unfit is not None:
             self.turn_off(run.unfit)
         elif run.recorded is not None and len(run.recorded) == len(self.layers):
@@ -226,8 +228,9 @@ class LayerGraphs:
     def call(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decoder layer's forward within a pass."""
         run = self._run
+        own = self._forwards[index].own
         if run is None or run.one is not self.branches.active or not torch.is_grad_enabled():
-            return _own_forward(layer, args, kwargs)
+            return own(args, kwargs)
         call = _Call.of(args, kwargs)
         if index == 0:
             self._decide(run, call)
@@ -236,7 +239,7 @@ class LayerGraphs:
             if output is not None:
                 self.replays += 1
                 return output
-        output = _own_forward(layer, args, kwargs)
+        output = own(args, kwargs)
         if call is None:
             run.unfit = f"{type(layer).__name__} takes arguments that a graph can't"
         elif run.recorded is not None and index == len(run.recorded):
@@ -272,7 +275,7 @@ class LayerGraphs:
         if weights is None:
             return
         run.shape, run.filled, run.token = shape, weights, _Token()
-        self._last = weakref.ref(run.token)
+        self._last = run.token.reference
 
     def _capture(
         self, key: tuple[Any, ...], recorded: "list[_Call]", names: tuple[str, ...], call: "_Call"
@@ -321,19 +324,52 @@ class LayerGraphs:
 
 
 class _Forward:
-    """A decoder layer's forward while a pass runs."""
+    """A decoder layer's forward while a pass runs.
+
+    Gradient checkpointing, which wraps a layer's call or its forward (transformers has done both), is then done in
+    here: a layer that is replayed does not need it, for its graph's backward runs it again by itself.
+    """
 
     def __init__(self, graphs: LayerGraphs, index: int, layer: nn.Module) -> None:
         self.graphs, self.index, self.layer = graphs, index, layer
+        self._checkpointing: bool | None = None
+
+    def begin(self) -> None:
+        """Takes the layer's place."""
+        own = self.layer.__dict__
+        self._checkpointing = own.get(_CHECKPOINTING)
+        own["forward"], own[_CHECKPOINTING] = self, False
+
+    def end(self) -> None:
+        """Gives the layer its own forward back."""
+        own = self.layer.__dict__
+        own.pop("forward", None)
+        own.pop(_CHECKPOINTING, None)
+        if self._checkpointing is not None:
+            own[_CHECKPOINTING] = self._checkpointing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.graphs.call(self.index, self.layer, args, kwargs)
 
+    def own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer as it is, checkpointed if it is to be."""
+        if self._checkpointing and torch.is_grad_enabled():
+            run = partial(_run_once, self.layer, **kwargs)
+            return self.layer._gradient_checkpointing_func(run, *args)
+        return _run_layer(self.layer, args, kwargs)
+
+
+def _run_once(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward without a checkpoint of its own, also when it runs again in the backward."""
+    with _not_checkpointed(layer):
+        return _run_layer(layer, args, kwargs)
+
 
 class _Token:
-    """A pass between its forward and its backward; gone with its autograd graph."""
+    """A pass between its forward and its backward; gone with its autograd graph, which alone holds it."""
 
-    done = False
+    def __init__(self) -> None:
+        self.done, self.reference = False, weakref.ref(self)
 
 
 class _Run:
@@ -576,22 +612,21 @@ class _Layer:
         self.module, self.call = shape.graphs.layers[index], shape.calls[index]
         self.tensors = [shape.slots[slot] for slot in self.call.slots]
         self.weights, self.weight_grads = shape.weights.of_layer(index)
-        self.groups = shape.weights.groups[index]
+        self.groups, self.kept = shape.weights.groups[index], shape.weights.kept(index)
         self.k = shape.weights.k
         self.maker = shape.graphs.maker
         self.forward: Graph = self.maker.new()
         self.backward: Graph = self.maker.new()
-        self.owner: _Token | None = None
+        self.owner: weakref.ref[_Token] | None = None
         self._kept: tuple[Tensor, list[Tensor]] | None = None
 
     def figures(self, way: Callable | None) -> _Figures:
         """The layer's output and gradients, by its own forward or a compiled one."""
         output, leaves = self._run(way)
-        grad = torch.empty_like(self.output)
+        grad, dx = torch.empty_like(self.output), torch.empty_like(self.input)
         self.draw_grad(grad)
-        gradients = torch.autograd.grad(output, leaves, grad, allow_unused=True)
-        padded = [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, gradients, strict=True)]
-        return _Figures(output.detach(), padded)
+        self._write_gradients(output, leaves, grad, dx)
+        return _Figures(output.detach(), [dx, *(one.clone() for one in self.weight_grads)])
 
     def draw_grad(self, into: Tensor) -> None:
         """Fills a gradient with random numbers that are the same each time."""
@@ -613,30 +648,34 @@ class _Layer:
     def _backward(self) -> None:
         output, leaves = self._run(self.run_layer) if self.recompute else self._kept
         self._kept = None
-        gradients = torch.autograd.grad(output, leaves, self.grad_output, allow_unused=True)
-        for target, gradient in zip([self.grad_input, *self.weight_grads], gradients, strict=True):
+        self._write_gradients(output, leaves, self.grad_output, self.grad_input)
+
+    def _write_gradients(self, output: Tensor, leaves: list[Tensor], grad: Tensor, dx: Tensor) -> None:
+        """Writes dx and the gradients of the weights, those that a compiled layer has not written already."""
+        gradients = torch.autograd.grad(output, leaves, grad, allow_unused=True)
+        for target, gradient in zip([dx, *self.weight_grads], gradients, strict=False):
             if gradient is None:
                 target.zero_()
             else:
                 target.copy_(gradient)
 
     def _run(self, way: Callable | None) -> tuple[Tensor, list[Tensor]]:
-        """The layer's output on `input`, and the leaves that gradients are wanted of."""
+        """The layer's output on `input`, and the leaves that gradients are wanted of: the input and, where the layer
+        runs as it is, its weights."""
         with torch.enable_grad():
             # The first layer's too, which nobody asks for: without, it would be compiled by itself
             hidden = self.input.detach().requires_grad_()
-            weights = [weight.detach().requires_grad_() for weight in self.weights]
             args, kwargs = self.call.with_tensors(hidden, self.tensors)
+            weights = [] if way is not None else [weight.detach().requires_grad_() for weight in self.weights]
             left = iter(weights)
-            for group in self.groups:
-                a, b = next(left), [next(left) for _ in group.layers]
+            for group, kept in zip(self.groups, self.kept, strict=True):
                 if way is None:
-                    group.flat = None
-                    group.weights = BranchWeights(
-                        a.view(self.k, -1, a.size(1)), tuple(b_i.view(self.k, -1, b_i.size(1)) for b_i in b)
-                    )
+                    by_branch = [next(left).view(self.k, -1, own.size(-1)) for own in (kept.a, *kept.b)]
+                    group.weights, group.kept = BranchWeights(by_branch[0], tuple(by_branch[1:])), None
                 else:
-                    group.weights, group.flat = None, (a, b)
+                    group.weights, group.kept = None, (kept.number, kept.a.size(1), kept.a.dtype)
+            if way is not None:
+                _mark_lengths(hidden, self.tensors)
             try:
                 with _not_checkpointed(self.module), _without_autocast_cache(), compat.distinct_symbols():
                     output = (way or _run_layer)(self.module, args, kwargs)
@@ -647,11 +686,18 @@ class _Layer:
         return output, [hidden, *weights]
 
 
+def _mark_lengths(hidden: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Tells a compiler that the length of rows varies. It finds out by itself what else does, by another compilation:
+    more symbols than are needed make each one take several times as long."""
+    length = hidden.size(1)
+    for tensor in (hidden, *tensors):
+        for dimension, size in enumerate(tensor.shape):
+            if dimension > 0 and size == length:
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
 def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
-
-
-_own_forward = _run_layer
 
 
 class _Replay(torch.autograd.Function):
@@ -662,14 +708,14 @@ class _Replay(torch.autograd.Function):
         if hidden.data_ptr() != layer.input.data_ptr():
             layer.input.copy_(hidden)
         layer.forward.replay()
-        layer.owner = token
+        layer.owner = token.reference
         ctx.layer, ctx.token, ctx.weights = layer, token, len(weights)
         return layer.output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
-        if layer.owner is not ctx.token:
+        if layer.owner is not ctx.token.reference:
             raise RuntimeError(
                 "the backward of a pass whose decoder layers have run again since, or that has had its backward: call "
                 "backward() once, after each forward, or set comlora_graphs=False."
@@ -688,15 +734,15 @@ class _Replay(torch.autograd.Function):
 def _not_checkpointed(layer: nn.Module) -> Iterator[None]:
     """Inside, a layer does not checkpoint itself: a graph's backward runs its layer again by itself."""
     own = layer.__dict__
-    kept = own.get("gradient_checkpointing")
-    own["gradient_checkpointing"] = False
+    kept = own.get(_CHECKPOINTING)
+    own[_CHECKPOINTING] = False
     try:
         yield
     finally:
         if kept is None:
-            del own["gradient_checkpointing"]
+            del own[_CHECKPOINTING]
         else:
-            own["gradient_checkpointing"] = kept
+            own[_CHECKPOINTING] = kept
 
 
 @contextmanager

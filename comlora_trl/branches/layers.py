@@ -43,7 +43,7 @@ class LayerGroup:
             (layer.lora_A[adapter].weight.shape, layer.lora_B[adapter].weight.shape) for layer in layers
         )
         self.weights: BranchWeights | None = None
-        self.flat: tuple[Tensor, list[Tensor]] | None = None
+        self.kept: tuple[Tensor, int, torch.dtype] | None = None
         self.broken = False
         self._traced: list[Tensor] | None = None
         self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
@@ -51,7 +51,7 @@ class LayerGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which never hold anything of a pass, nor another model's parameters."""
-        return {**self.__dict__, "weights": None, "flat": None, "_waiting": None, "_traced": None, "_linears": {}}
+        return {**self.__dict__, "weights": None, "kept": None, "_waiting": None, "_traced": None, "_linears": {}}
 
     def drop(self, name: str) -> None:
         """Forgets a branch that is gone for good."""
@@ -61,7 +61,7 @@ class LayerGroup:
 
     def forget(self) -> None:
         """Forgets a pass that is over: its weights, and outputs that nobody asked for."""
-        self.weights = self.flat = self._waiting = self._traced = None
+        self.weights = self.kept = self._waiting = self._traced = None
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """The output of one layer; those of the others wait for their own call with the same x.
@@ -87,7 +87,7 @@ class LayerGroup:
         return result
 
     def traced_output(self, place: int, x: Tensor) -> Tensor:
-        """[`output`] in a decoder layer that is compiled as one region, with the weights of `flat`.
+        """[`output`] in a decoder layer that is compiled as one region, with weights that `kept` names.
 
         Args:
             place: the layer's place in the group; layers are called in that order, with the same x.
@@ -95,8 +95,7 @@ class LayerGroup:
         outputs = self._traced
         if place == 0:
             bases = [layer.base_layer for layer in self.layers]
-            a, b = self.flat
-            outputs = traceable_linears(x, [base.weight for base in bases], [base.bias for base in bases], a, b)
+            outputs = traceable_linears(x, [base.weight for base in bases], [base.bias for base in bases], *self.kept)
         # None once the last has been handed out: what is left in an attribute, a compiler has to keep
         self._traced = outputs if place < len(self.layers) - 1 else None
         return outputs[place]
@@ -380,7 +379,7 @@ class BranchLayer:
         return _new_layer, (plain_class(self),), self.__dict__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.group is not None and self.group.flat is not None:
+        if self.group is not None and self.group.kept is not None:
             return self.group.traced_output(self.place, x)
         names = self.competing.names
         if not names or self.competing.current() is None:

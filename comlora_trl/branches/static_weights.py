@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from comlora_trl import compat
+from comlora_trl.branches.kernels.ops import KeptWeights, keep_weights
 from comlora_trl.branches.layers import LayerGroup, compute_dtype
 
 # Decoder layers that are filled together: all at once would keep the GPU waiting for the first layer's weights
@@ -60,6 +61,10 @@ class StaticWeights:
         section = self._section_of[index]
         first, last = section.range_of(index)
         return section.weights[first:last], section.grads[first:last]
+
+    def kept(self, index: int) -> list[KeptWeights]:
+        """A decoder layer's weights, group by group, as operators find them."""
+        return self._section_of[index]._groups_of[index]
 
     def begin(self, names: tuple[str, ...]) -> "LayerWeights | None":
         """The weights for a pass over the named branches, filled as layers ask for them."""
@@ -180,8 +185,12 @@ class _Section:
             for row, place in enumerate(kind.places):
                 weights[place] = [kind.a[row], *(b[row] for b in kind.b)]
                 grads[place] = [kind.grad_a[row], *(b[row] for b in kind.grad_b)]
+        self.kept = [keep_weights(_kept(k, *both)) for both in zip(weights, grads, strict=True)]
         self.weights, self.grads = ([one for own in both for one in own] for both in (weights, grads))
-        ends, self._ranges = 0, {}
+        ends, self._ranges, self._groups_of = 0, {}, {}
+        for layer, own in zip(layers, groups, strict=True):
+            first = sum(map(len, groups[: layers.index(layer)]))
+            self._groups_of[layer] = self.kept[first : first + len(own)]
         for layer, own in zip(layers, groups, strict=True):
             size = sum(1 + len(group.layers) for group in own)
             self._ranges[layer] = (ends, ends + size)
@@ -236,6 +245,12 @@ class _Section:
                 matrices.append(parameters[first : first + size])
                 first += size
             yield kind, matrices
+
+
+def _kept(k: int, weights: list[Tensor], grads: list[Tensor]) -> KeptWeights:
+    """A group's A and B, and the memory for their gradients, by branch."""
+    (a, *b), (grad_a, *grad_b) = ([one.view(k, -1, one.size(-1)) for one in own] for own in (weights, grads))
+    return KeptWeights(a, b, grad_a, grad_b)
 
 
 class _Fill(torch.autograd.Function):

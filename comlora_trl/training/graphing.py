@@ -43,8 +43,8 @@ def settle_graphs(model: BranchModel, args: Any, accelerator: Accelerator) -> st
 
 
 def compile_regionally(function: Callable) -> Callable:
-    """A function that runs one decoder layer, compiled once for all layers, numbers of rows and lengths."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    """A function that runs one decoder layer, compiled once for all layers, lengths and numbers of branches."""
+    return torch.compile(function, fullgraph=True)
 
 
 def why_not(model: BranchModel, args: Any, accelerator: Accelerator) -> str | None:

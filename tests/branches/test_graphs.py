@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from branches.rerunning import RerunGraphs
-from competing import assert_equal, make_comlora, make_noise, step
 from conftest import collate, make_rows
+from plain_loop import assert_equal, make_comlora, make_noise, step
+from rerunning import RerunGraphs
 from torch import Tensor
 
 from comlora_trl.branches.graphs import LayerGraphs
@@ -14,7 +14,7 @@ from comlora_trl.training.model import ComLoRAModel
 
 def compiler(function):
     """What regional compilation traces, without a code generator."""
-    return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
 def graphed(model: ComLoRAModel, compiled: bool = False) -> list[str]:
