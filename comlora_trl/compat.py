@@ -65,6 +65,7 @@ SEAMS = (
     Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
     Seam("torch", "torch.nn.modules.dropout._DropoutNd", "a layer with dropout of any kind is not captured", "2.8"),
     Seam("torch", "torch.fx.experimental._config", "use_duck_shape: rows and lengths may be equal by chance", "2.8"),
+    Seam("torch", "torch._dynamo.maybe_mark_dynamic", "no public name marks a length that varies", "2.8"),
     Seam("torch", "Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
     # ---- accelerate ----
@@ -105,6 +106,12 @@ SEAMS = (
         "transformers",
         "transformers.PreTrainedModel._loss_function",
         "the loss that a user has set on a model, which is put back after a pass of several branches",
+        "5.10",
+    ),
+    Seam(
+        "transformers",
+        "transformers.PreTrainedModel._gradient_checkpointing_func",
+        "a layer that is not replayed is checkpointed as it was set up",
         "5.10",
     ),
     Seam(
@@ -238,6 +245,13 @@ def is_dropout(module: "nn.Module") -> bool:
     return isinstance(module, _DropoutNd)
 
 
+def mark_varying(tensor: "Tensor", dimension: int) -> None:
+    """Tells a compiler that a tensor's size varies in a dimension."""
+    import torch
+
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
 @contextmanager
 def distinct_symbols() -> Iterator[None]:
     """Within the block a compiler gives sizes that are equal by chance symbols of their own."""
@@ -284,6 +298,11 @@ def own_loss_function(model: Any) -> Any:
 def reset_loss_function(model: Any) -> None:
     """Gives a model its type's own loss function back."""
     model.__dict__.pop("_loss_function", None)
+
+
+def checkpoint(layer: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs a function of a layer by the checkpointing that was set up for it."""
+    return layer._gradient_checkpointing_func(function, *args)
 
 
 def compiles_whole(model: Any) -> bool:

@@ -14,7 +14,7 @@ from comlora_trl import compat
 
 PACKAGE = Path(comlora_trl.__file__).parent
 FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.name != "compat.py"]
-NAMES = {seam.name.rpartition(".")[2] for seam in compat.SEAMS}
+NAMES = {part for seam in compat.SEAMS for part in seam.name.split(".") if part.startswith("_")}
 LIBRARIES = {"torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "lm_eval", "bert_score"}
 
 

@@ -355,7 +355,7 @@ class _Forward:
         """The layer as it is, checkpointed if it is to be."""
         if self._checkpointing and torch.is_grad_enabled():
             run = partial(_run_once, self.layer, **kwargs)
-            return self.layer._gradient_checkpointing_func(run, *args)
+            return compat.checkpoint(self.layer, run, *args)
         return _run_layer(self.layer, args, kwargs)
 
 
@@ -693,7 +693,7 @@ def _mark_lengths(hidden: Tensor, tensors: Sequence[Tensor]) -> None:
     for tensor in (hidden, *tensors):
         for dimension, size in enumerate(tensor.shape):
             if dimension > 0 and size == length:
-                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+                compat.mark_varying(tensor, dimension)
 
 
 def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -179,7 +179,13 @@ class Study:
         model = copy.deepcopy(self.base)
         if arm.kind == "trl":
             return SFTTrainer(model, SFTConfig(**given), **shared)
-        config = ComLoRAConfig(**given, comlora_branch_chunk=min(chunk or self.settings.chunk, len(arm.rates)))
+        # Workers that share a GPU fill it without graphs, and each would compile its own
+        alone = chunk is not None and chunk > self.settings.chunk
+        config = ComLoRAConfig(
+            **given,
+            comlora_branch_chunk=min(chunk or self.settings.chunk, len(arm.rates)),
+            comlora_graphs=None if alone else False,
+        )
         watched = [Rung(share, 1).step(steps) for share in RUNG_SHARES] if arm.watched else []
         callbacks: list[TrainerCallback] = [Watch(watched)] + ([SameStart()] if arm.kind == "field" else [])
         return ComLoRASFTTrainer(model, config, eval_dataset=validation, callbacks=callbacks, **shared)
