@@ -5,7 +5,7 @@ synthetic rows as long as CONVAI2's (up to 320 tokens, of which the reply's 8 to
 checkpointing. A run counts from `train()` to its end, the winner's export included. Needs a GPU; `--shape tiny` shows
 elsewhere that everything runs.
 
-    python scripts/benchmark_small.py --rows 32 --output small.json
+    python benchmarks/small.py --rows 32 --output small.json
 """
 
 import argparse

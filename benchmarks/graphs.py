@@ -3,7 +3,7 @@
 SmolLM2-135M's shape with random weights. In float32 the two must agree to rounding; in bfloat16 both are compared with
 float32, and the replayed layers must not be farther from it than the layers as they are.
 
-    python scripts/check_graphs.py --output check_graphs.json
+    python benchmarks/graphs.py --output check_graphs.json
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_cases import FUSED_OUTPUTS, with_delta
-from benchmark_small import SHAPES, TARGETS
+from cases import FUSED_OUTPUTS, with_delta
 from peft import LoraConfig
+from small import SHAPES, TARGETS
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
