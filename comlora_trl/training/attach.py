@@ -174,6 +174,7 @@ class Attachment:
             config = copy.copy(config)
             # As get_peft_model does: an adapter names the base that it is on
             config.base_model_name_or_path = base.name_or_path or config.base_model_name_or_path
+        base.disable_input_require_grads()  # TRL's, for reentrant checkpointing of its own adapter
         _keep_differentiable(base)
         device = base.get_input_embeddings().weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

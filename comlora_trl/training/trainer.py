@@ -151,18 +151,12 @@ class CompetingTrainer:
         for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
             if line is not None:
                 self.accelerator.print(line)
-        watched = model.register_forward_hook(self._watch_forward, with_kwargs=True)
+        watched = model.register_forward_hook(_Watch(self.competition), with_kwargs=True)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             watched.remove()
             self.retired_files.wait()
-
-    def _watch_forward(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """While a training runs, no loss may train the active branch alone."""
-        one_branch = "branch_pass" not in kwargs and "view_pass" not in kwargs
-        if one_branch and torch.is_grad_enabled() and len(self.competition.state.living) > 1:
-            refuse_lone_gradients(self.competition, output)
 
     def _reset(self) -> None:
         """Gives branches that an earlier training retired or disqualified new adapters: a new competition begins."""
@@ -626,6 +620,24 @@ class CompetingTrainer:
         tags = {tags} if isinstance(tags, str) else tags or ()
         (folder / CARD_FILE).write_text(card(leader, place, title=model_name, tags=tags), encoding="utf-8")
         write_training_record(folder, leader.record)
+
+
+class _Watch:
+    """A forward hook for the time of a training, in which no loss may train the active branch alone.
+
+    Copies and pickles of the model are models of their own, and have no competition.
+    """
+
+    def __init__(self, competition: Competition | None = None) -> None:
+        self.competition = competition
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Watch, ()
+
+    def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        one_branch = self.competition is not None and "branch_pass" not in kwargs and "view_pass" not in kwargs
+        if one_branch and torch.is_grad_enabled() and len(self.competition.state.living) > 1:
+            refuse_lone_gradients(self.competition, output)
 
 
 class CompetitionCallback(TrainerCallback):

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "studies" / "small_world"
-sys.path.insert(0, str(FOLDER))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1])]
 
 import study_arms  # noqa: E402
 import study_derived  # noqa: E402
-import study_pool  # noqa: E402
 import study_questions  # noqa: E402
 import study_report  # noqa: E402
+
+from studies.common import pool as study_pool  # noqa: E402
 
 _SPEC = importlib.util.spec_from_file_location("small_world_run", FOLDER / "run.py")  # other studies have a run.py too
 study = importlib.util.module_from_spec(_SPEC)
@@ -130,7 +131,7 @@ def test_finished_runs_are_not_run_again_and_a_dead_worker_costs_one_run(tmp_pat
     # A worker that dies of seed 2
     answer = "import json, sys\nfor line in sys.stdin:\n    job = json.loads(line)\n    assert job['seed'] != 2\n"
     command = [sys.executable, "-c", answer + "    print(line.strip(), flush=True)"]
-    assert study_pool.Pool(command, results, {"commit": "abc"}, workers=1).run(jobs) == 1
+    assert study_pool.Pool(command, results, {"commit": "abc"}, workers=1).run(study.supplier(jobs)) == 1
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(line["seed"], line.get("commit")) for line in lines] == [(1, None), (0, "abc"), (3, "abc")]
 
@@ -147,7 +148,7 @@ def test_a_run_that_outlasts_the_deadline_is_lost(tmp_path: Path) -> None:
     command, jobs = [sys.executable, "-c", "import time; time.sleep(60)"], [{"arm": "a", "size": "640", "seed": 0}] * 3
     begin = time.monotonic()
     pool = study_pool.Pool(command, tmp_path / "r.jsonl", {}, workers=2, deadline=begin + 0.5, grace=0.5)
-    assert pool.run(jobs) == 2 and time.monotonic() - begin < 20
+    assert pool.run(study.supplier(jobs)) == 2 and time.monotonic() - begin < 20
 
 
 def test_processes_share_the_gpu_as_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
