@@ -757,7 +757,10 @@ def gradient_norms(
     flat = [gradient for own in gradients for gradient in own]
     if not flat:
         return torch.zeros(len(groups), device=device)
-    norms = torch.stack([norm.to(device) for norm in compat.foreach_norm(flat)])
+    found = compat.foreach_norm(flat)
+    if len({norm.device for norm in found}) > 1:  # a model that is split over devices
+        found = [norm.to(device) for norm in found]
+    norms = torch.stack(found).to(device)
     norms = norms if norms.dtype == torch.float64 else norms.float()
     return torch.stack([own.norm() for own in norms.split([len(own) for own in gradients])])
 
