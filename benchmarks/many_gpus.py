@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -82,8 +83,12 @@ RESUMED = ("K=4, selector", "tournament of 4, shared rows")
 
 def _zero(stage: int) -> dict[str, Any]:
     optimization = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
-    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {"deepspeed": {"zero_optimization": optimization, "bf16": {"enabled": "auto"}, **dict.fromkeys(auto, "auto")}}
+    auto = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    return {
+        "deepspeed": {"zero_optimization": optimization, "bf16": {"enabled": "auto"}, **dict.fromkeys(auto, "auto")}
+    }
 
 
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
@@ -222,7 +227,7 @@ def run(arm: Arm, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
     steps = timer.intervals()
     found: dict[str, Any] = {
-        "ms": statistics.median(steps[2:-1]),
+        "ms": statistics.median(steps[2:-1] or steps),
         "steps_ms": [round(step, 2) for step in steps],
         "peak_gib": largest(torch.cuda.max_memory_allocated() / 2**30) if CUDA else None,
         "seconds": round(time.perf_counter() - began, 1),
@@ -252,6 +257,8 @@ def backend_of(arm: Arm) -> Iterator[None]:
             unset_hf_deepspeed_config()
             for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
                 del os.environ[name]
+            if arm.processes == 1 and dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @contextmanager
@@ -348,6 +355,7 @@ def report(results: Path) -> str:
     """The section of docs/performance.md, from the result lines; a later line of an arm replaces an earlier one."""
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line]
     found = {Arm(**{name: line[name] for name in Arm.__dataclass_fields__}): line for line in lines}
+    found = dict(sorted(found.items(), key=lambda pair: _order(pair[0])))
     done = {arm: line for arm, line in found.items() if "ms" in line}
     rows = max(arm.rows for arm in found)
     text = [_conditions(lines, rows)]
@@ -364,16 +372,24 @@ def report(results: Path) -> str:
 
 
 def _conditions(lines: list[dict[str, Any]], rows: int) -> str:
-    last = lines[-1]
-    versions = ", ".join(f"{name} {number}" for name, number in {k: v for x in lines for k, v in x["versions"].items()}.items())
-    return (
-        f"{last['machine']}, commit {', '.join(sorted({line['commit'] for line in lines}))}, {versions}. "
-        f"Random weights, {rows} rows of 32 to 128 tokens a step on all processes together, {last['steps']} steps, "
-        "adapters on q, k, v, up and down, r = 8, without CUDA graphs. A step is the median without warm-up. In the "
-        "tournament most of the steps have four branches. Peak memory is the largest of any process after the first step. "
-        f"*Same rows in all* divides the step of one process with {rows} rows by this one, *same rows each* the step of "
-        f"one process with {rows // 2} rows: 2 and 1 are perfect."
+    machine, steps = lines[-1]["machine"], lines[-1]["steps"]
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    numbers = {name: number for line in lines for name, number in line["versions"].items()}
+    text = (
+        f"{machine}, commit {commits}, {', '.join(f'{name} {number}' for name, number in numbers.items())}. "
+        f"Random weights, {steps} steps on {rows} rows of 32 to 128 tokens unless said otherwise, on all processes "
+        "together; adapters on q, k, v, up and down, r = 8; no CUDA graphs. A step is the median without warm-up. "
+        "Most steps of the tournament have four branches. Peak memory is the largest of any process after the first "
+        f"step. *Same rows in all*: the step of one process with {rows} rows divided by this one; 2 is perfect. "
+        f"*Same rows each*: the step of one process with {rows // 2} rows divided by this one; 1 is perfect."
     )
+    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
+
+
+def _order(arm: Arm) -> tuple[int, ...]:
+    backends = ["", *BACKENDS]
+    places = [*SHAPES].index(arm.shape), [*METHODS].index(arm.method), backends.index(arm.backend)
+    return *places[:2], arm.resumed, arm.processes, places[2], -arm.rows
 
 
 def _cost(arm: Arm, done: dict[Arm, dict[str, Any]], rows: int) -> list[str]:
