@@ -4,14 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from comlora_trl.trainers.dpo import ComLoRADPOTrainer
     from comlora_trl.trainers.sft import ComLoRASFTTrainer
-    from comlora_trl.training.config import ComLoRAConfig
+    from comlora_trl.training.config import ComLoRAConfig, ComLoRADPOConfig
 
 __version__ = "0.1.0"
-__all__ = ["ComLoRAConfig", "ComLoRASFTTrainer"]
+__all__ = ["ComLoRAConfig", "ComLoRADPOConfig", "ComLoRADPOTrainer", "ComLoRASFTTrainer"]
 
 # The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
-_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.trainers.sft"}
+_LAZY = {
+    "ComLoRAConfig": "comlora_trl.training.config",
+    "ComLoRADPOConfig": "comlora_trl.training.config",
+    "ComLoRADPOTrainer": "comlora_trl.trainers.dpo",
+    "ComLoRASFTTrainer": "comlora_trl.trainers.sft",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import PreTrainedModel
@@ -159,6 +159,18 @@ class BranchModel(PeftModelForCausalLM):
         name = branch_name(branch)
         self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
         self.set_requires_grad(name, True)  # PEFT's new adapters train once they are active
+        self._modules_in_mode = []
+
+    def add_reference(self, name: str, weights: dict[str, Tensor]) -> None:
+        """Adds an adapter of the branches' shape that never trains, for a reference beside the base model.
+
+        Args:
+            name: the adapter's name.
+            weights: under the names PEFT saves them by.
+        """
+        self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
+        set_peft_model_state_dict(self, weights, adapter_name=name)
+        self.set_requires_grad(name, False)
         self._modules_in_mode = []
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -115,7 +115,7 @@ class Attachment:
         Raises:
             ValueError: if template or end-of-turn token hold tokens that the model does not know.
         """
-        path = self.args.chat_template_path
+        path = getattr(self.args, "chat_template_path", None)
         if path is None or Path(path).is_file():
             return
         if self.processing_class is None:

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from comlora_trl import compat
 from comlora_trl.branches.dealing import indices
 from comlora_trl.branches.model import branch_name
-from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import (
     CompetitionSettings,
     CompetitionState,
@@ -44,7 +43,16 @@ from comlora_trl.competition import (
 from comlora_trl.competition.rungs import Rung, cost, retired_at, rung_record, rung_steps
 from comlora_trl.training import sharding
 from comlora_trl.training.model import BranchPass, ComLoRAModel, CompetitionOutput
-from comlora_trl.training.step import ROWS_PER_LINE, LogWindow, StepFigures, StepPlan, StepSums, step_winner
+from comlora_trl.training.step import (
+    ROWS_PER_LINE,
+    Counted,
+    LogWindow,
+    StepFigures,
+    StepPlan,
+    StepSums,
+    step_winner,
+    supervised_tokens,
+)
 
 logger = get_logger(__name__)
 
@@ -66,6 +74,7 @@ class Competition:
         chunk: branches that run at a time, None for all at once.
         average_tokens: whether a loss is divided by the supervised tokens of all processes, as TRL's default is.
         router_loss: whether the loss has the load-balancing term of a mixture of experts.
+        count: counts what a batch's loss is a mean over: its supervised tokens, or its pairs.
 
     Attributes:
         state: what a checkpoint stores: living, retired and disqualified branches, rates, wins, cost, the newest
@@ -87,8 +96,9 @@ class Competition:
         chunk: int | None = None,
         average_tokens: bool = True,
         router_loss: bool = False,
+        count: Callable[[dict[str, Any]], Counted] = supervised_tokens,
     ) -> None:
-        self.model, self.settings, self.accelerator = model, settings, accelerator
+        self.model, self.settings, self.accelerator, self.count = model, settings, accelerator, count
         self.chunk, self.average_tokens, self.router_loss = chunk, average_tokens, router_loss
         self.state = CompetitionState.new(settings.k)
         self.step, self.total_steps = 0, 0
@@ -130,6 +140,8 @@ class Competition:
             self.model.redraw_branches(self.state.disqualified)
             self.state = CompetitionState.new(self.settings.k)
         self.state.rates = None if self.settings.rates is None else list(self.settings.rates)
+        self.state.betas = None if self.settings.betas is None else list(self.settings.betas)
+        self.state.measured = list(self.settings.measured)
         self.step, self.total_steps = step, total_steps
         self.rungs = rung_steps(self.settings.rungs, total_steps)
         self.plan = self.grad_norm = None
@@ -162,9 +174,9 @@ class Competition:
         return self.plan
 
     def _plan_of(self, batches: Sequence[dict[str, Any]]) -> StepPlan | None:
-        plan, state = StepPlan.of(list(batches), self.device, self.accelerator), self.state
+        plan, state = StepPlan.of(list(batches), self.device, self.accelerator, self.count), self.state
         if plan is not None and self.settings.rows == "shared" and len(state.living) > 1:
-            plan.deal(list(batches), self.step, state.living, state.k, self.accelerator)
+            plan.deal(list(batches), self.step, state.living, state.k, self.accelerator, self.count)
         return plan
 
     def normaliser(self, plan: StepPlan | None) -> Tensor | None:
@@ -286,12 +298,11 @@ class Competition:
             eq. 4, their mean; of independent branches their sum, so that each trains as it would alone.
         """
         plan, k = self.plan, self.settings.k
-        rows = Rows.of(batch)
-        tokens = rows.supervised_tokens(batch["labels"])
+        tokens = self.count(batch).weights
         plan.next(self.settings.seed, self.step, k, tokens.device)
         items = plan.tokens.expand(k) if owners is None else plan.branch_tokens
-        nll = torch.zeros(k, rows.count, dtype=self._sums.vector.dtype, device=tokens.device)
-        ran = torch.zeros(k, rows.count, dtype=torch.bool, device=tokens.device)
+        nll = torch.zeros(k, tokens.numel(), dtype=self._sums.vector.dtype, device=tokens.device)
+        ran = torch.zeros(k, tokens.numel(), dtype=torch.bool, device=tokens.device)
         if owners is not None:
             by_row = indices(owners, tokens.device)
             if rows_per_line is not None:
@@ -361,7 +372,7 @@ class Competition:
                 "max_grad_norm, and train again."
             )
         self._window.add_step(figures, self.eta, state, self.settings)
-        best = step_winner(figures, state.living)
+        best = step_winner(figures, state.living) if self.settings.comparable else None
         if best is not None:
             state.wins[best] += 1
         if max_norm > 0:
@@ -413,7 +424,8 @@ class Competition:
             return None
         selection = self.select(measure)
         column, highest = CRITERIA[self.settings.winner_by]
-        losers = retired_at(rung, selection[column], highest)
+        ties = selection["validation_nll"] if self.settings.comparable and column == "validation_accuracy" else None
+        losers = retired_at(rung, selection[column], highest, ties)
         state.rungs.append(rung_record(rung, self.step, selection, losers))
         state.retired |= dict.fromkeys(losers, self.step)
         return state.rungs[-1]
@@ -442,7 +454,9 @@ class Competition:
             RuntimeError: if there is no validation example, or every branch is disqualified.
         """
         if not self.selected:
-            self.state.selection = measure().result(self.state.alive, self.settings.winner_by, self.step)
+            settings = self.settings
+            tally = measure()
+            self.state.selection = tally.result(self.state.alive, settings.winner_by, self.step, settings.comparable)
         self.follow_leader()
         return self.state.selection
 

@@ -5,9 +5,10 @@ processes. The figures are sums that stay on the device during the step; one tra
 host.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,24 @@ from comlora_trl.competition import CompetitionSettings, CompetitionState, step_
 from comlora_trl.competition.rungs import dealt_to
 
 ROWS_PER_LINE = "rows_per_line"
+
+
+class Counted(NamedTuple):
+    """What a batch is counted by.
+
+    Attributes:
+        lines: lines of the batch, each of which goes to one branch whole where rows are shared.
+        weights: what each row weighs in a loss that is a mean over the step, int64 [R]: its supervised tokens, or 1.
+    """
+
+    lines: int
+    weights: Tensor
+
+
+def supervised_tokens(batch: dict[str, Any]) -> Counted:
+    """Counts a batch with `labels`: the mean is over its supervised tokens."""
+    rows = Rows.of(batch)
+    return Counted(_lines(rows, batch), rows.supervised_tokens(batch["labels"]))
 
 
 @dataclass
@@ -55,28 +74,32 @@ class StepPlan:
 
     @classmethod
     def of(
-        cls, batches: list[dict[str, Any]], device: torch.device, accelerator: Accelerator | None = None
+        cls,
+        batches: list[dict[str, Any]],
+        device: torch.device,
+        accelerator: Accelerator | None = None,
+        count: Callable[[dict[str, Any]], Counted] = supervised_tokens,
     ) -> "StepPlan | None":
         """Counts a step's micro-batches, over all processes; None when there is no batch.
 
         Args:
             device: where the counts are kept.
             accelerator: None for a single process.
+            count: counts a batch.
         """
         if not batches:
             return None
-        rows = [Rows.of(batch) for batch in batches]
-        lines = [_lines(own, batch) for own, batch in zip(rows, batches, strict=True)]
-        counts = torch.stack([_counts(own, batch["labels"]) for own, batch in zip(rows, batches, strict=True)])
+        counted = [count(batch) for batch in batches]
+        hosts = [(weights.numel(), lines) for lines, weights in counted]
+        counts = torch.stack([torch.stack([(own.weights > 0).sum(), own.weights.sum()]) for own in counted])
         counts = counts.to(device)
         own = counts[:, 1].sum()
         if accelerator is None or accelerator.num_processes == 1:
             # rows and lines are known on the host, no transfer needed
-            sizes, rank = [[(one.count, count)] for one, count in zip(rows, lines, strict=True)], 0
+            sizes, rank = [[size] for size in hosts], 0
             supervised, tokens = counts[:, 0].sum(), own
         else:
-            hosts = torch.tensor([(one.count, count) for one, count in zip(rows, lines, strict=True)])
-            gathered = accelerator.gather(torch.cat([counts, hosts.to(counts)], dim=1)[None])
+            gathered = accelerator.gather(torch.cat([counts, torch.tensor(hosts).to(counts)], dim=1)[None])
             sizes, rank = gathered[..., 2:].transpose(0, 1).tolist(), accelerator.process_index
             supervised, tokens = gathered[..., 0].sum(), gathered[..., 1].sum()
         row_places, row_count = _places([[size[0] for size in micro_batch] for micro_batch in sizes], rank)
@@ -91,15 +114,15 @@ class StepPlan:
         living: list[int],
         k: int,
         accelerator: Accelerator | None = None,
+        count: Callable[[dict[str, Any]], Counted] = supervised_tokens,
     ) -> "StepPlan":
         """Deals the step's lines out among the living branches, and counts each branch's tokens over all processes."""
         self.owners = [
-            tuple(dealt_to(first + line, step, living) for line in range(count)) for first, count in self.line_places
+            tuple(dealt_to(first + line, step, living) for line in range(lines)) for first, lines in self.line_places
         ]
         own = torch.zeros(k, dtype=torch.long, device=self.tokens.device)
         for batch, owners in zip(batches, self.owners, strict=True):
-            rows = Rows.of(batch)
-            tokens = rows.supervised_tokens(batch["labels"])
+            tokens = count(batch).weights
             per_line = batch.get(ROWS_PER_LINE)
             by_row = indices(owners, tokens.device)
             if per_line is not None:
@@ -162,12 +185,6 @@ def _places(sizes: list[list[int]], rank: int) -> tuple[list[tuple[int, int]], i
 def _lines(rows: Rows, batch: dict[str, Any]) -> int:
     per_line = batch.get(ROWS_PER_LINE)
     return rows.count if per_line is None else per_line.numel()
-
-
-def _counts(rows: Rows, labels: Tensor) -> Tensor:
-    """Rows with a supervised token, supervised tokens: int64 [2]."""
-    tokens = rows.supervised_tokens(labels)
-    return torch.stack([(tokens > 0).sum(), tokens.sum()])
 
 
 class StepSums:
@@ -283,7 +300,7 @@ class LogWindow:
             weight = settings.sign * settings.alignment_weight * eta
             entry["comlora/alignment_loss"] = weight * figures.weighted_nll / tokens
             entry["comlora/pairwise_loss"] = figures.pairwise
-        if len(state.living) > 1:
+        if len(state.living) > 1 and settings.comparable:
             best = step_winner(figures, state.living)
             entry |= {f"comlora/wins_{branch}": float(branch == best) for branch in state.living}
         self.steps.append(entry)
