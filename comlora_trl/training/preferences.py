@@ -35,7 +35,6 @@ from comlora_trl.training.own_loss import OwnLosses, UndecidedView
 from comlora_trl.training.step import Counted
 from comlora_trl.training.trainer import CompetingTrainer
 
-
 # TRL's names of the adapter that it trains, and of that adapter's copy that stays as it was
 _DEFAULT, REFERENCE = "default", "ref"
 
