@@ -5,17 +5,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from comlora_trl.trainers.dpo import ComLoRADPOTrainer
+    from comlora_trl.trainers.reward import ComLoRARewardTrainer
     from comlora_trl.trainers.sft import ComLoRASFTTrainer
-    from comlora_trl.training.config import ComLoRAConfig, ComLoRADPOConfig
+    from comlora_trl.training.config import ComLoRAConfig, ComLoRADPOConfig, ComLoRARewardConfig
 
 __version__ = "0.1.0"
-__all__ = ["ComLoRAConfig", "ComLoRADPOConfig", "ComLoRADPOTrainer", "ComLoRASFTTrainer"]
+__all__ = [
+    "ComLoRAConfig",
+    "ComLoRADPOConfig",
+    "ComLoRADPOTrainer",
+    "ComLoRARewardConfig",
+    "ComLoRARewardTrainer",
+    "ComLoRASFTTrainer",
+]
 
 # The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
 _LAZY = {
     "ComLoRAConfig": "comlora_trl.training.config",
     "ComLoRADPOConfig": "comlora_trl.training.config",
     "ComLoRADPOTrainer": "comlora_trl.trainers.dpo",
+    "ComLoRARewardConfig": "comlora_trl.training.config",
+    "ComLoRARewardTrainer": "comlora_trl.trainers.reward",
     "ComLoRASFTTrainer": "comlora_trl.trainers.sft",
 }
 

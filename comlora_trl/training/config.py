@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from transformers import TrainingArguments
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
 from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
@@ -387,6 +387,17 @@ class ComLoRADPOConfig(BetaConfig, DPOConfig):
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+
+@dataclass
+class ComLoRARewardConfig(IndependentConfig, RewardConfig):
+    """
+    Configuration of the [`ComLoRARewardTrainer`]: every field of TRL's `RewardConfig`, and those of the competition,
+    whose names begin with `comlora_`.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+    """
 
 
 @contextmanager

@@ -7,7 +7,7 @@ TRL's loss is a mean over the lines of a micro-batch. Here a branch's loss is th
 optimizer step: each micro-batch, on each process, counts by its share of them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -101,7 +101,10 @@ class PreferenceLosses(OwnLosses):
         return (loss, outputs[0]) if return_outputs else loss
 
     def _everywhere(self, place: int) -> bool:
-        """Whether every process has lines of the same branches in a micro-batch, so that TRL may gather of each."""
+        """Whether TRL may gather from every process in each branch's loss of a micro-batch.
+
+        Each process must have lines of the same branches, and as many of each where TRL gathers a figure of each line.
+        """
         competition, processes = self.competition, self.competition.processes
         if processes == 1:
             return True
@@ -109,7 +112,8 @@ class PreferenceLosses(OwnLosses):
         first = sum(plan.lines[: place * processes])
         found = []
         for count in plan.lines[place * processes : (place + 1) * processes]:
-            found.append({dealt_to(first + line, competition.step, living) for line in range(count)})
+            branches = Counter(dealt_to(first + line, competition.step, living) for line in range(count))
+            found.append(branches if self.trainer.gathers_lines else branches.keys())
             first += count
         return all(branches == found[0] for branches in found)
 
@@ -161,11 +165,17 @@ class CompetingPreferences(CompetingTrainer):
 
     Attributes:
         stacked: rows of the model's batch that a line has.
+        classifier: whether the model is a classifier, whose head each branch trains too.
+        gathers_lines: whether TRL's loss gathers a figure of each line from all processes.
+        has_reference: whether the loss compares the model with a reference.
         reward_accuracy: TRL's name of the metric.
     """
 
     _losses_kind = PreferenceLosses
     stacked = 2
+    classifier = False
+    has_reference = True
+    gathers_lines = True
     reward_accuracy = "rewards/accuracies"
 
     @contextmanager
@@ -207,8 +217,10 @@ class CompetingPreferences(CompetingTrainer):
                 "exported winner's folder, or model.merge_and_unload(), instead."
             )
         train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
-        attachment = Attachment(model, peft_config, args, processing_class, quantization_config)
-        if ref_model is None and isinstance(attachment.given, PeftModel):
+        attachment = Attachment(
+            model, peft_config, args, processing_class, quantization_config, classifier=self.classifier
+        )
+        if self.has_reference and ref_model is None and isinstance(attachment.given, PeftModel):
             check_default_adapter(attachment.given)
         with attachment.building() as given:
             yield given | {"args": args, "train_dataset": train_dataset, "eval_dataset": eval_dataset}

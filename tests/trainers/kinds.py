@@ -10,9 +10,10 @@ import torch
 from conftest import make_arguments, make_lora, make_model, make_tokenizer
 from datasets import Dataset
 from torch import nn
-from trl import DPOConfig, DPOTrainer
+from transformers import LlamaForSequenceClassification
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from comlora_trl import ComLoRADPOConfig, ComLoRADPOTrainer
+from comlora_trl import ComLoRADPOConfig, ComLoRADPOTrainer, ComLoRARewardConfig, ComLoRARewardTrainer
 
 
 def make_pairs(rows: int = 64, seed: int = 0) -> Dataset:
@@ -27,13 +28,22 @@ def make_pairs(rows: int = 64, seed: int = 0) -> Dataset:
     )
 
 
+def make_classifier(seed: int = 0) -> nn.Module:
+    """A reward model of the size of `make_model`."""
+    config = make_model(seed).config
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A trainer of ours and TRL's.
 
     Attributes:
         losses: options, each of which asks for another loss.
-        own: our own metric names, without those of the competition.
+        model: a model whose runs can be compared over ten steps, in float64 where float32 goes apart.
+        single: one in float32.
     """
 
     name: str
@@ -44,6 +54,7 @@ class Kind:
     losses: list[dict[str, Any]]
     data: Callable[..., Dataset] = make_pairs
     model: Callable[[], nn.Module] = make_model
+    single: Callable[[], nn.Module] = make_model
     lora: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -88,7 +99,18 @@ DPO = Kind(
         {"precompute_ref_log_probs": True},
     ],
 )
-KINDS = [DPO]
+REWARD = Kind(
+    "reward",
+    ComLoRARewardTrainer,
+    ComLoRARewardConfig,
+    RewardTrainer,
+    RewardConfig,
+    losses=[{}, {"center_rewards_coefficient": 0.1}],
+    model=lambda: make_classifier().double(),
+    single=make_classifier,
+    lora={"task_type": "SEQ_CLS"},
+)
+KINDS = [DPO, REWARD]
 
 
 def name_of(options: dict[str, Any]) -> str:

@@ -20,8 +20,8 @@ def names(case: object) -> str:
 def test_one_branch_is_trls_trainer(kind, options, tmp_path):
     """Losses, every metric, and weights, over ten steps of AdamW."""
     options = {"learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 5, **options}
-    ours = kind.run(tmp_path / "ours", comlora_k=1, **options)
-    trls = kind.run(tmp_path / "trl", trl=True, **options)
+    ours = kind.run(tmp_path / "ours", given={"model": kind.single()}, comlora_k=1, **options)
+    trls = kind.run(tmp_path / "trl", trl=True, given={"model": kind.single()}, **options)
     assert difference(ours, 0, trls) == 0
     perturb(ours)
     start_from(trls, ours, 0)
