@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from comlora_trl.trainers.dpo import ComLoRADPOTrainer
+    from comlora_trl.trainers.kto import ComLoRAKTOTrainer
     from comlora_trl.trainers.reward import ComLoRARewardTrainer
     from comlora_trl.trainers.sft import ComLoRASFTTrainer
-    from comlora_trl.training.config import ComLoRAConfig, ComLoRADPOConfig, ComLoRARewardConfig
+    from comlora_trl.training.config import ComLoRAConfig, ComLoRADPOConfig, ComLoRAKTOConfig, ComLoRARewardConfig
 
 __version__ = "0.1.0"
 __all__ = [
     "ComLoRAConfig",
     "ComLoRADPOConfig",
     "ComLoRADPOTrainer",
+    "ComLoRAKTOConfig",
+    "ComLoRAKTOTrainer",
     "ComLoRARewardConfig",
     "ComLoRARewardTrainer",
     "ComLoRASFTTrainer",
@@ -24,6 +27,8 @@ _LAZY = {
     "ComLoRAConfig": "comlora_trl.training.config",
     "ComLoRADPOConfig": "comlora_trl.training.config",
     "ComLoRADPOTrainer": "comlora_trl.trainers.dpo",
+    "ComLoRAKTOConfig": "comlora_trl.training.config",
+    "ComLoRAKTOTrainer": "comlora_trl.trainers.kto",
     "ComLoRARewardConfig": "comlora_trl.training.config",
     "ComLoRARewardTrainer": "comlora_trl.trainers.reward",
     "ComLoRASFTTrainer": "comlora_trl.trainers.sft",

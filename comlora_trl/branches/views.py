@@ -67,6 +67,11 @@ class BranchView:
         return self._views.branches[self._place]
 
     @property
+    def place(self) -> int:
+        """Its place among the views."""
+        return self._place
+
+    @property
     def views(self) -> "BranchViews":
         """The views that it belongs to."""
         return self._views

@@ -1,19 +1,19 @@
 """[`ComLoRADPOTrainer`]: TRL's DPO trainer, with K LoRA branches in competition instead of one adapter."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOTrainer
 
 from comlora_trl.training.config import ComLoRADPOConfig
-from comlora_trl.training.preferences import CompetingPreferences
+from comlora_trl.training.preferences import CompetingPreferences, ReferenceOnce
 
 
-class ComLoRADPOTrainer(CompetingPreferences, DPOTrainer):
+class ComLoRADPOTrainer(ReferenceOnce, CompetingPreferences, DPOTrainer):
     """
     Trainer for a competition of K LoRA branches by DPO; the winner leaves as an ordinary PEFT adapter.
 
@@ -77,28 +77,7 @@ class ComLoRADPOTrainer(CompetingPreferences, DPOTrainer):
                 **given,
             )
 
-    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch with the reference's log-probabilities, which one pass finds for all branches."""
-        if self.precompute_ref_logps:
-            return dict(inputs)
+    def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The reference's log-probabilities of a batch, by the names that TRL reads them by."""
         chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-
-    @contextmanager
-    def settings_of_branch(self, branch: int) -> Iterator[None]:
-        """Within the block TRL's loss goes by the branch's β."""
-        kept, self.beta = self.beta, self.args.branch_betas[branch]
-        try:
-            yield
-        finally:
-            self.beta = kept
-
-    @contextmanager
-    def as_branch(self, branch: int) -> Iterator[dict[str, list[float]]]:
-        """Within the block TRL's loss is a branch's, and reads the reference's log-probabilities from the batch."""
-        kept, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            with super().as_branch(branch) as found:
-                yield found
-        finally:
-            self.precompute_ref_logps = kept
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

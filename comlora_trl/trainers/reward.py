@@ -42,7 +42,7 @@ class ComLoRARewardTrainer(CompetingPreferences, RewardTrainer):
 
     classifier = True
     has_reference = False
-    reward_accuracy = "accuracy"
+    branch_metric = ("reward_accuracy", "accuracy")
 
     def __init__(
         self,

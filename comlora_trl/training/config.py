@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from transformers import TrainingArguments
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
 from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
@@ -387,6 +387,32 @@ class ComLoRADPOConfig(BetaConfig, DPOConfig):
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+
+@dataclass
+class ComLoRAKTOConfig(BetaConfig, KTOConfig):
+    """
+    Configuration of the [`ComLoRAKTOTrainer`]: every field of TRL's `KTOConfig`, and those of the competition, whose
+    names begin with `comlora_`.
+
+    > [!NOTE]
+    > `learning_rate` defaults to `1e-5` instead of TRL's `1e-6`, as TRL's documentation advises for adapters.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, k = self.per_device_train_batch_size, self.comlora_k
+        if self.comlora_rows == "shared" and self.loss_type == "kto" and rows < 2 * k:
+            raise ValueError(
+                f"per_device_train_batch_size={rows} is not possible with comlora_rows='shared' and comlora_k={k}: "
+                "TRL estimates the KL term of loss_type='kto' from at least 2 rows, and each branch has its own; set "
+                f"it to {2 * k} or more, or comlora_rows='all'."
+            )
 
 
 @dataclass

@@ -78,7 +78,7 @@ def validate(
     competition: Competition,
     datasets: Iterable[Dataset | IterableDataset],
     trainer: Any,
-    measure: Callable[[torch.nn.Module, dict[str, Any], Any], Measured],
+    measure: Callable[[torch.nn.Module, dict[str, Any], Any, int], Measured],
 ) -> ValidationTally:
     """S, correct tokens and scores of every living branch over all the sets together.
 
@@ -86,7 +86,7 @@ def validate(
         model: the model as the accelerator wrapped it.
         competition: its living branches are measured.
         trainer: the trainer whose collator, batch size, devices and precision are used.
-        measure: measures the living branches on a batch.
+        measure: measures the living branches on a batch, of which so many examples count.
     """
     accelerator: Accelerator = trainer.accelerator
     tally, rows = ValidationTally.empty(competition.settings.k, accelerator.device), competition.branch_pass()
@@ -101,7 +101,7 @@ def validate(
                 inputs = compat.prepare_inputs(trainer, loader.collate_fn(examples))
                 inputs.pop(ROWS_PER_LINE, None)
                 with trainer.compute_loss_context_manager():
-                    measured = measure(model, inputs, rows)
+                    measured = measure(model, inputs, rows, count)
                 if count:
                     tally.add(*measured, count)
     tally.sums = accelerator.reduce(tally.sums, reduction="sum")

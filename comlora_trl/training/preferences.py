@@ -123,16 +123,18 @@ class PreferenceLosses(OwnLosses):
         if lonely:
             metrics, tokens = _over_processes(metrics, lines, trainer._total_train_tokens - seen)
             trainer._total_train_tokens = seen + tokens
-        kept = trainer._metrics["train"]
+        kept, (own, metric) = trainer._metrics["train"], trainer.branch_metric
         for name, values in metrics.get(leader, {}).items():
             kept[name] += values
         for branch, found in metrics.items():
-            kept[f"comlora/reward_accuracy_{branch}"] += found.get(trainer.reward_accuracy, [])
+            if values := found.get(metric):  # TRL takes the mean of every list
+                kept[f"comlora/{own}_{branch}"] += values
         kept["num_tokens"] = [trainer._total_train_tokens]
 
 
 def _over_processes(metrics: dict[int, dict], lines: dict[int, int], tokens: int) -> tuple[dict[int, dict], int]:
-    """Each branch's metrics over all processes, by the lines that it has on each; and all tokens."""
+    """Each branch's metrics over all processes, means by the lines that it has on each; and all tokens."""
+    extremes = {"min_reward": min, "max_reward": max}
     entries = gather_object([({branch: (found, lines[branch]) for branch, found in metrics.items()}, tokens)])
     merged: dict[int, dict[str, list[float]]] = {}
     for branch in sorted({branch for own, _ in entries for branch in own}):
@@ -142,7 +144,8 @@ def _over_processes(metrics: dict[int, dict], lines: dict[int, int], tokens: int
         for name in names:
             having = [(found[name], count) for found, count in parts if found.get(name)]
             total = sum(count for _, count in having)
-            merged[branch][name] = [sum(sum(v) / len(v) * count for v, count in having) / total]
+            mean = sum(sum(v) / len(v) * count for v, count in having) / total
+            merged[branch][name] = [extremes[name](v[-1] for v, _ in having) if name in extremes else mean]
     return merged, sum(own for _, own in entries)
 
 
@@ -168,7 +171,7 @@ class CompetingPreferences(CompetingTrainer):
         classifier: whether the model is a classifier, whose head each branch trains too.
         gathers_lines: whether TRL's loss gathers a figure of each line from all processes.
         has_reference: whether the loss compares the model with a reference.
-        reward_accuracy: TRL's name of the metric.
+        branch_metric: our name of a metric that is kept of every branch, and TRL's.
     """
 
     _losses_kind = PreferenceLosses
@@ -176,7 +179,7 @@ class CompetingPreferences(CompetingTrainer):
     classifier = False
     has_reference = True
     gathers_lines = True
-    reward_accuracy = "rewards/accuracies"
+    branch_metric = ("reward_accuracy", "rewards/accuracies")
 
     @contextmanager
     def preparing(
@@ -333,8 +336,18 @@ class CompetingPreferences(CompetingTrainer):
 
     _competing_loss = compute_loss
 
-    def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass) -> Measured:
+    def trls_loss(self, view: BranchView, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss of a branch's view."""
+        return super().compute_loss(view, inputs)
+
+    def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
         """TRL's loss and reward accuracy of every living branch, times the lines of the batch."""
+        return self.measure_branches(model, inputs, rows, lambda view: self.trls_loss(view, view.inputs))
+
+    def measure_branches(
+        self, model: Any, inputs: dict[str, Any], rows: BranchPass, loss_of: Callable[[BranchView], Tensor]
+    ) -> Measured:
+        """A loss of every living branch and, where TRL has one, its reward accuracy, times the lines of the batch."""
         inputs, count = self.with_reference(inputs), self.count(inputs).lines
         device, chunk = inputs["input_ids"].device, rows.chunk or len(rows.living)
         losses = torch.zeros(self.args.comlora_k, 1, dtype=torch.float64, device=device)
@@ -343,6 +356,42 @@ class CompetingPreferences(CompetingTrainer):
             for first in range(0, len(rows.living), chunk):
                 for view in self.views(model, inputs, rows.living[first : first + chunk]):
                     with self.as_branch(view.branch) as metrics:
-                        losses[view.branch] = super().compute_loss(view, view.inputs) * count
-                    correct[view.branch] = metrics[self.reward_accuracy][-1] * count
+                        losses[view.branch] = loss_of(view) * count
+                    if self.branch_metric[0] == "reward_accuracy":
+                        correct[view.branch] = metrics[self.branch_metric[1]][-1] * count
         return Measured(losses, correct, torch.tensor([count], device=device))
+
+
+class ReferenceOnce:
+    """Stands before [`CompetingPreferences`] where TRL's loss has a reference and a β.
+
+    The reference's log-probabilities are computed once for all branches, by TRL's own method, and put into the batch,
+    where TRL's loss reads precomputed ones.
+    """
+
+    def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The reference's log-probabilities of a batch, by the names that TRL reads them by."""
+        raise NotImplementedError
+
+    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with the reference's log-probabilities."""
+        return dict(inputs) if self.precompute_ref_logps else {**inputs, **self.reference_of(inputs)}
+
+    @contextmanager
+    def settings_of_branch(self, branch: int) -> Iterator[None]:
+        """Within the block TRL's loss goes by the branch's β."""
+        kept, self.beta = self.beta, self.args.branch_betas[branch]
+        try:
+            yield
+        finally:
+            self.beta = kept
+
+    @contextmanager
+    def as_branch(self, branch: int) -> Iterator[dict[str, list[float]]]:
+        """Within the block TRL's loss is a branch's, and reads the reference's log-probabilities from the batch."""
+        kept, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            with super().as_branch(branch) as found:
+                yield found
+        finally:
+            self.precompute_ref_logps = kept

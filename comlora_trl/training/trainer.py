@@ -366,12 +366,13 @@ class CompetingTrainer:
         with evaluation_weights(self.optimizer, self.model):
             return validate(self.model_wrapped, self.competition, sets, self, self.measure_batch)
 
-    def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass) -> Measured:
+    def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
         """The living branches' validation figures of one batch; every process has to call it.
 
         Args:
             model: the model as the accelerator wrapped it, in evaluation mode.
             rows: a pass over all living branches.
+            count: examples of the batch that count, 0 for one that is run for the sake of other processes.
         """
         output = model(branch_pass=rows, fused_lm_head=True, use_cache=False, **inputs)
         return Measured(output.nll, output.correct, output.tokens, output.scores)

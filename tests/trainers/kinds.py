@@ -11,9 +11,16 @@ from conftest import make_arguments, make_lora, make_model, make_tokenizer
 from datasets import Dataset
 from torch import nn
 from transformers import LlamaForSequenceClassification
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
-from comlora_trl import ComLoRADPOConfig, ComLoRADPOTrainer, ComLoRARewardConfig, ComLoRARewardTrainer
+from comlora_trl import (
+    ComLoRADPOConfig,
+    ComLoRADPOTrainer,
+    ComLoRAKTOConfig,
+    ComLoRAKTOTrainer,
+    ComLoRARewardConfig,
+    ComLoRARewardTrainer,
+)
 
 
 def make_pairs(rows: int = 64, seed: int = 0) -> Dataset:
@@ -26,6 +33,17 @@ def make_pairs(rows: int = 64, seed: int = 0) -> Dataset:
             for word in words
         ]
     )
+
+
+def make_labelled(rows: int = 64, seed: int = 0) -> Dataset:
+    """The completions of `make_pairs`, desirable or not, in no order."""
+    draw = random.Random(seed + 1)
+    examples = []
+    for pair in make_pairs(rows, seed):
+        label = draw.random() < 0.6
+        completion = pair["chosen"] if label else pair["rejected"]
+        examples.append({"prompt": pair["prompt"], "completion": completion, "label": label})
+    return Dataset.from_list(examples)
 
 
 def make_classifier(seed: int = 0) -> nn.Module:
@@ -44,6 +62,7 @@ class Kind:
         losses: options, each of which asks for another loss.
         model: a model whose runs can be compared over ten steps, in float64 where float32 goes apart.
         single: one in float32.
+        of_any_cut: options with which TRL's loss is a mean over rows, whatever the micro-batches.
     """
 
     name: str
@@ -56,6 +75,7 @@ class Kind:
     model: Callable[[], nn.Module] = make_model
     single: Callable[[], nn.Module] = make_model
     lora: dict[str, Any] = field(default_factory=dict)
+    of_any_cut: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -110,7 +130,24 @@ REWARD = Kind(
     single=make_classifier,
     lora={"task_type": "SEQ_CLS"},
 )
-KINDS = [DPO, REWARD]
+KTO = Kind(
+    "kto",
+    ComLoRAKTOTrainer,
+    ComLoRAKTOConfig,
+    KTOTrainer,
+    KTOConfig,
+    losses=[
+        {},
+        {"loss_type": "apo_zero_unpaired"},
+        {"desirable_weight": 1.3, "undesirable_weight": 0.7, "beta": 0.5},
+        {"precompute_ref_log_probs": True},
+        {"loss_type": "apo_zero_unpaired", "precompute_ref_log_probs": True},
+    ],
+    data=make_labelled,
+    # TRL's KL term is of a micro-batch, and its rows are made for the size of that
+    of_any_cut={"loss_type": "apo_zero_unpaired"},
+)
+KINDS = [DPO, REWARD, KTO]
 
 
 def name_of(options: dict[str, Any]) -> str:

@@ -92,9 +92,9 @@ def test_shared_rows_are_separate_runs_on_the_rows_dealt(kind, chunk, tmp_path):
     trls = []
     for branch, rate in enumerate(RATES):
         dealt = [t * 6 + place for t in range(10) for place in range(6) if (place + t) % 3 == branch]
-        data = {"train_dataset": kind.data().select(dealt)}
         options = {"learning_rate": rate, "per_device_train_batch_size": 2} | SGD
-        trls.append(kind.run(tmp_path / f"{branch}", trl=True, given=data, **options))
+        trls.append(kind.run(tmp_path / f"{branch}", trl=True, **options))
+        trls[-1].train_dataset = ours.train_dataset.select(dealt)  # prepared already: KTO's rows with their KL rows
         start_from(trls[-1], ours, branch)
     ours.train()
     for branch, trl in enumerate(trls):
@@ -109,7 +109,8 @@ def test_shared_rows_are_separate_runs_on_the_rows_dealt(kind, chunk, tmp_path):
 @pytest.mark.parametrize("kind", KINDS, ids=names)
 def test_the_cut_into_micro_batches_changes_nothing(kind, rows, tmp_path):
     """Shares of a branch are unequal, and the last step of an epoch is not full."""
-    options = {"comlora_k": 3, "comlora_rows": rows, "comlora_branch_learning_rates": RATES, "max_steps": 6} | SGD
+    options = {"comlora_k": 3, "comlora_rows": rows, "comlora_branch_learning_rates": RATES, "max_steps": 6}
+    options |= SGD | kind.of_any_cut
     runs = []
     for size, cut in ((8, 1), (4, 2), (2, 4)):
         data = {"train_dataset": kind.data(13)}
@@ -130,7 +131,7 @@ def test_the_cut_into_micro_batches_changes_nothing(kind, rows, tmp_path):
 @pytest.mark.parametrize("kind", KINDS, ids=names)
 def test_a_resumed_run_ends_bitwise_where_the_whole_one_does(kind, tmp_path):
     options = {"comlora_tournament": True, "comlora_rungs": "0.3:2,0.7:1", "learning_rate": 1e-2, "save_steps": 4}
-    options |= {"save_strategy": "steps", "comlora_overwrite_winner": True}
+    options |= {"save_strategy": "steps", "comlora_overwrite_winner": True, **kind.of_any_cut}
     whole = kind.run(tmp_path / "run", **options)
     whole.train()
     resumed = kind.run(tmp_path / "run", **options)
