@@ -6,13 +6,35 @@ from typing import TYPE_CHECKING, Any
 from comlora_trl.version import __version__
 
 if TYPE_CHECKING:
+    from comlora_trl.trainers.dpo import ComLoRADPOTrainer
+    from comlora_trl.trainers.kto import ComLoRAKTOTrainer
+    from comlora_trl.trainers.reward import ComLoRARewardTrainer
     from comlora_trl.trainers.sft import ComLoRASFTTrainer
-    from comlora_trl.training.config import ComLoRAConfig
+    from comlora_trl.training.config import ComLoRAConfig, ComLoRADPOConfig, ComLoRAKTOConfig, ComLoRARewardConfig
 
-__all__ = ["ComLoRAConfig", "ComLoRASFTTrainer", "__version__"]
+__all__ = [
+    "ComLoRAConfig",
+    "ComLoRADPOConfig",
+    "ComLoRADPOTrainer",
+    "ComLoRAKTOConfig",
+    "ComLoRAKTOTrainer",
+    "ComLoRARewardConfig",
+    "ComLoRARewardTrainer",
+    "ComLoRASFTTrainer",
+    "__version__",
+]
 
 # lm_eval imports this package at its start, so importing it must not load torch and trl
-_LAZY = {"ComLoRAConfig": "comlora_trl.training.config", "ComLoRASFTTrainer": "comlora_trl.trainers.sft"}
+_LAZY = {
+    "ComLoRAConfig": "comlora_trl.training.config",
+    "ComLoRADPOConfig": "comlora_trl.training.config",
+    "ComLoRADPOTrainer": "comlora_trl.trainers.dpo",
+    "ComLoRAKTOConfig": "comlora_trl.training.config",
+    "ComLoRAKTOTrainer": "comlora_trl.trainers.kto",
+    "ComLoRARewardConfig": "comlora_trl.training.config",
+    "ComLoRARewardTrainer": "comlora_trl.trainers.reward",
+    "ComLoRASFTTrainer": "comlora_trl.trainers.sft",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ ALLOWED = {
     "branches": {"compat"},
     "competition": set(),
     "training": {"branches", "compat", "competition", "data", "winner"},
-    "trainers": {"branches", "training"},
+    "trainers": {"branches", "competition", "training"},
     # Training writes what evaluation reads
     "winner": {"data", "demo", "plots", "version"},
     "evaluation": {"compat", "data", "demo", "winner"},

@@ -142,7 +142,7 @@ def deal(inputs: dict[str, Any], rows: Rows, owners: Sequence[int], rows_per_lin
         for name, value in inputs.items()
     }
     fillers = [place for place, line in enumerate(source) if line < 0]
-    if fillers:
+    if fillers and "labels" in dealt:
         dealt["labels"] = dealt["labels"].index_fill(0, indices(fillers, device), IGNORE)
     return Dealt(dealt, branches, source, [branch for branch in branches for _ in range(size)])
 

@@ -8,7 +8,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from comlora_trl.branches.passes import (
     run_in_chunks,
     touch,
 )
+from comlora_trl.branches.saved_modules import make_branch_modules, make_plain_modules
 from comlora_trl.branches.views import ViewPass, run_view_pass
 
 
@@ -66,6 +67,7 @@ class BranchModel(PeftModelForCausalLM):
 
     Attributes:
         adapted_layers: PEFT's LoRA layers, in the order of the model's modules.
+        saved_modules: modules of which each of several branches trains a copy of its own.
         splits_loss: whether the base model's own loss can be had branch by branch of one pass, as far as is known.
 
     Args:
@@ -79,6 +81,8 @@ class BranchModel(PeftModelForCausalLM):
         peft_config = copy.deepcopy(peft_config)
         # Known from the beginning: PEFT compares this base's vocabulary with the model's when it saves
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or model.name_or_path or None
+        if not hasattr(model, "prepare_inputs_for_generation"):
+            model.prepare_inputs_for_generation = None  # PEFT looks for it, and a classifier has none
         super().__init__(model, copy.deepcopy(peft_config), adapter_name=branch_name(0), **kwargs)
         self.k = k
         for name in self.branch_names[1:]:
@@ -89,6 +93,7 @@ class BranchModel(PeftModelForCausalLM):
         base = self.get_base_model()
         adapted, self.competing = make_branch_layers(base, branch_name(0))
         self.competing.branches = tuple(self.branch_names)
+        self.saved_modules = make_branch_modules(base, self.competing) if k > 1 else []
         self.adapted_layers = list(adapted.values())
         self._layer_names = [f"base_model.model.{name}" for name in adapted]
         self._beside_layers = self._trained_beside_layers()
@@ -124,13 +129,18 @@ class BranchModel(PeftModelForCausalLM):
             return {}
         layers = zip(self._layer_names, self.adapted_layers, strict=True)
         found = {f"{place}.{own}": p for place, layer in layers for own, p in layer_parameters(layer, name)}
-        if self.k == 1:
-            found |= {f"{place}.{own}": module.get_parameter(own) for place, module, own in self._beside_layers}
-        return found
+        own_module = f".modules_to_save.{name}."
+        return found | {
+            f"{place}.{own}": module.get_parameter(own)
+            for place, module, own in self._beside_layers
+            if self.k == 1 or own_module in f"{place}."
+        }
 
     def _trained_beside_layers(self) -> list[tuple[str, nn.Module, str]]:
-        """What a single branch trains beside its LoRA layers (`modules_to_save`, tokens, biases): each with its module
-        and the names of both."""
+        """What is trained beside LoRA layers: each with its module and the names of both.
+
+        Of a single branch it is all that PEFT knows (`modules_to_save`, tokens, biases), of several `modules_to_save`.
+        """
         adapters = {
             id(p)
             for layer in self.adapted_layers
@@ -154,6 +164,10 @@ class BranchModel(PeftModelForCausalLM):
             self.set_adapter(next(other for other in self.peft_config if other != name))
         for layer in self.adapted_layers:
             layer.delete_adapter(name)
+        for module in self.saved_modules:
+            module.delete_adapter(name, [self.active_adapter])
+        if self.saved_modules:
+            self._beside_layers = self._trained_beside_layers()
         del self.peft_config[name]
         self._known_parameters.pop(branch, None)
         self._modules_in_mode = []
@@ -167,6 +181,20 @@ class BranchModel(PeftModelForCausalLM):
         name = branch_name(branch)
         self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
         self.set_requires_grad(name, True)  # PEFT's new adapters train once they are active
+        if self.saved_modules:
+            self._beside_layers = self._trained_beside_layers()
+        self._modules_in_mode = []
+
+    def add_reference(self, name: str, weights: dict[str, Tensor]) -> None:
+        """Adds an adapter of the branches' shape that never trains, for a reference beside the base model.
+
+        Args:
+            name: the adapter's name.
+            weights: under the names PEFT saves them by.
+        """
+        self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
+        set_peft_model_state_dict(self, weights, adapter_name=name)
+        self.set_requires_grad(name, False)
         self._modules_in_mode = []
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -239,6 +267,7 @@ class BranchModel(PeftModelForCausalLM):
         self.expansion.remove()
         self._router_hook.remove()
         make_plain_layers(self.adapted_layers)
+        make_plain_modules(self.saved_modules)
 
     @torch.compiler.disable(recursive=False)
     def run_branches(
@@ -306,7 +335,15 @@ class BranchModel(PeftModelForCausalLM):
 
     @torch.compiler.disable(recursive=False)
     def _run_views(self, view_pass: ViewPass, inputs: dict[str, Any], compiled: bool) -> Any:
-        return run_view_pass(self, view_pass, inputs, compiled)
+        return self._touching_others(run_view_pass(self, view_pass, inputs, compiled), view_pass.branches)
+
+    def _touching_others(self, output: Any, branches: Sequence[int]) -> Any:
+        """The output, with the branches that have not run in its graph: DDP looks here for what is not used."""
+        name = next((n for n in ("log_probs", "logits") if getattr(output, n, None) is not None), None)
+        if name is not None:
+            idle = [p for branch in range(self.k) if branch not in branches for p in self.branch_parameters(branch)]
+            output[name] = touch(output[name], [p for p in idle if p.requires_grad and is_whole(p)])
+        return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the active adapter."""

@@ -348,10 +348,11 @@ def run_batched(
     one.resume_in_backward(output.log_probs, losses)
     weighted, nll = _weigh(output.log_probs, rows, weights)
     result = {"log_probs": weighted, "nll": nll, "aux_loss": losses}
-    if not torch.is_grad_enabled():
+    per_token = {name: value for name in _PER_TOKEN if (value := getattr(output, name)) is not None}
+    if not torch.is_grad_enabled() and "is_top1" in per_token:  # not every trainer of TRL's asks for it
         by_branch = output.is_top1.view(len(weights), -1, output.is_top1.size(-1))
         result["correct"] = rows.sum(by_branch.to(nll.dtype))
-    return result | {name: getattr(output, name) for name in _PER_TOKEN}
+    return result | per_token
 
 
 def run_in_chunks(

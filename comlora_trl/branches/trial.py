@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel
 from comlora_trl.branches.passes import INPUTS, LAYERS, SEPARATELY, is_padded_right
+from comlora_trl.branches.views import ViewPass
 
 # Errors relative to the largest value that are rounding's; float32 may be TF32 on a GPU
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -169,12 +170,22 @@ def _agrees(
 
 def _figures(model: BranchModel, batch: dict[str, Any], chunk: int) -> tuple[Tensor, ...]:
     """S of two branches, [2, R], and the routers' loss if there is one."""
+    branches = list(range(min(model.k, 2)))
+    if model.get_base_model().get_output_embeddings() is None:
+        return (_scores(model, batch, branches, chunk),)
     inputs = {**batch, "fused_lm_head": True, "use_cache": False}
     rows = Rows.of(inputs)
-    branches = list(range(min(model.k, 2)))
     weights = torch.ones(model.k, rows.count, device=batch["input_ids"].device)
     output = model.run_branches(inputs, rows, weights, branches, chunk)
     return (output.nll[branches], *([] if output.aux_loss is None else [output.aux_loss]))
+
+
+def _scores(model: BranchModel, batch: dict[str, Any], branches: list[int], chunk: int) -> Tensor:
+    """What a model with another head than a language model's, a classifier, says of two branches, [2, B·labels]."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"} | {"use_cache": False}
+    parts = [branches[first : first + chunk] for first in range(0, len(branches), chunk)]
+    logits = [model(view_pass=ViewPass(tuple(part)), **inputs).logits for part in parts]
+    return torch.cat(logits).view(len(branches), batch["input_ids"].size(0), -1).flatten(1)
 
 
 @contextmanager

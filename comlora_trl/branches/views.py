@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from comlora_trl import compat
-from comlora_trl.branches.batches import Dealt, Rows, deal
+from comlora_trl.branches.batches import Dealt, Rows, deal, indices
 from comlora_trl.branches.passes import (
     LAYERS,
     SEPARATELY,
@@ -79,6 +79,11 @@ class BranchView:
     def branch(self) -> int:
         """The branch's index."""
         return self._views.branches[self._place]
+
+    @property
+    def place(self) -> int:
+        """Its place among the views."""
+        return self._place
 
     @property
     def views(self) -> "BranchViews":
@@ -145,6 +150,10 @@ class BranchViews:
         owners: the branch that each line of the batch goes to: a view sees its own lines. Lines of branches that are
             not viewed are left out. None where every view sees all.
         rows_per_line: rows that each line of a packed batch has, None for one each.
+        stacked: rows that each line has in a batch whose tensors are stacked: the first row of every line, then the
+            second of every line, as TRL's collators stack chosen and rejected completions.
+        made: tensors that the loss makes of the batch for the model, e.g. labels, so that they are known where lines
+            are dealt out; no view has them among its inputs.
 
     Attributes:
         inputs: the batch of each view.
@@ -158,11 +167,14 @@ class BranchViews:
     owners: Sequence[int] | None = None
     rows_per_line: Sequence[int] | None = None
     passes: int = 0
+    stacked: int = 1
+    made: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._dealt: Dealt | None = None
         self._widths = [0] * len(self.branches)
         self.inputs = [self.batch] * len(self.branches)
+        self._made: list[dict[str, Tensor]] = []
         if self.owners is not None:
             self._deal()
         self._calls: list[_Call] = []
@@ -175,14 +187,27 @@ class BranchViews:
         if not set(owners) - {-1}:
             self.branches, self.inputs, self._widths = [], [], []
             return
-        rows = Rows.of(self.batch)
-        dealt = self._dealt = deal(self.batch, rows, owners, self.rows_per_line)
+        rows, batch = Rows.of(self.batch), self.batch | self.made
+        dealt = self._dealt = deal(batch, rows, owners * self.stacked, self.rows_per_line)
         self.branches = dealt.branches
         self.inputs = []
         for branch in dealt.branches:
             own = [owner if owner == branch else -1 for owner in owners]
-            self.inputs.append(deal(self.batch, rows, own, self.rows_per_line).inputs)
+            inputs = deal(batch, rows, own * self.stacked, self.rows_per_line).inputs
+            if self.stacked > 1:
+                inputs |= self._once_a_line(branch, owners)
+            self._made.append({name: inputs.pop(name) for name in self.made})
+            self.inputs.append(inputs)
         self._widths = [own["input_ids"].size(1) for own in self.inputs]
+
+    def _once_a_line(self, branch: int, owners: list[int]) -> dict[str, Tensor]:
+        """A branch's part of the tensors that have one entry for each line, in a stacked batch."""
+        own = indices([line for line, owner in enumerate(owners) if owner == branch], self.batch["input_ids"].device)
+        return {
+            name: value.index_select(0, own)
+            for name, value in self.batch.items()
+            if isinstance(value, Tensor) and value.shape[:1] == (len(owners),)
+        }
 
     def __len__(self) -> int:
         return len(self.branches)
@@ -249,11 +274,11 @@ class BranchViews:
         """The arguments of a pass of all branches, given one view's; None if they can't be told."""
         if self._dealt is None:
             return kwargs
-        own = {id(value): name for name, value in self.inputs[place].items() if isinstance(value, Tensor)}
         wide, lines = {}, _lines(kwargs)
         for name, value in kwargs.items():
-            if id(value) in own:
-                wide[name] = self._dealt.inputs[own[id(value)]]
+            source = self._source(place, value) if isinstance(value, Tensor) else None
+            if source is not None:
+                wide[name] = self._dealt.inputs[source]
             elif isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == lines:
                 return None  # made of this view's lines by the caller
             else:
@@ -265,12 +290,20 @@ class BranchViews:
             return False
         if self._dealt is None:
             return all(_equal(value, kwargs[name]) for name, value in call.kwargs.items())
-        names = ({id(value): name for name, value in self.inputs[one].items()} for one in (call.place, place))
-        first, own = names
-        pairs = ((first.get(id(value)), own.get(id(kwargs[name])), name) for name, value in call.kwargs.items())
+        pairs = (
+            (self._source(call.place, value), self._source(place, kwargs[name]), name)
+            for name, value in call.kwargs.items()
+        )
         return all(
             one == other if one is not None else _equal(call.kwargs[name], kwargs[name]) for one, other, name in pairs
         )
+
+    def _source(self, place: int, value: Any) -> str | None:
+        """The name in the batch, or among what is made of it, of a value that a view's caller passes; None if new."""
+        for name, own in self.inputs[place].items():
+            if own is value:
+                return name
+        return next((name for name, own in self._made[place].items() if _equal(own, value)), None)
 
     def _split(self, output: Any, kwargs: dict[str, Any]) -> list[Any]:
         lines, shares = _lines(kwargs), [_lines(kwargs)] * len(self)

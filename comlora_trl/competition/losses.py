@@ -53,6 +53,8 @@ class CompetitionSettings:
         independent: whether each branch trains as it would alone, by a loss of its own.
         winner_by: the criterion of rungs and winner: "selector", "validation_loss" or "validation_accuracy".
         rates: peak learning rate of each branch; None if all have the same.
+        betas: β of each branch's loss; None if all have the same or the loss has none.
+        measured: the names of the loss and of the accuracy that validation measures.
         learning_rate: that one, for messages; None if it is not known.
         seed: of the noise of eq. 6.
     """
@@ -71,8 +73,15 @@ class CompetitionSettings:
     rungs: tuple[Rung, ...] = ()
     winner_by: str = "selector"
     rates: tuple[float, ...] | None = None
+    betas: tuple[float, ...] | None = None
+    measured: tuple[str, str] = ("NLL", "token accuracy")
     learning_rate: float | None = None
     seed: int = 0
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the branches' losses can be compared: those of different β can't."""
+        return self.betas is None or len(set(self.betas)) == 1
 
     @property
     def sign(self) -> float:

@@ -120,18 +120,21 @@ def default_rates(rate: float, k: int) -> list[float]:
     return [rate * 2.0 ** (branch - (k - 1) // 2) for branch in range(k)]
 
 
-def retired_at(rung: Rung, values: Sequence[float | None], highest: bool) -> list[int]:
+def retired_at(
+    rung: Rung, values: Sequence[float | None], highest: bool, ties: Sequence[float | None] | None = None
+) -> list[int]:
     """The branches that a rung retires, by index.
 
     Args:
         values: of each branch; None for a branch that is retired or disqualified.
-        highest: whether high values are good (scores, accuracy) or low ones (NLL); ties go to the lower index.
+        highest: whether high values are good (scores, accuracy) or low ones (NLL).
+        ties: losses; among branches of the same value the lower loss goes on, and then the lower index.
     """
     sign = -1.0 if highest else 1.0
     known = {branch: value for branch, value in enumerate(values) if value is not None}
     # A value that is not finite ranks last
     worth = {branch: sign * value if math.isfinite(value) else math.inf for branch, value in known.items()}
-    ranked = sorted(worth, key=lambda branch: (worth[branch], branch))
+    ranked = sorted(worth, key=lambda branch: (worth[branch], ties[branch] if ties else 0.0, branch))
     return sorted(ranked[rung.survivors :])
 
 
@@ -144,14 +147,14 @@ def dealt_to(place: int, step: int, living: Sequence[int]) -> int:
     return living[(place + step) % len(living)]
 
 
-def edge_remark(rates: Sequence[float], winner: int) -> str | None:
-    """A remark if the winning rate is the lowest or highest of the grid; None otherwise."""
-    if len(set(rates)) < 2 or rates[winner] not in (min(rates), max(rates)):
+def edge_remark(values: Sequence[float], winner: int, name: str = "rate") -> str | None:
+    """A remark if the winning value of a setting is the lowest or highest of the grid; None otherwise."""
+    if len(set(values)) < 2 or values[winner] not in (min(values), max(values)):
         return None
-    rate, up = rates[winner], rates[winner] == max(rates)
-    further = rate * 2 if up else rate / 2
-    tries = ", ".join(f"{one:g}" for one in ([rate, further, further * 2] if up else [further / 2, further, rate]))
-    return f"the best rate may lie {'above' if up else 'below'} {rate:g}: try rates around it, {tries}"
+    best, up = values[winner], values[winner] == max(values)
+    further = best * 2 if up else best / 2
+    tries = ", ".join(f"{one:g}" for one in ([best, further, further * 2] if up else [further / 2, further, best]))
+    return f"the best {name} may lie {'above' if up else 'below'} {best:g}: try {name}s around it, {tries}"
 
 
 def rung_record(rung: Rung, step: int, selection: dict[str, Any], retired: Sequence[int]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ class CompetitionState:
         retired: optimizer step of the rung that retired a branch, by branch.
         rungs: the figures and the decision of each rung so far.
         rates: each branch's peak learning rate; None if all have the same.
+        betas: β of each branch's loss; None if all have the same.
+        measured: the names of the loss and of the accuracy in a selection.
         row_passes: rows through one branch, forward and backward, so far: the cost.
         wins: optimizer steps won so far, by branch.
         selection: the newest selection's result (see [`ValidationTally.result`]), or None before the first.
@@ -32,6 +34,8 @@ class CompetitionState:
     retired: dict[int, int] = dataclasses.field(default_factory=dict)
     rungs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     rates: list[float] | None = None
+    betas: list[float] | None = None
+    measured: list[str] = dataclasses.field(default_factory=lambda: ["NLL", "token accuracy"])
     row_passes: int = 0
 
     @classmethod
@@ -94,11 +98,12 @@ class ValidationTally:
         self.sums[:-1] += batch
         self.sums[-1] += examples
 
-    def result(self, alive: list[bool], by: str, step: int) -> dict[str, Any]:
+    def result(self, alive: list[bool], by: str, step: int, comparable: bool = True) -> dict[str, Any]:
         """Each branch's validation figures and the winner (eq. 11–12), ready for JSON; None for a branch that is out.
 
         Args:
-            by: "selector", "validation_loss" or "validation_accuracy".
+            by: "selector", "validation_loss" or "validation_accuracy", whose ties the loss decides.
+            comparable: whether the branches' losses can be compared; if not, no loss decides anything.
 
         Raises:
             RuntimeError: if no example was seen or every branch is disqualified.
@@ -109,11 +114,11 @@ class ValidationTally:
             raise RuntimeError("the validation set gave no example, so there is no winner: check the eval_dataset.")
         living = torch.tensor(alive)
         scores, nll, accuracy = sums[:k], sums[k : 2 * k] / sums[-2], sums[2 * k : 3 * k] / sums[-2]
-        by_loss = winner(nll, living, highest=False)
+        by_loss = winner(nll, living, highest=False) if comparable else None
         chosen = {
             "selector": lambda: winner(scores, living),
             "validation_loss": lambda: by_loss,
-            "validation_accuracy": lambda: winner(accuracy, living),
+            "validation_accuracy": lambda: winner(accuracy, living, ties=nll if comparable else None),
         }[by]()
         return {
             "step": step,
@@ -130,16 +135,17 @@ def _listed(values: Tensor, alive: list[bool]) -> list[float | None]:
     return [value if lives else None for value, lives in zip(values.tolist(), alive, strict=True)]
 
 
-def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:
+def winner(values: Tensor, alive: Tensor, highest: bool = True, ties: Tensor | None = None) -> int:
     """The winning branch: argmax of the accumulated scores (eq. 11–12), or argmin of the validation losses.
 
     Args:
         values: [K], accumulated scores or losses.
         alive: bool [K]; a disqualified branch cannot win.
         highest: whether the highest value wins (scores) or the lowest (losses).
+        ties: [K], losses, of which the lowest wins among branches of the same value.
 
     Returns:
-        the branch's index; ties go to the lowest index.
+        the branch's index; what is still a tie goes to the lowest index.
 
     Raises:
         RuntimeError: if every branch is disqualified.
@@ -149,5 +155,7 @@ def winner(values: Tensor, alive: Tensor, highest: bool = True) -> int:
     values = values.double() if highest else -values.double()
     values = values.masked_fill(~alive | ~values.isfinite(), float("-inf"))
     best = values.max()
+    if ties is not None:
+        return winner(ties, alive & (values == best), highest=False)
     # `argmax` does not specify which of several maxima it returns
     return int(((values == best) & alive).nonzero()[0])

@@ -4,9 +4,10 @@ A wrong one ends here, in one line, before any training time is spent.
 """
 
 import copy
+from collections.abc import Collection
 
 from accelerate.logging import get_logger
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +18,8 @@ from comlora_trl import compat
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+# PEFT's names of a classifier's head
+HEADS = ("classifier", "score")
 _ATTENTION = {"q_proj", "k_proj", "v_proj"}
 # Initialisations that change the base weights, once per adapter, so that K adapters can't share the base
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -157,8 +160,23 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def check_lora_config(config: PeftConfig, k: int) -> None:
+def classifier_config(config: PeftConfig | None, model: PreTrainedModel) -> PeftConfig:
+    """The configuration of an adapter that trains a classifier's head too, as PEFT's for `task_type="SEQ_CLS"` does.
+
+    Without the head's own weights an adapter would be for the head that this run has drawn, and fit no other.
+    """
+    config = copy.copy(complete_lora_config(config, model))
+    given = list(getattr(config, "modules_to_save", None) or ())
+    config.task_type = TaskType.SEQ_CLS
+    config.modules_to_save = given + [name for name in HEADS if name not in given]
+    return config
+
+
+def check_lora_config(config: PeftConfig, k: int, heads: Collection[str] = ()) -> None:
     """Refuses what K branches can't be.
+
+    Args:
+        heads: modules that each branch may train a copy of (`modules_to_save`).
 
     Raises:
         TypeError: if it is not a LoRA configuration.
@@ -182,7 +200,7 @@ def check_lora_config(config: PeftConfig, k: int) -> None:
         {}
         if k == 1
         else {
-            "modules_to_save": config.modules_to_save,
+            "modules_to_save": [name for name in config.modules_to_save or () if name not in heads],
             "trainable_token_indices": config.trainable_token_indices,
             "layer_replication": config.layer_replication,
             "bias": config.bias if config.bias != "none" else None,

@@ -22,7 +22,7 @@ def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, opt
         ValueError: naming the option, the reason and the fix.
     """
     losses = {
-        "loss_type='dft'": args.loss_type == "dft",
+        "loss_type='dft'": getattr(args, "loss_type", None) == "dft",
         "label_smoothing_factor": args.label_smoothing_factor > 0,
         "compute_loss_func": compute_loss_func is not None,
     }

@@ -8,7 +8,7 @@ Before TRL comes what its lines leave no other place for; each function says whi
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,13 @@ from trl.trainer.utils import get_config_model_id
 
 from comlora_trl import compat
 from comlora_trl.branches.layers import BranchLayer
-from comlora_trl.training.adapters import check_lora_config, check_model, complete_lora_config
+from comlora_trl.training.adapters import (
+    HEADS,
+    check_lora_config,
+    check_model,
+    classifier_config,
+    complete_lora_config,
+)
 from comlora_trl.training.arguments import checkpointing_kwargs
 from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.initial_adapter import (
@@ -53,6 +59,7 @@ class Attachment:
         args: the run's configuration.
         processing_class: the tokenizer or processor, None for the model's own.
         quantization_config: of a model that is given by its name.
+        classifier: whether the model is a classifier, whose head each branch trains a copy of.
 
     Raises:
         TypeError: if `peft_config` is not a LoRA configuration.
@@ -66,8 +73,10 @@ class Attachment:
         args: CompetitionConfig,
         processing_class: Any = None,
         quantization_config: Any = None,
+        classifier: bool = False,
     ) -> None:
         self.args, self.peft_config, self.given = args, peft_config, model
+        self.classifier, self.heads = classifier, HEADS if classifier else ()
         self.name: str | None = None
         self._handled: dict[str, Any] = {}
         revision = (args.model_init_kwargs or {}).get("revision")
@@ -80,9 +89,9 @@ class Attachment:
                 processing_class = processing_class or load_processing_class(model, self._adapter, args)
                 self._handled["model_init_kwargs"] = quantization_config = None
         if not isinstance(self.given, str):
-            _check_given(self.given, peft_config, args)
+            _check_given(self.given, peft_config, args, self.heads)
         if peft_config is not None and not isinstance(self.given, PeftModel):
-            check_lora_config(peft_config, args.comlora_k)
+            check_lora_config(peft_config, args.comlora_k, self.heads)
         self.processing_class, self.quantization_config = processing_class, quantization_config
 
     @contextmanager
@@ -100,11 +109,15 @@ class Attachment:
                     "model": self.given,
                     "processing_class": self.processing_class,
                     "quantization_config": self.quantization_config,
-                    "peft_config": None if isinstance(self.given, PeftModel) else LoraConfig(**_STAND_IN),
+                    "peft_config": None if isinstance(self.given, PeftModel) else LoraConfig(**self._stand_in),
                 }
             finally:
                 for name, value in kept.items():
                     setattr(self.args, name, value)
+
+    @property
+    def _stand_in(self) -> dict[str, Any]:
+        return _STAND_IN | ({"task_type": "SEQ_CLS"} if self.classifier else {})
 
     def _take_chat_template(self, folder: Path) -> None:
         """Gives TRL the template of another tokenizer (`chat_template_path`) as a file, with its end-of-turn token.
@@ -115,7 +128,7 @@ class Attachment:
         Raises:
             ValueError: if template or end-of-turn token hold tokens that the model does not know.
         """
-        path = self.args.chat_template_path
+        path = getattr(self.args, "chat_template_path", None)
         if path is None or Path(path).is_file():
             return
         if self.processing_class is None:
@@ -169,8 +182,9 @@ class Attachment:
         else:
             base = built.unload()
             check_model(base)
-            config = complete_lora_config(config, base)
-            check_lora_config(config, args.comlora_k)
+            complete = classifier_config if self.classifier else complete_lora_config
+            config = complete(config, base)
+            check_lora_config(config, args.comlora_k, self.heads)
             config = copy.copy(config)
             # As get_peft_model does: an adapter names the base that it is on
             config.base_model_name_or_path = base.name_or_path or config.base_model_name_or_path
@@ -205,7 +219,9 @@ class Attachment:
         return Path(file).parent.name if isinstance(file, str) else asked
 
 
-def _check_given(model: PreTrainedModel, peft_config: PeftConfig | None, args: CompetitionConfig) -> None:
+def _check_given(
+    model: PreTrainedModel, peft_config: PeftConfig | None, args: CompetitionConfig, heads: Collection[str] = ()
+) -> None:
     """Refuses a loaded model that can't become branches, before TRL prepares the data for it."""
     if isinstance(model, ComLoRAModel):
         check_same_branches(model, peft_config, args)
@@ -217,7 +233,7 @@ def _check_given(model: PreTrainedModel, peft_config: PeftConfig | None, args: C
         )
     if isinstance(model, PeftModel):
         existing = model.active_peft_config
-        check_lora_config(replace(existing, init_lora_weights=True), args.comlora_k)
+        check_lora_config(replace(existing, init_lora_weights=True), args.comlora_k, heads)
         if peft_config is not None:
             check_same_shape(peft_config, existing)
     if any(isinstance(module, BranchLayer) for module in model.modules()):

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -68,6 +68,7 @@ class Competition:
         chunk: branches that run at a time, None for all at once.
         average_tokens: whether a loss is divided by the supervised tokens of all processes, as TRL's default is.
         router_loss: whether the loss has the load-balancing term of a mixture of experts.
+        count: counts what a batch's loss is a mean over: its supervised tokens, or its pairs.
 
     Attributes:
         state: what a checkpoint stores: living, retired and disqualified branches, rates, wins, cost, the newest
@@ -89,8 +90,10 @@ class Competition:
         chunk: int | None = None,
         average_tokens: bool = True,
         router_loss: bool = False,
+        count: Callable[[dict[str, Any]], "Counted"] | None = None,
     ) -> None:
         self.model, self.settings, self.accelerator = model, settings, accelerator
+        self.count = count or supervised_tokens
         self.chunk, self.average_tokens, self.router_loss = chunk, average_tokens, router_loss
         self.state = CompetitionState.new(settings.k)
         self.step, self.total_steps = 0, 0
@@ -132,6 +135,8 @@ class Competition:
             self.model.redraw_branches(self.state.disqualified)
             self.state = CompetitionState.new(self.settings.k)
         self.state.rates = None if self.settings.rates is None else list(self.settings.rates)
+        self.state.betas = None if self.settings.betas is None else list(self.settings.betas)
+        self.state.measured = list(self.settings.measured)
         self.step, self.total_steps = step, total_steps
         self.rungs = rung_steps(self.settings.rungs, total_steps)
         self.plan = self.grad_norm = None
@@ -164,9 +169,9 @@ class Competition:
         return self.plan
 
     def _plan_of(self, batches: Sequence[dict[str, Any]]) -> "StepPlan | None":
-        plan, state = StepPlan.of(list(batches), self.device, self.accelerator), self.state
+        plan, state = StepPlan.of(list(batches), self.device, self.accelerator, self.count), self.state
         if plan is not None and self.settings.rows == "shared" and len(state.living) > 1:
-            plan.deal(list(batches), self.step, state.living, state.k, self.accelerator)
+            plan.deal(list(batches), self.step, state.living, state.k, self.accelerator, self.count)
         return plan
 
     def normaliser(self, plan: "StepPlan | None") -> Tensor | None:
@@ -288,12 +293,11 @@ class Competition:
             eq. 4, their mean; of independent branches their sum, so that each trains as it would alone.
         """
         plan, k = self.plan, self.settings.k
-        rows = Rows.of(batch)
-        tokens = rows.supervised_tokens(batch["labels"])
+        tokens = self.count(batch).weights
         plan.next(self.settings.seed, self.step, k, tokens.device)
         items = plan.tokens.expand(k) if owners is None else plan.branch_tokens
-        nll = torch.zeros(k, rows.count, dtype=self._sums.vector.dtype, device=tokens.device)
-        ran = torch.zeros(k, rows.count, dtype=torch.bool, device=tokens.device)
+        nll = torch.zeros(k, tokens.numel(), dtype=self._sums.vector.dtype, device=tokens.device)
+        ran = torch.zeros(k, tokens.numel(), dtype=torch.bool, device=tokens.device)
         if owners is not None:
             by_row = indices(owners, tokens.device)
             if rows_per_line is not None:
@@ -363,7 +367,7 @@ class Competition:
                 "max_grad_norm, and train again."
             )
         self._window.add_step(figures, self.eta, state, self.settings)
-        best = step_winner(figures, state.living)
+        best = step_winner(figures, state.living) if self.settings.comparable else None
         if best is not None:
             state.wins[best] += 1
         if max_norm > 0:
@@ -415,7 +419,8 @@ class Competition:
             return None
         selection = self.select(measure)
         column, highest = CRITERIA[self.settings.winner_by]
-        losers = retired_at(rung, selection[column], highest)
+        ties = selection["validation_nll"] if self.settings.comparable and column == "validation_accuracy" else None
+        losers = retired_at(rung, selection[column], highest, ties)
         state.rungs.append(rung_record(rung, self.step, selection, losers))
         state.retired |= dict.fromkeys(losers, self.step)
         return state.rungs[-1]
@@ -444,7 +449,9 @@ class Competition:
             RuntimeError: if there is no validation example, or every branch is disqualified.
         """
         if not self.selected:
-            self.state.selection = measure().result(self.state.alive, self.settings.winner_by, self.step)
+            settings = self.settings
+            tally = measure()
+            self.state.selection = tally.result(self.state.alive, settings.winner_by, self.step, settings.comparable)
         self.follow_leader()
         return self.state.selection
 
@@ -456,6 +463,24 @@ class Competition:
 
 
 # ---- One optimizer step: the plan of its rows before it runs, and its figures afterwards ----
+
+
+class Counted(NamedTuple):
+    """What a batch is counted by.
+
+    Attributes:
+        lines: lines of the batch, each of which goes to one branch whole where rows are shared.
+        weights: what each row weighs in a loss that is a mean over the step, int64 [R]: its supervised tokens, or 1.
+    """
+
+    lines: int
+    weights: Tensor
+
+
+def supervised_tokens(batch: dict[str, Any]) -> Counted:
+    """Counts a batch with `labels`: the mean is over its supervised tokens."""
+    rows = Rows.of(batch)
+    return Counted(_lines(rows, batch), rows.supervised_tokens(batch["labels"]))
 
 
 @dataclass
@@ -492,28 +517,32 @@ class StepPlan:
 
     @classmethod
     def of(
-        cls, batches: list[dict[str, Any]], device: torch.device, accelerator: Accelerator | None = None
+        cls,
+        batches: list[dict[str, Any]],
+        device: torch.device,
+        accelerator: Accelerator | None = None,
+        count: Callable[[dict[str, Any]], Counted] = supervised_tokens,
     ) -> "StepPlan | None":
         """Counts a step's micro-batches, over all processes; None when there is no batch.
 
         Args:
             device: where the counts are kept.
             accelerator: None for a single process.
+            count: counts a batch.
         """
         if not batches:
             return None
-        rows = [Rows.of(batch) for batch in batches]
-        lines = [_lines(own, batch) for own, batch in zip(rows, batches, strict=True)]
-        counts = torch.stack([_counts(own, batch["labels"]) for own, batch in zip(rows, batches, strict=True)])
+        counted = [count(batch) for batch in batches]
+        hosts = [(weights.numel(), lines) for lines, weights in counted]
+        counts = torch.stack([torch.stack([(own.weights > 0).sum(), own.weights.sum()]) for own in counted])
         counts = counts.to(device)
         own = counts[:, 1].sum()
         if accelerator is None or accelerator.num_processes == 1:
             # rows and lines are known on the host, no transfer needed
-            sizes, rank = [[(one.count, count)] for one, count in zip(rows, lines, strict=True)], 0
+            sizes, rank = [[size] for size in hosts], 0
             supervised, tokens = counts[:, 0].sum(), own
         else:
-            hosts = torch.tensor([(one.count, count) for one, count in zip(rows, lines, strict=True)])
-            gathered = accelerator.gather(torch.cat([counts, hosts.to(counts)], dim=1)[None])
+            gathered = accelerator.gather(torch.cat([counts, torch.tensor(hosts).to(counts)], dim=1)[None])
             sizes, rank = gathered[..., 2:].transpose(0, 1).tolist(), accelerator.process_index
             supervised, tokens = gathered[..., 0].sum(), gathered[..., 1].sum()
         row_places, row_count = _places([[size[0] for size in micro_batch] for micro_batch in sizes], rank)
@@ -528,15 +557,15 @@ class StepPlan:
         living: list[int],
         k: int,
         accelerator: Accelerator | None = None,
+        count: Callable[[dict[str, Any]], Counted] = supervised_tokens,
     ) -> "StepPlan":
         """Deals the step's lines out among the living branches, and counts each branch's tokens over all processes."""
         self.owners = [
-            tuple(dealt_to(first + line, step, living) for line in range(count)) for first, count in self.line_places
+            tuple(dealt_to(first + line, step, living) for line in range(lines)) for first, lines in self.line_places
         ]
         own = torch.zeros(k, dtype=torch.long, device=self.tokens.device)
         for batch, owners in zip(batches, self.owners, strict=True):
-            rows = Rows.of(batch)
-            tokens = rows.supervised_tokens(batch["labels"])
+            tokens = count(batch).weights
             per_line = batch.get(ROWS_PER_LINE)
             by_row = indices(owners, tokens.device)
             if per_line is not None:
@@ -598,12 +627,6 @@ def _places(sizes: list[list[int]], rank: int) -> tuple[list[tuple[int, int]], i
 def _lines(rows: Rows, batch: dict[str, Any]) -> int:
     per_line = batch.get(ROWS_PER_LINE)
     return rows.count if per_line is None else per_line.numel()
-
-
-def _counts(rows: Rows, labels: Tensor) -> Tensor:
-    """Rows with a supervised token, supervised tokens: int64 [2]."""
-    tokens = rows.supervised_tokens(labels)
-    return torch.stack([(tokens > 0).sum(), tokens.sum()])
 
 
 class StepSums:
@@ -719,7 +742,7 @@ class LogWindow:
             weight = settings.sign * settings.alignment_weight * eta
             entry["comlora/alignment_loss"] = weight * figures.weighted_nll / tokens
             entry["comlora/pairwise_loss"] = figures.pairwise
-        if len(state.living) > 1:
+        if len(state.living) > 1 and settings.comparable:
             best = step_winner(figures, state.living)
             entry |= {f"comlora/wins_{branch}": float(branch == best) for branch in state.living}
         self.steps.append(entry)

@@ -1,17 +1,18 @@
-"""[`ComLoRAConfig`]: TRL's `SFTConfig` with the competition's settings, each checked where it arrives.
+"""The configurations: TRL's own with the competition's settings, each checked where it arrives.
 
-[`CompetitionConfig`] has the competition's fields and checks alone, for the configurations of other TRL trainers too.
+[`CompetitionConfig`] has the competition's fields and checks alone, [`IndependentConfig`] those of trainers whose
+branches train by losses of their own.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from comlora_trl.branches.passes import LENGTHS
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
@@ -108,8 +109,8 @@ class CompetitionConfig:
         metadata={
             "help": "How the winner is chosen: 'selector' (highest accumulated score on the validation set, eq. "
             "11-12; without a selector the validation loss), 'validation_loss' (lowest NLL) or "
-            "'validation_accuracy' (tokens predicted right). None means 'selector', in a tournament "
-            "'validation_loss'.",
+            "'validation_accuracy' (tokens predicted right; of preferences the reward accuracy). None means "
+            "'selector', in a tournament 'validation_loss', and of preferences 'validation_accuracy'.",
             "choices": list(WINNER_CRITERIA),
         },
     )
@@ -285,6 +286,162 @@ class ComLoRAConfig(CompetitionConfig, SFTConfig):
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+
+
+@dataclass
+class IndependentConfig(CompetitionConfig):
+    """The competition's settings where each branch trains as it would alone, by TRL's loss of its own outputs.
+
+    There is no selector. The winner is the branch with the highest reward accuracy on the validation set, unless
+    `comlora_winner_by` asks for the loss.
+    """
+
+    def _fill_in(self) -> None:
+        if self.comlora_selector:
+            raise ValueError(
+                f"comlora_selector=True is not possible with {type(self).__name__}: eq. 5-9 weigh the negative "
+                "log-likelihood of rows, and this loss has none; leave it out."
+            )
+        self.comlora_selector = False
+        if self.comlora_lm_weight != 1.0:
+            raise ValueError(
+                f"comlora_lm_weight={self.comlora_lm_weight:g} is not possible with {type(self).__name__}: it weighs "
+                "the language-modelling loss of eq. 4, and each branch trains by TRL's loss here; leave it out."
+            )
+        if self.comlora_winner_by is None:
+            self.comlora_winner_by = "validation_accuracy"
+        super()._fill_in()
+
+    @property
+    def independent(self) -> bool:
+        """Always: each branch trains as it would alone."""
+        return True
+
+    @property
+    def winner_by(self) -> str:
+        """How the winner is chosen in this run."""
+        return "validation_accuracy" if self.comlora_winner_by == "selector" else self.comlora_winner_by
+
+    @property
+    def competition_settings(self) -> CompetitionSettings:
+        """The settings that the pure functions of [`comlora_trl.competition`] take."""
+        return replace(super().competition_settings, measured=("loss", "reward accuracy"))
+
+
+@dataclass
+class BetaConfig(IndependentConfig):
+    """The settings of trainers whose loss has a β, which may be each branch's own."""
+
+    comlora_branch_betas: list[float] | None = field(
+        default=None, metadata={"help": "β of each branch's loss, K of them. None means `beta`."}
+    )
+    comlora_grid: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether comlora_branch_learning_rates and comlora_branch_betas are the sides of a grid, of which "
+            "each point is a branch, instead of one entry for each branch."
+        },
+    )
+
+    def _fill_in(self) -> None:
+        rates, betas = self.comlora_branch_learning_rates, self.comlora_branch_betas
+        if self.comlora_grid:
+            if not rates or not betas:
+                raise ValueError(
+                    "comlora_grid=True needs both comlora_branch_learning_rates and comlora_branch_betas: give both, "
+                    "or leave it out."
+                )
+            points = [(rate, beta) for rate in rates for beta in betas]
+            if self.comlora_k not in (None, len(points)):
+                raise ValueError(
+                    f"comlora_k={self.comlora_k} is not possible with comlora_grid=True: {len(rates)} rates and "
+                    f"{len(betas)} betas are {len(points)} branches; leave comlora_k out."
+                )
+            self.comlora_branch_learning_rates = [rate for rate, _ in points]
+            self.comlora_branch_betas = betas = [beta for _, beta in points]
+            self.comlora_grid = False  # what is listed now is each branch's own, as a record of this run reads it
+        if betas is not None:
+            if self.comlora_k is None:
+                self.comlora_k = len(betas)
+            if self.comlora_branch_learning_rates is None:  # a tournament of β alone, at one rate
+                self.comlora_branch_learning_rates = [self.learning_rate] * self.comlora_k
+            found = f"{len(betas)} betas"
+            advice = "leave it out for the same beta"
+            _require(
+                len(betas) == self.comlora_k, "comlora_branch_betas", found, f"comlora_k={self.comlora_k}", advice
+            )
+            for beta in betas:
+                _require(beta > 0, "comlora_branch_betas", beta, "above 0 each", advice)
+            if len(set(betas)) > 1 and self.comlora_winner_by == "validation_loss":
+                raise ValueError(
+                    "comlora_winner_by='validation_loss' is not possible with different comlora_branch_betas: losses "
+                    "of different beta can't be compared; leave it out, and the reward accuracy decides."
+                )
+        super()._fill_in()
+
+    @property
+    def branch_betas(self) -> list[float]:
+        """β of each branch."""
+        return self.comlora_branch_betas or [self.beta] * self.comlora_k
+
+    @property
+    def competition_settings(self) -> CompetitionSettings:
+        """The settings that the pure functions of [`comlora_trl.competition`] take."""
+        betas = self.comlora_branch_betas
+        return replace(super().competition_settings, betas=None if betas is None else tuple(betas))
+
+
+@dataclass
+class ComLoRADPOConfig(BetaConfig, DPOConfig):
+    """
+    Configuration of the [`ComLoRADPOTrainer`]: every field of TRL's `DPOConfig`, and those of the competition, whose
+    names begin with `comlora_`.
+
+    > [!NOTE]
+    > `learning_rate` defaults to `1e-5` instead of TRL's `1e-6`, as TRL's documentation advises for adapters.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+
+@dataclass
+class ComLoRAKTOConfig(BetaConfig, KTOConfig):
+    """
+    Configuration of the [`ComLoRAKTOTrainer`]: every field of TRL's `KTOConfig`, and those of the competition, whose
+    names begin with `comlora_`.
+
+    > [!NOTE]
+    > `learning_rate` defaults to `1e-5` instead of TRL's `1e-6`, as TRL's documentation advises for adapters.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, k = self.per_device_train_batch_size, self.comlora_k
+        if self.comlora_rows == "shared" and self.loss_type == "kto" and rows < 2 * k:
+            raise ValueError(
+                f"per_device_train_batch_size={rows} is not possible with comlora_rows='shared' and comlora_k={k}: "
+                "TRL estimates the KL term of loss_type='kto' from at least 2 rows, and each branch has its own; set "
+                f"it to {2 * k} or more, or comlora_rows='all'."
+            )
+
+
+@dataclass
+class ComLoRARewardConfig(IndependentConfig, RewardConfig):
+    """
+    Configuration of the [`ComLoRARewardTrainer`]: every field of TRL's `RewardConfig`, and those of the competition,
+    whose names begin with `comlora_`.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+    """
 
 
 @contextmanager

@@ -50,6 +50,19 @@ def check_columns(
         _check_filled(dataset, name, {text_field, "completion", *_DATA_COLUMNS} & set(columns))
 
 
+def check_text_only(dataset: Dataset | IterableDataset) -> None:
+    """Refuses a data set without an example, or with images.
+
+    Raises:
+        ValueError: saying so.
+    """
+    columns = list(next(iter(dataset), {}))
+    if not columns:
+        raise ValueError("the training dataset is empty: give it at least one example.")
+    if {"image", "images"} & set(columns):
+        raise ValueError("the training dataset has images: competing branches take text only.")
+
+
 def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:
     """Refuses data of which TRL's preparation has left nothing, for no supervised token lies within `max_length`.
 

@@ -1,18 +1,35 @@
 """Every branch on a validation set, each example once, whatever the number of processes or the kind of data set."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from comlora_trl import compat
 from comlora_trl.competition import ValidationTally
 from comlora_trl.training.competition import ROWS_PER_LINE, Competition
+
+
+class Measured(NamedTuple):
+    """A batch's figures, as [`ValidationTally.add`] takes them.
+
+    Attributes:
+        losses: sums of each row's losses of each branch, [K, R].
+        correct: what each branch got right of each row, [K, R].
+        counts: what losses and right answers are counted by, of each row, [R].
+        scores: sim, [R, K], None without a selector.
+    """
+
+    losses: Tensor
+    correct: Tensor
+    counts: Tensor
+    scores: Tensor | None = None
 
 
 def own_batches(
@@ -60,6 +77,7 @@ def validate(
     competition: Competition,
     datasets: Iterable[Dataset | IterableDataset],
     trainer: Any,
+    measure: Callable[[torch.nn.Module, dict[str, Any], Any, int], Measured],
 ) -> ValidationTally:
     """S, correct tokens and scores of every living branch over all the sets together.
 
@@ -67,6 +85,7 @@ def validate(
         model: the model as the accelerator wrapped it.
         competition: its living branches are measured.
         trainer: the trainer whose collator, batch size, devices and precision are used.
+        measure: measures the living branches on a batch, of which so many examples count.
     """
     accelerator: Accelerator = trainer.accelerator
     tally, rows = ValidationTally.empty(competition.settings.k, accelerator.device), competition.branch_pass()
@@ -82,9 +101,9 @@ def validate(
                 inputs = compat.prepare_inputs(trainer, loader.collate_fn(examples))
                 inputs.pop(ROWS_PER_LINE, None)
                 with trainer.compute_loss_context_manager():
-                    output = model(branch_pass=rows, fused_lm_head=True, use_cache=False, **inputs)
+                    measured = measure(model, inputs, rows, count)
                 if count:
-                    tally.add(output.nll, output.correct, output.tokens, output.scores, count)
+                    tally.add(*measured, count)
     tally.sums = accelerator.reduce(tally.sums, reduction="sum")
     return tally
 

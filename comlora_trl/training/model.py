@@ -185,6 +185,8 @@ class ComLoRAModel(BranchModel):
                 )
             for layer in self.adapted_layers:
                 layer.reset_lora_parameters(branch_name(branch), init_lora_weights=True)
+            for module in self.saved_modules:
+                module.reset(branch_name(branch))
 
     @torch.no_grad()
     def zero_branch(self, branch: int) -> None:
@@ -193,6 +195,8 @@ class ComLoRAModel(BranchModel):
         zero_weights(self.branch_parameters(branch))
         if is_sharded(self.branch_parameters(branch)):
             return  # the base's norms would have to be gathered, for a branch that never runs again
+        for module in self.saved_modules:
+            module.reset(name)
         for layer in self.adapted_layers:
             if name in layer.lora_magnitude_vector:
                 # DoRA scales each output by its magnitude over the weight's norm: with B = 0 that is the base's own

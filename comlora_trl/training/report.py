@@ -87,6 +87,8 @@ def tournament_line(args: Any, rates: list[str] | None, rungs: dict[int, Rung], 
     parts = []
     if rates is not None:
         parts.append("rates " + ", ".join(rates))
+    if betas := getattr(args, "comlora_branch_betas", None):
+        parts.append("betas " + ", ".join(f"{beta:g}" for beta in betas))
     if rungs:
         steps = ", ".join(f"{rung.survivors} after step {step}" for step, rung in rungs.items())
         parts.append(f"branches that go on: {steps}, by {args.winner_by.replace('_', ' ')}")
@@ -107,6 +109,7 @@ def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) 
         {
             "branch": branch,
             "learning_rate": state.rates[branch] if state.rates else None,
+            **({"beta": state.betas[branch]} if state.betas else {}),
             **_last_figures(state, branch),
             "share_of_wins": state.wins[branch] / total if total else None,
             "retired_at_step": state.retired.get(branch),
@@ -129,6 +132,7 @@ def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) 
         "winner_by_validation_loss": result.get("winner_by_validation_loss"),
         "step": result.get("step"),
         "validation_examples": result.get("examples"),
+        "measured": state.measured,
         "branches": branches,
         "rungs": state.rungs,
         "row_passes": state.row_passes,
@@ -152,23 +156,35 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
         table.add_row(*row)
     by_loss, remarks = summary["winner_by_validation_loss"], []
     if by_loss not in (summary["winner"], None):
-        remarks.append(f"by validation NLL alone, branch_{by_loss} would have won")
+        remarks.append(f"by validation {summary['measured'][0]} alone, branch_{by_loss} would have won")
     rates = [line["learning_rate"] for line in summary["branches"]]
     if None not in rates and edge_remark(rates, summary["winner"]):
         remarks.append(edge_remark(rates, summary["winner"]))
+    betas = [line["beta"] for line in summary["branches"] if "beta" in line]
+    if betas and edge_remark(betas, summary["winner"], "beta"):
+        remarks.append(edge_remark(betas, summary["winner"], "beta"))
     if summary["rungs"] or None not in rates:
         remarks.append(f"cost: {summary['row_passes']:,} row passes (one row through one branch and back)")
     _print(table, remarks, console)
 
 
-def print_rung(record: dict[str, Any], rates: list[float | None], steps: int, console: Console | None = None) -> None:
+def print_rung(
+    record: dict[str, Any],
+    rates: list[float | None],
+    steps: int,
+    state: CompetitionState,
+    console: Console | None = None,
+) -> None:
     """Prints who goes on at a rung."""
-    table = _table(f"Rung at step {record['step']} of {steps}", ["rate", "validation\nNLL", "token\naccuracy"])
+    loss, accuracy = state.measured
+    headings = ["rate", *(["beta"] if state.betas else []), f"validation\n{loss}", accuracy.replace(" ", "\n")]
+    table = _table(f"Rung at step {record['step']} of {steps}", headings)
     for branch, rate in enumerate(rates):
+        beta = [cell(state.betas[branch], "g")] if state.betas else []
         nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]
         if nll is not None:
             fate = "retired" if branch in record["retired"] else "goes on"
-            table.add_row(f"branch_{branch}", cell(rate, "g"), cell(nll, ".4f"), cell(accuracy, ".1%"), fate)
+            table.add_row(f"branch_{branch}", cell(rate, "g"), *beta, cell(nll, ".4f"), cell(accuracy, ".1%"), fate)
     _print(table, [], console)
 
 

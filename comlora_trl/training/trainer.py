@@ -33,9 +33,9 @@ from comlora_trl.training import sharding
 from comlora_trl.training.arguments import check_parallelism
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
-from comlora_trl.training.competition import Competition, LineCollator
+from comlora_trl.training.competition import Competition, Counted, LineCollator, supervised_tokens
 from comlora_trl.training.config import CompetitionConfig
-from comlora_trl.training.evaluation import selection_metrics, validate
+from comlora_trl.training.evaluation import Measured, selection_metrics, validate
 from comlora_trl.training.export import (
     RETIRED,
     Background,
@@ -46,7 +46,7 @@ from comlora_trl.training.export import (
     write_snapshots,
 )
 from comlora_trl.training.graphing import padding_line, settle_graphs
-from comlora_trl.training.model import ComLoRAModel
+from comlora_trl.training.model import BranchPass, ComLoRAModel
 from comlora_trl.training.optimizers import (
     BranchRates,
     enter_evaluation_weights,
@@ -84,6 +84,7 @@ class CompetingTrainer:
     rates: BranchRates
     own_losses: OwnLosses
     data_name: str | None = None
+    _losses_kind = OwnLosses
     _in_step = False
     _own_evaluation = False
     current_gradient_accumulation_steps = 1  # the Trainer's own, which it has in its loop alone
@@ -110,15 +111,21 @@ class CompetingTrainer:
             chunk=args.comlora_branch_chunk,
             average_tokens=args.average_tokens_across_devices,
             router_loss=router_loss,
+            count=self.count,
         )
         self.rates = BranchRates(model, args)
-        self.own_losses = OwnLosses(self, self.competition)
+        self.own_losses = self._losses_kind(self, self.competition)
         self.retired_files = Background()
         self._exported: set[Path] = set()
         self._decided = self._unlogged = False
         self._flos_per_token: float | None = None
         # Right after the Trainer's own flow control, which the callback list begins with
         self.callback_handler.callbacks.insert(1, CompetitionCallback(self))
+
+    @staticmethod
+    def count(batch: dict[str, Any]) -> Counted:
+        """Counts what the loss of a batch is a mean over."""
+        return supervised_tokens(batch)
 
     @property
     def comlora_model(self) -> ComLoRAModel:
@@ -314,7 +321,7 @@ class CompetingTrainer:
         if record is None:
             return
         if self.is_world_process_zero():
-            print_rung(record, self.rates.peaks, self.state.max_steps)
+            print_rung(record, self.rates.peaks, self.state.max_steps, self.competition.state)
         self._keep_retired(record["retired"])
         self._drop_retired()
 
@@ -365,7 +372,18 @@ class CompetingTrainer:
     def _measure(self) -> ValidationTally:
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         with evaluation_weights(self.optimizer, self.model):
-            return validate(self.model_wrapped, self.competition, sets, self)
+            return validate(self.model_wrapped, self.competition, sets, self, self.measure_batch)
+
+    def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
+        """The living branches' validation figures of one batch; every process has to call it.
+
+        Args:
+            model: the model as the accelerator wrapped it, in evaluation mode.
+            rows: a pass over all living branches.
+            count: examples of the batch that count, 0 for one that is run for the sake of other processes.
+        """
+        output = model(branch_pass=rows, fused_lm_head=True, use_cache=False, **inputs)
+        return Measured(output.nll, output.correct, output.tokens, output.scores)
 
     def determine_winner(self) -> int:
         """The branch that wins (eq. 11-12): the newest selection's, or that of one made now.

@@ -2,14 +2,18 @@
 
 from typing import Any
 
-# (heading, key, format); a narrow table may break the line at the newline
-_COLUMNS = (
-    ("rate", "learning_rate", "g"),
-    ("validation\nNLL", "validation_nll", ".4f"),
-    ("token\naccuracy", "validation_accuracy", ".1%"),
-    ("score", "score", ".2f"),
-    ("wins", "share_of_wins", ".0%"),
-)
+
+def _columns(measured: list[str]) -> tuple[tuple[str, str, str], ...]:
+    """(heading, key, format); a line break where a narrow table may have one."""
+    loss, accuracy = measured
+    return (
+        ("rate", "learning_rate", "g"),
+        ("beta", "beta", "g"),
+        (f"validation\n{loss}", "validation_nll", ".4f"),
+        (accuracy.replace(" ", "\n"), "validation_accuracy", ".1%"),
+        ("score", "score", ".2f"),
+        ("wins", "share_of_wins", ".0%"),
+    )
 
 
 def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tuple[list[str], list[list[str]]]:
@@ -22,7 +26,7 @@ def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tu
     branches = summary["branches"]
     columns = [
         column
-        for column in _COLUMNS
+        for column in _columns(summary.get("measured") or ["NLL", "token accuracy"])
         if column[1] == "validation_nll" or any(branch.get(column[1]) is not None for branch in branches)
     ]
     rows = []

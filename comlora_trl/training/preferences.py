@@ -1,0 +1,398 @@
+"""[`CompetingPreferences`]: what TRL's preference trainers share when their branches compete.
+
+The loss is TRL's own, called once for each living branch on the branch's view of one pass over all of them. A line of
+their batches, which goes to one branch whole, is a pair of completions, or one completion with all that belongs to it.
+
+TRL's loss is a mean over the lines of a micro-batch. Here a branch's loss is the mean over its own lines of the whole
+optimizer step: each micro-batch, on each process, counts by its share of them.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+
+from comlora_trl import compat
+from comlora_trl.branches.views import BranchView, BranchViews, branch_losses
+from comlora_trl.competition.rungs import dealt_to
+from comlora_trl.training.arguments import check_trainer_arguments, use_plain_checkpointing, warn_of_newer_trl
+from comlora_trl.training.attach import Attachment
+from comlora_trl.training.competition import Counted
+from comlora_trl.training.config import IndependentConfig
+from comlora_trl.training.data_checks import check_prepared, check_text_only
+from comlora_trl.training.evaluation import Measured
+from comlora_trl.training.export import check_target, check_writable
+from comlora_trl.training.hold_out import hold_out
+from comlora_trl.training.model import BranchPass, ComLoRAModel
+from comlora_trl.training.own_loss import OwnLosses, UndecidedView
+from comlora_trl.training.trainer import CompetingTrainer
+
+# TRL's names of the adapter that it trains, and of that adapter's copy that stays as it was
+_DEFAULT, REFERENCE = "default", "ref"
+
+
+class _Alone:
+    """Stands in for an accelerator whose process knows of no other: what TRL gathers is this process's own."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def gather(self, tensor: Any) -> Any:
+        return tensor
+
+    def gather_for_metrics(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+
+class PreferenceLosses(OwnLosses):
+    """A preference trainer's losses: TRL's, or a user's, of each branch."""
+
+    def per_view(
+        self,
+        compute_loss: Callable,
+        model: Any,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The living branches' losses, each computed on its view, as one: their sum."""
+        trainer, competition = self.trainer, self.competition
+        plan, place = competition.plan, competition.plan.used
+        owners, _ = competition.deal_of(inputs)
+        inputs = trainer.with_reference(inputs)
+        seen, outputs, metrics = compat.train_tokens(trainer), [], {}
+        lines = {branch: trainer.count(inputs).lines for branch in competition.state.living}
+        if owners is not None:
+            lines = {branch: owners.count(branch) for branch in competition.state.living}
+
+        def loss_of(view: BranchView) -> Tensor:
+            branch = view.branch
+            if owners is None:
+                compat.set_train_tokens(trainer, seen)  # TRL counts the batch for each branch
+            given = {"return_outputs": True} if return_outputs and not outputs else {}
+            with trainer.as_branch(branch) as found:
+                loss = compute_loss(view, view.inputs, **given, num_items_in_batch=num_items_in_batch)
+            metrics[branch] = found
+            if given:
+                loss, output = loss
+                outputs.append(output)
+            items = plan.tokens if owners is None else plan.branch_tokens[branch]
+            return loss * (lines[branch] * competition.processes / items)
+
+        views = partial(trainer.views, model, inputs, owners=owners)
+        lonely = owners is not None and not self._everywhere(place)
+        with trainer.alone(lonely):
+            losses, passes = branch_losses(
+                views, competition.state.living, loss_of, competition.model, competition.chunk
+            )
+        self._keep(metrics, lines, seen, lonely)
+        loss = competition.combine_branches(losses, inputs, owners, None, passes)
+        return (loss, outputs[0]) if return_outputs else loss
+
+    def _everywhere(self, place: int) -> bool:
+        """Whether TRL may gather from every process in each branch's loss of a micro-batch.
+
+        Each process must have lines of the same branches, and as many of each where TRL gathers a figure of each line.
+        """
+        competition, processes = self.competition, self.competition.processes
+        if processes == 1:
+            return True
+        plan, living = competition.plan, competition.state.living
+        first = sum(plan.lines[: place * processes])
+        found = []
+        for count in plan.lines[place * processes : (place + 1) * processes]:
+            branches = Counter(dealt_to(first + line, competition.step, living) for line in range(count))
+            found.append(branches if self.trainer.gathers_lines else branches.keys())
+            first += count
+        return all(branches == found[0] for branches in found)
+
+    def _keep(self, metrics: dict[int, dict], lines: dict[int, int], seen: int, lonely: bool) -> None:
+        """Keeps the leader's metrics as the run's, and each branch's reward accuracy beside them."""
+        trainer, leader = self.trainer, self.competition.state.leader
+        if lonely:
+            metrics, tokens = _over_processes(metrics, lines, compat.train_tokens(trainer) - seen)
+            compat.set_train_tokens(trainer, seen + tokens)
+        kept, (own, metric) = compat.train_metrics(trainer), trainer.branch_metric
+        for name, values in metrics.get(leader, {}).items():
+            kept[name] += values
+        for branch, found in metrics.items():
+            if values := found.get(metric):  # TRL takes the mean of every list
+                kept[f"comlora/{own}_{branch}"] += values
+        kept["num_tokens"] = [compat.train_tokens(trainer)]
+
+
+def _over_processes(metrics: dict[int, dict], lines: dict[int, int], tokens: int) -> tuple[dict[int, dict], int]:
+    """Each branch's metrics over all processes, means by the lines that it has on each; and all tokens."""
+    extremes = {"min_reward": min, "max_reward": max}
+    entries = gather_object([({branch: (found, lines[branch]) for branch, found in metrics.items()}, tokens)])
+    merged: dict[int, dict[str, list[float]]] = {}
+    for branch in sorted({branch for own, _ in entries for branch in own}):
+        parts = [own[branch] for own, _ in entries if branch in own]
+        names = dict.fromkeys(name for found, _ in parts for name in found)
+        merged[branch] = {}
+        for name in names:
+            having = [(found[name], count) for found, count in parts if found.get(name)]
+            total = sum(count for _, count in having)
+            mean = sum(sum(v) / len(v) * count for v, count in having) / total
+            merged[branch][name] = [extremes[name](v[-1] for v, _ in having) if name in extremes else mean]
+    return merged, sum(own for _, own in entries)
+
+
+def check_default_adapter(model: PeftModel) -> None:
+    """Refuses an adapter to start from that TRL does not find, to keep its copy as the reference.
+
+    Raises:
+        ValueError: naming what it is called.
+    """
+    if list(model.peft_config) != [_DEFAULT]:
+        raise ValueError(
+            f"the model has the adapters {', '.join(model.peft_config)}, and TRL takes the one called {_DEFAULT!r} as "
+            f"the reference: load it with PeftModel.from_pretrained(..., adapter_name={_DEFAULT!r}) alone, or pass a "
+            "ref_model."
+        )
+
+
+class CompetingPreferences(CompetingTrainer):
+    """Stands before one of TRL's preference trainers in a subclass's bases.
+
+    Attributes:
+        stacked: rows of the model's batch that a line has.
+        classifier: whether the model is a classifier, whose head each branch trains too.
+        gathers_lines: whether TRL's loss gathers a figure of each line from all processes.
+        has_reference: whether the loss compares the model with a reference.
+        branch_metric: our name of a metric that is kept of every branch, and TRL's.
+    """
+
+    _losses_kind = PreferenceLosses
+    stacked = 2
+    classifier = False
+    has_reference = True
+    gathers_lines = True
+    branch_metric = ("reward_accuracy", "rewards/accuracies")
+
+    @contextmanager
+    def preparing(
+        self,
+        model: str | PreTrainedModel,
+        args: TrainingArguments | None,
+        config: type[IndependentConfig],
+        train_dataset: Dataset | IterableDataset | None,
+        eval_dataset: Any,
+        optimizers: tuple[Any, Any],
+        peft_config: PeftConfig | None,
+        processing_class: Any,
+        quantization_config: Any,
+        ref_model: Any = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Around TRL's construction: checks what was given before it, and attaches the branches after it.
+
+        Yields:
+            the arguments that TRL gets.
+        """
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = config(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name.replace(' ', '-')}")
+        elif not isinstance(args, config):
+            args = config.from_arguments(args)
+        warn_of_newer_trl()
+        check_trainer_arguments(args, None, optimizers[0])
+        use_plain_checkpointing(args)
+        if args.should_save:
+            check_writable(args.output_dir, "output_dir")
+            check_target(args.winner_dir, args.comlora_overwrite_winner)
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
+        check_text_only(train_dataset)
+        if isinstance(model, ComLoRAModel):
+            raise ValueError(
+                "the model has competing branches already, and TRL's preference trainers take one adapter: give the "
+                "exported winner's folder, or model.merge_and_unload(), instead."
+            )
+        train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
+        attachment = Attachment(
+            model, peft_config, args, processing_class, quantization_config, classifier=self.classifier
+        )
+        if self.has_reference and ref_model is None and isinstance(attachment.given, PeftModel):
+            check_default_adapter(attachment.given)
+        with attachment.building() as given:
+            yield given | {"args": args, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        check_prepared(self.train_dataset, self.eval_dataset, args.max_length)
+        self.compete(attachment)
+
+    def compete(self, attachment: Attachment) -> None:
+        """Puts the branches into the model that TRL built; the adapter that TRL keeps as the reference stays."""
+        reference = None
+        if REFERENCE in getattr(self.model, "peft_config", {}):
+            weights = get_peft_model_state_dict(self.model, adapter_name=REFERENCE, save_embedding_layers=False)
+            reference = {name: value.detach().clone() for name, value in weights.items()}
+            self.model.delete_adapter(REFERENCE)
+        super().compete(attachment)
+        if reference is not None and not getattr(self, "precompute_ref_logps", False):
+            self.comlora_model.add_reference(REFERENCE, reference)
+        self.loss_is_scaled_for_ga = True  # it is normalised over the whole step
+        self._leave_out_dropout()
+
+    def begin_competition(self) -> None:
+        """Begins a competition, or goes on with that of the checkpoint."""
+        super().begin_competition()
+        self._leave_out_dropout()  # of branches that were restored
+
+    def _leave_out_dropout(self) -> None:
+        if self.args.disable_dropout:
+            disable_dropout_in_model(self.comlora_model)
+
+    @classmethod
+    def count(cls, batch: dict[str, Any]) -> Counted:
+        """A batch has a line for each pair, and the loss is a mean over the pairs."""
+        lines = batch["input_ids"].size(0) // cls.stacked
+        return Counted(lines, torch.ones(lines, dtype=torch.long, device=batch["input_ids"].device))
+
+    def made_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors that TRL's loss makes of a batch for the model."""
+        return {"labels": inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)}
+
+    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with the reference's log-probabilities, which one pass finds for all branches."""
+        return dict(inputs)
+
+    def views(
+        self, model: Any, inputs: dict[str, Any], branches: Sequence[int], owners: Sequence[int] | None = None
+    ) -> BranchViews:
+        """The views of some branches on a batch."""
+        made = self.made_of(inputs)
+        return BranchViews(
+            self.comlora_model, branches, inputs, wrapped=model, owners=owners, stacked=self.stacked, made=made
+        )
+
+    @contextmanager
+    def as_branch(self, branch: int) -> Iterator[dict[str, list[float]]]:
+        """Within the block TRL's loss is a branch's: by its settings, its metrics kept apart.
+
+        Yields:
+            the metrics that TRL has filled in afterwards.
+        """
+        mode = "train" if self.model.training else "eval"
+        kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
+        found = self._metrics[mode]
+        try:
+            with self.settings_of_branch(branch):
+                yield found
+        finally:
+            self._metrics[mode] = kept
+        found.pop("num_tokens", None)
+
+    @contextmanager
+    def settings_of_branch(self, branch: int) -> Iterator[None]:
+        """Within the block TRL's loss goes by a branch's own settings."""
+        yield
+
+    @contextmanager
+    def alone(self, wanted: bool = True) -> Iterator[None]:
+        """Within the block TRL's loss gathers nothing from other processes."""
+        accelerator = self.accelerator
+        if wanted:
+            self.accelerator = _Alone(accelerator)
+        try:
+            yield
+        finally:
+            self.accelerator = accelerator
+
+    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
+        """The sum of the living branches' own losses, each TRL's.
+
+        In evaluation mode it is TRL's own, of the leader. Called outside a training step it takes the batch for a
+        whole optimizer step, and no figure of the run changes. Called with a branch's view it is TRL's, of the branch.
+        """
+        own = super().compute_loss
+        if type(model) is UndecidedView:
+            model = model.views.wrapped
+        if isinstance(model, BranchView):
+            return own(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            with self.settings_of_branch(self.competition.state.leader):
+                return own(model, inputs, return_outputs, num_items_in_batch)
+        if self._in_step:
+            return self.own_losses.per_view(own, model, inputs, return_outputs, num_items_in_batch)
+        kept, tokens = (
+            {name: list(values) for name, values in self._metrics["train"].items()},
+            self._total_train_tokens,
+        )
+        try:
+            with self.competition.own_step(inputs) as items:
+                return self.own_losses.per_view(own, model, inputs, return_outputs, items)
+        finally:
+            self._metrics["train"], self._total_train_tokens = defaultdict(list, kept), tokens
+
+    _competing_loss = compute_loss
+
+    def trls_loss(self, view: BranchView, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss of a branch's view."""
+        return super().compute_loss(view, inputs)
+
+    def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
+        """TRL's loss and reward accuracy of every living branch, times the lines of the batch."""
+        return self.measure_branches(model, inputs, rows, lambda view: self.trls_loss(view, view.inputs))
+
+    def measure_branches(
+        self, model: Any, inputs: dict[str, Any], rows: BranchPass, loss_of: Callable[[BranchView], Tensor]
+    ) -> Measured:
+        """A loss of every living branch and, where TRL has one, its reward accuracy, times the lines of the batch."""
+        inputs, count = self.with_reference(inputs), self.count(inputs).lines
+        device, chunk = inputs["input_ids"].device, rows.chunk or len(rows.living)
+        losses = torch.zeros(self.args.comlora_k, 1, dtype=torch.float64, device=device)
+        correct = torch.zeros_like(losses)
+        with self.alone():
+            for first in range(0, len(rows.living), chunk):
+                for view in self.views(model, inputs, rows.living[first : first + chunk]):
+                    with self.as_branch(view.branch) as metrics:
+                        losses[view.branch] = loss_of(view) * count
+                    if self.branch_metric[0] == "reward_accuracy":
+                        correct[view.branch] = metrics[self.branch_metric[1]][-1] * count
+        return Measured(losses, correct, torch.tensor([count], device=device))
+
+
+class ReferenceOnce:
+    """Stands before [`CompetingPreferences`] where TRL's loss has a reference and a β.
+
+    The reference's log-probabilities are computed once for all branches, by TRL's own method, and put into the batch,
+    where TRL's loss reads precomputed ones.
+    """
+
+    def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The reference's log-probabilities of a batch, by the names that TRL reads them by."""
+        raise NotImplementedError
+
+    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with the reference's log-probabilities."""
+        return dict(inputs) if self.precompute_ref_logps else {**inputs, **self.reference_of(inputs)}
+
+    @contextmanager
+    def settings_of_branch(self, branch: int) -> Iterator[None]:
+        """Within the block TRL's loss goes by the branch's β."""
+        kept, self.beta = self.beta, self.args.branch_betas[branch]
+        try:
+            yield
+        finally:
+            self.beta = kept
+
+    @contextmanager
+    def as_branch(self, branch: int) -> Iterator[dict[str, list[float]]]:
+        """Within the block TRL's loss is a branch's, and reads the reference's log-probabilities from the batch."""
+        kept, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            with super().as_branch(branch) as found:
+                yield found
+        finally:
+            self.precompute_ref_logps = kept

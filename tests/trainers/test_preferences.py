@@ -1,0 +1,335 @@
+"""Branches of a preference trainer train as TRL's own trainers do, each alone."""
+
+import re
+
+import pytest
+import torch
+from conftest import make_lora, make_model
+from kinds import DPO, KINDS, difference, logged, name_of, perturb, start_from
+
+RATES, BETAS = [0.1, 0.3, 0.5], [0.1, 0.3, 0.05]
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant"}
+CASES = [(kind, options) for kind in KINDS for options in kind.losses]
+
+
+def names(case: object) -> str:
+    return name_of(case) if isinstance(case, dict) else str(case)
+
+
+@pytest.mark.parametrize("kind, options", CASES, ids=names)
+def test_one_branch_is_trls_trainer(kind, options, tmp_path):
+    """Losses, every metric, and weights, over ten steps of AdamW."""
+    options = {"learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 5, **options}
+    ours = kind.run(tmp_path / "ours", given={"model": kind.single()}, comlora_k=1, **options)
+    trls = kind.run(tmp_path / "trl", trl=True, given={"model": kind.single()}, **options)
+    assert difference(ours, 0, trls) == 0
+    perturb(ours)
+    start_from(trls, ours, 0)
+    ours.train()
+    trls.train()
+    assert difference(ours, 0, trls) < 1e-5
+    compared = 0
+    found = [
+        entry for entry in ours.state.log_history if not all("comlora" in n for n in entry.keys() - {"epoch", "step"})
+    ]
+    for entry, expected in zip(found, trls.state.log_history, strict=True):
+        for name in expected:
+            if not re.search("runtime|per_second", name):
+                assert entry[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-5), (expected["step"], name)
+                compared += 1
+    assert compared > 100
+
+
+BETA = [kind for kind in KINDS if kind.name != "reward"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"comlora_branch_chunk": 1},
+        {"comlora_branch_chunk": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
+        {"max_grad_norm": 0.05},
+    ],
+    ids=names,
+)
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_branches_are_trainers_of_their_own(kind, more, tmp_path):
+    """Rows "all", rates and betas of the branches' own: K = 3 equals three of TRL's runs."""
+    betas = {"comlora_branch_betas": BETAS} if kind in BETA else {}
+    ours = kind.run(tmp_path / "ours", comlora_k=3, comlora_branch_learning_rates=RATES, **betas, **SGD, **more)
+    perturb(ours)
+    options = {name: value for name, value in more.items() if not name.startswith("comlora")}
+    trls = []
+    for branch, (rate, beta) in enumerate(zip(RATES, BETAS, strict=True)):
+        own = {"beta": beta} if betas else {}
+        trls.append(kind.run(tmp_path / f"{branch}", trl=True, learning_rate=rate, **own, **SGD, **options))
+        start_from(trls[-1], ours, branch)
+    ours.train()
+    for branch, trl in enumerate(trls):
+        trl.train()
+        assert difference(ours, branch, trl) < 1e-5
+        assert logged(ours, f"comlora/loss_{branch}") == pytest.approx(logged(trl, "loss"), abs=1e-5)
+        accuracy = {"dpo": "rewards/accuracies", "reward": "accuracy"}.get(kind.name)
+        if accuracy:
+            assert logged(ours, f"comlora/reward_accuracy_{branch}") == pytest.approx(logged(trl, accuracy), abs=1e-5)
+    leader = 0  # before there is a selection
+    for name in ("num_tokens", "entropy", "rewards/chosen", "rewards/margins", "margin", "mean_reward"):
+        if name in trls[leader].state.log_history[0]:
+            assert logged(ours, name) == pytest.approx(logged(trls[leader], name), abs=1e-5), name
+    assert sum(ours.competition.state.wins) == (0 if betas else 10)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_shared_rows_are_separate_runs_on_the_rows_dealt(kind, chunk, tmp_path):
+    """A pair goes to one branch whole, and its loss is TRL's mean over the branch's own pairs."""
+    more = {} if chunk is None else {"comlora_branch_chunk": chunk}
+    rows = {"comlora_k": 3, "comlora_rows": "shared", "comlora_branch_learning_rates": RATES}
+    ours = kind.run(tmp_path / "ours", **rows, **SGD, **more)
+    perturb(ours)
+    trls = []
+    for branch, rate in enumerate(RATES):
+        dealt = [t * 6 + place for t in range(10) for place in range(6) if (place + t) % 3 == branch]
+        options = {"learning_rate": rate, "per_device_train_batch_size": 2} | SGD
+        trls.append(kind.run(tmp_path / f"{branch}", trl=True, **options))
+        trls[-1].train_dataset = ours.train_dataset.select(dealt)  # prepared already: KTO's rows with their KL rows
+        start_from(trls[-1], ours, branch)
+    ours.train()
+    for branch, trl in enumerate(trls):
+        trl.train()
+        assert difference(ours, branch, trl) < 1e-5
+        assert logged(ours, f"comlora/loss_{branch}") == pytest.approx(logged(trl, "loss"), abs=1e-5)
+    assert logged(ours, "num_tokens")[-1] == sum(logged(trl, "num_tokens")[-1] for trl in trls)
+    assert ours.competition.state.row_passes == 60
+
+
+@pytest.mark.parametrize("rows", ["all", "shared"])
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_the_cut_into_micro_batches_changes_nothing(kind, rows, tmp_path):
+    """Shares of a branch are unequal, and the last step of an epoch is not full."""
+    options = {"comlora_k": 3, "comlora_rows": rows, "comlora_branch_learning_rates": RATES, "max_steps": 6}
+    options |= SGD | kind.of_any_cut
+    runs = []
+    for size, cut in ((8, 1), (4, 2), (2, 4)):
+        data = {"train_dataset": kind.data(13)}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": cut}
+        trainer = kind.run(tmp_path / f"{size}", given=data, **options)
+        perturb(trainer)
+        trainer.train()
+        runs.append(trainer)
+    whole = [p.detach() for p in runs[0].comlora_model.trainable_parameters()]
+    for trainer in runs[1:]:
+        cut = [p.detach() for p in trainer.comlora_model.trainable_parameters()]
+        assert max((one - other).abs().max().item() for one, other in zip(whole, cut, strict=True)) < 1e-5
+        for branch in range(3):
+            name = f"comlora/loss_{branch}"
+            assert logged(trainer, name) == pytest.approx(logged(runs[0], name), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_a_resumed_run_ends_bitwise_where_the_whole_one_does(kind, tmp_path):
+    options = {"comlora_tournament": True, "comlora_rungs": "0.3:2,0.7:1", "learning_rate": 1e-2, "save_steps": 4}
+    options |= {"save_strategy": "steps", "comlora_overwrite_winner": True, **kind.of_any_cut}
+    whole = kind.run(tmp_path / "run", **options)
+    whole.train()
+    resumed = kind.run(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    first = {name: p for name, p in whole.comlora_model.named_parameters() if p.requires_grad}
+    second = dict(resumed.comlora_model.named_parameters())
+    assert first and all(torch.equal(parameter, second[name]) for name, parameter in first.items())
+    assert whole.competition.state == resumed.competition.state
+    assert whole.competition_summary()["branches"] == resumed.competition_summary()["branches"]
+
+
+# ---- The reference ----
+
+
+class Forwards:
+    """Counts the base model's forwards in training, by whether the adapters were on."""
+
+    def __init__(self, trainer) -> None:
+        self.model, self.count = trainer.comlora_model, {True: 0, False: 0}
+        self.model.get_base_model().model.register_forward_pre_hook(self.see)
+
+    def see(self, *_: object) -> None:
+        if self.model.training:
+            self.count[self.model.is_switched_off] += 1
+
+
+@pytest.mark.parametrize("rows", ["all", "shared"])
+def test_the_reference_runs_once_for_all_branches(rows, tmp_path):
+    trainer = DPO.run(tmp_path, comlora_k=3, comlora_rows=rows, gradient_checkpointing=False, max_steps=4)
+    forwards = Forwards(trainer)
+    trainer.train()
+    assert forwards.count == {True: 4, False: 4}
+
+
+def test_precomputed_references_need_no_pass(tmp_path):
+    trainer = DPO.run(tmp_path, comlora_k=3, precompute_ref_log_probs=True, gradient_checkpointing=False, max_steps=4)
+    forwards = Forwards(trainer)
+    trainer.train()
+    assert forwards.count == {True: 0, False: 4}
+
+
+@pytest.mark.parametrize("rows", ["all", "shared"])
+def test_a_reference_model_of_its_own(rows, tmp_path):
+    options = {"learning_rate": 0.3, **SGD}
+    given = lambda: {"ref_model": make_model(seed=5)}
+    ours = DPO.run(tmp_path / "ours", given=given(), comlora_k=1 if rows == "all" else 2, comlora_rows=rows, **options)
+    perturb(ours)
+    data = (
+        {} if rows == "all" else {"train_dataset": DPO.data().select([i for i in range(60) if (i + i // 6) % 2 == 0])}
+    )
+    size = {} if rows == "all" else {"per_device_train_batch_size": 3}
+    trls = DPO.run(tmp_path / "trl", trl=True, given=given() | data, **options, **size)
+    start_from(trls, ours, 0)
+    ours.train()
+    trls.train()
+    assert difference(ours, 0, trls) < 1e-5
+    assert logged(ours, "rewards/chosen") == pytest.approx(logged(trls, "rewards/chosen"), abs=1e-4)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_an_adapter_to_go_on_from_is_the_reference(precompute, tmp_path):
+    from peft import get_peft_model
+
+    def adapter():
+        torch.manual_seed(11)
+        model = get_peft_model(make_model(), make_lora(init_lora_weights=False))
+        return {"model": model, "peft_config": None}
+
+    options = {"learning_rate": 0.3, "precompute_ref_log_probs": precompute, **SGD}
+    ours = DPO.run(tmp_path / "ours", given=adapter(), comlora_k=1, **options)
+    trls = DPO.run(tmp_path / "trl", trl=True, given=adapter(), **options)
+    assert difference(ours, 0, trls) == 0
+    ours.train()
+    trls.train()
+    assert difference(ours, 0, trls) < 1e-5
+    assert logged(ours, "rewards/chosen") == pytest.approx(logged(trls, "rewards/chosen"), abs=1e-5)
+    assert logged(ours, "rewards/chosen")[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_adapter_to_go_on_from_with_several_branches(tmp_path):
+    from peft import PeftModel, get_peft_model
+
+    torch.manual_seed(11)
+    model = get_peft_model(make_model(), make_lora(init_lora_weights=False))
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" in name}
+    options = {"comlora_tournament": True, "comlora_rungs": "0.3:2,0.7:1", "learning_rate": 1e-2}
+    trainer = DPO.run(tmp_path, given={"model": model, "peft_config": None}, **options)
+    trainer.train()
+    own = dict(trainer.comlora_model.named_parameters())
+    for name, value in kept.items():
+        assert torch.equal(own[name.replace("default", "ref")], value)
+    assert abs(logged(trainer, "rewards/chosen")[0]) < 1e-3
+    winner = PeftModel.from_pretrained(make_model(), tmp_path / "winner")
+    assert list(winner.peft_config) == ["default"]
+
+
+# ---- Rungs and the winner ----
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_validation_is_trls_evaluation_of_each_branch(kind, tmp_path):
+    """Each example counts once, whatever the batches; TRL's own means are over batches, so one batch here."""
+    betas = {"comlora_branch_betas": BETAS} if kind in BETA else {}
+    trainer = kind.run(tmp_path, comlora_k=3, **betas, per_device_eval_batch_size=13, max_steps=1)
+    perturb(trainer)
+    found = trainer.select()
+    trainer.args.per_device_eval_batch_size = 13
+    names = {"dpo": "eval_rewards/accuracies", "reward": "eval_accuracy"}
+    for branch in range(3):
+        trainer.competition.state.selection["winner"] = branch
+        trainer.competition.follow_leader()
+        metrics = trainer.evaluate()
+        assert found["validation_nll"][branch] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+        if kind.name in names:
+            measured = trainer.state.log_history[-1][names[kind.name]]
+            assert found["validation_accuracy"][branch] == pytest.approx(measured, abs=1e-6)
+    assert found["winner_by_validation_loss"] is None or not betas
+
+
+def test_rungs_and_winner_go_by_reward_accuracy_and_ties_by_loss(tmp_path, monkeypatch):
+    from comlora_trl.training.evaluation import Measured
+
+    trainer = DPO.run(tmp_path, comlora_tournament=True, comlora_rungs="0.5:2", per_device_eval_batch_size=13)
+    accuracy, loss = torch.tensor([8.0, 9.0, 9.0, 9.0]), torch.tensor([1.0, 5.0, 3.0, 4.0])
+    figures = lambda *_: Measured(loss[:, None], accuracy[:, None], torch.tensor([13]))
+    monkeypatch.setattr(trainer, "measure_batch", figures)
+    trainer.train()
+    state = trainer.competition.state
+    assert state.leader == 2 and state.rungs[0]["retired"] == [0, 1]
+    assert state.selection["winner_by_validation_loss"] == 2
+
+
+def test_different_betas_are_compared_by_reward_accuracy_alone(tmp_path, capsys):
+    betas = [0.1, 0.2, 0.4, 0.8]
+    trainer = DPO.run(tmp_path, comlora_tournament=True, comlora_branch_betas=betas, learning_rate=1e-2)
+    assert trainer.args.comlora_k == 4 and trainer.args.comlora_branch_learning_rates == [1e-2] * 4
+    trainer.train()
+    summary = trainer.competition_summary()
+    assert [branch["beta"] for branch in summary["branches"]] == betas
+    assert summary["winner_by_validation_loss"] is None and summary["measured"] == ["loss", "reward accuracy"]
+    assert all(branch["share_of_wins"] is None for branch in summary["branches"])
+    printed = capsys.readouterr().out
+    assert "beta" in printed and "accuracy" in printed and "NLL" not in printed and "betas 0.1, 0.2" in printed
+
+
+def test_a_grid_of_rates_and_betas(tmp_path):
+    grid = {"comlora_branch_learning_rates": [1e-3, 1e-2], "comlora_branch_betas": [0.1, 0.5], "comlora_grid": True}
+    args = DPO.run(tmp_path, comlora_tournament=True, **grid).args
+    assert args.comlora_k == 4
+    assert args.comlora_branch_learning_rates == [1e-3, 1e-3, 1e-2, 1e-2]
+    assert args.comlora_branch_betas == [0.1, 0.5, 0.1, 0.5]
+    again = type(args).from_arguments(args)
+    assert again.comlora_branch_betas == args.comlora_branch_betas and again.comlora_k == 4
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"comlora_selector": True}, "comlora_selector=True is not possible with ComLoRA.*leave it out"),
+        ({"comlora_lm_weight": 0.5}, "comlora_lm_weight=0.5 is not possible with ComLoRA"),
+        ({"comlora_noise": 0.3}, "comlora_noise=0.3 does nothing with comlora_selector=False"),
+    ],
+    ids=names,
+)
+def test_what_is_refused(kind, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        kind.run(tmp_path, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", BETA, ids=names)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"comlora_branch_betas": [0.1, 0.2], "comlora_winner_by": "validation_loss"}, "losses of different beta"),
+        ({"comlora_branch_betas": [0.1, 0.2], "comlora_k": 3}, "2 betas is not possible: it must be comlora_k=3"),
+        ({"comlora_branch_betas": [0.1, -0.2]}, "comlora_branch_betas=-0.2 is not possible"),
+        ({"comlora_branch_betas": [0.1, 0.2], "comlora_grid": True}, "comlora_grid=True needs both"),
+    ],
+    ids=names,
+)
+def test_what_is_refused_of_betas(kind, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        kind.run(tmp_path, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_another_trainers_branches_are_refused(kind, tmp_path):
+    first = kind.run(tmp_path / "first", comlora_k=2)
+    with pytest.raises(ValueError, match="has competing branches already.*exported winner"):
+        kind.run(tmp_path / "second", comlora_k=2, given={"model": first.model, "peft_config": None})
+
+
+def test_an_adapter_that_trl_would_not_find_is_refused(tmp_path):
+    from peft import PeftModelForCausalLM
+
+    model = PeftModelForCausalLM(make_model(), make_lora(), adapter_name="mine")
+    with pytest.raises(ValueError, match="adapters mine, and TRL takes the one called 'default'"):
+        DPO.run(tmp_path, given={"model": model, "peft_config": None})
