@@ -9,7 +9,8 @@ A model and data of your own; every flag of TRL's own dpo.py works:
     comlora-dpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_preferences.json \\
         --comlora_tournament true --lora_r 16
 
---dataset_name takes demo, a hub id, or a local JSON file with prompt, chosen and rejected. The winner is left in ./winner.
+--dataset_name takes demo, a hub id, or a local JSON file with prompt, chosen and rejected. The winner is left
+in ./winner.
 """
 
 from dataclasses import dataclass
