@@ -276,7 +276,7 @@ class BranchViews:
             return kwargs
         wide, lines = {}, _lines(kwargs)
         for name, value in kwargs.items():
-            source = self._source(place, value) if isinstance(value, Tensor) else None
+            source = self._source(place, name, value) if isinstance(value, Tensor) else None
             if source is not None:
                 wide[name] = self._dealt.inputs[source]
             elif isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == lines:
@@ -291,19 +291,26 @@ class BranchViews:
         if self._dealt is None:
             return all(_equal(value, kwargs[name]) for name, value in call.kwargs.items())
         pairs = (
-            (self._source(call.place, value), self._source(place, kwargs[name]), name)
+            (self._source(call.place, name, value), self._source(place, name, kwargs[name]), name)
             for name, value in call.kwargs.items()
         )
         return all(
             one == other if one is not None else _equal(call.kwargs[name], kwargs[name]) for one, other, name in pairs
         )
 
-    def _source(self, place: int, value: Any) -> str | None:
-        """The name in the batch, or among what is made of it, of a value that a view's caller passes; None if new."""
-        for name, own in self.inputs[place].items():
+    def _source(self, place: int, name: str, value: Any) -> str | None:
+        """The name in the batch, or among what is made of it, of an argument that a view's caller passes; None if new.
+
+        A tensor may be a copy, of which an entry of the argument's own name is taken first.
+        """
+        for known, own in self.inputs[place].items():
             if own is value:
-                return name
-        return next((name for name, own in self._made[place].items() if _equal(own, value)), None)
+                return known
+        if not isinstance(value, Tensor):
+            return None
+        known = self.inputs[place] | self._made[place]
+        names = [name, *known] if name in known else known
+        return next((one for one in names if isinstance(known[one], Tensor) and _equal(known[one], value)), None)
 
     def _split(self, output: Any, kwargs: dict[str, Any]) -> list[Any]:
         lines, shares = _lines(kwargs), [_lines(kwargs)] * len(self)
@@ -569,7 +576,8 @@ def _equal(first: Any, second: Any) -> bool:
     if first is second:
         return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        alike = first.shape == second.shape and first.dtype == second.dtype and first.device == second.device
+        # cpu and cpu:0 are one device, and not equal
+        alike = first.shape == second.shape and first.dtype == second.dtype and first.device.type == second.device.type
         return alike and bool(torch.equal(first, second))
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return False

@@ -1,6 +1,7 @@
 """The embedded default: a small pretrained model, a data set in the eight commonsense formats, and their recipe.
 
-`tools/demo/make_demo_data.py` writes the data and `tools/demo/pretrain_demo.py` the model. Nothing here imports torch.
+`tools/demo/make_demo_data.py` writes the data, `tools/demo/make_preferences.py` preferences between its answers, and
+`tools/demo/pretrain_demo.py` the model. Nothing here imports torch.
 """
 
 from pathlib import Path
@@ -41,6 +42,22 @@ def demo_data_path(split: str) -> Path:
     if split not in DEMO_SPLITS:
         raise ValueError(f"demo split is {split!r}; allowed: {', '.join(DEMO_SPLITS)}")
     return _FOLDER / "data" / f"{split}.json"
+
+
+def demo_preferences_path(split: str) -> Path:
+    """JSON file of a split (train or validation) of the preferences: rows of instruction, chosen and rejected.
+
+    Raises:
+        ValueError: `split` is neither of the two.
+    """
+    if split not in DEMO_SPLITS[:2]:
+        raise ValueError(f"demo preferences split is {split!r}; allowed: {', '.join(DEMO_SPLITS[:2])}")
+    return _FOLDER / "preferences" / f"{split}.json"
+
+
+def demo_preferences_recipe_path() -> Path:
+    """YAML file with the hyper-parameters of the preference trainers' default runs, under their names in TRL."""
+    return _FOLDER / "preferences" / "recipe.yaml"
 
 
 def demo_recipe_path() -> Path:

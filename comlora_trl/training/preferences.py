@@ -249,6 +249,11 @@ class CompetingPreferences(CompetingTrainer):
         super().begin_competition()
         self._leave_out_dropout()  # of branches that were restored
 
+    def _trained_settings(self) -> dict[str, Any]:
+        """The settings of optimizer and schedule that are other ones than the arguments', and those of the loss."""
+        names = ("loss_type", "beta")
+        return super()._trained_settings() | {n: getattr(self.args, n) for n in names if hasattr(self.args, n)}
+
     def _leave_out_dropout(self) -> None:
         if self.args.disable_dropout:
             disable_dropout_in_model(self.comlora_model)

@@ -92,7 +92,8 @@ def _metadata(adapter: Adapter, method: str, scores: Sequence[Score], tags: Iter
     data: dict[str, Any] = {}
     if _is_hub_id(adapter.base):
         data["base_model"] = adapter.base
-    data |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": list(dict.fromkeys((*_TAGS, *tags)))}
+    kind = "text-classification" if adapter.is_classifier else "text-generation"
+    data |= {"library_name": "peft", "pipeline_tag": kind, "tags": list(dict.fromkeys((*_TAGS, *tags)))}
     if _is_hub_id(adapter.record.get("data") or ""):
         data["datasets"] = [adapter.record["data"]]
     if scores:
@@ -166,6 +167,8 @@ def _use(adapter: Adapter, place: str) -> str:
         "Merged into the base model:\n\n```python\nmerged = model.merge_and_unload()\n"
         'merged.save_pretrained("merged")\ntokenizer.save_pretrained("merged")\n```',
     ]
+    if adapter.is_classifier:
+        return parts[0]
     if not adapter.base:
         return "\n\n".join([*parts, "To serve or score it, name the base model's folder, which is not recorded."])
     base, name = shlex.quote(resolve_base(adapter.base)), shlex.quote(place.split("/")[-1])
@@ -192,18 +195,22 @@ def _loading(adapter: Adapter, place: str) -> str:
         base = "base_model"
         lines += [f"# {base}: the model that the adapter was trained on"]
     else:
-        lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        kind = "AutoModelForSequenceClassification" if adapter.is_classifier else "AutoModelForCausalLM"
+        lines = ["from peft import PeftModel", f"from transformers import {kind}, AutoTokenizer", ""]
         named, base = json.dumps(resolve_base(adapter.base)), "base"
         if adapter.base == DEMO_BASE:
             lines, named = ["from comlora_trl.demo import demo_model_path", *lines], "demo_model_path()"
         pinned = f', revision="{adapter.revision}"' if adapter.revision else ""
-        lines += [f"base = AutoModelForCausalLM.from_pretrained({named}{pinned})"]
+        labels = ", num_labels=1" if adapter.is_classifier else ""
+        lines += [f"base = {kind}.from_pretrained({named}{pinned}{labels})"]
     lines += [f"model = PeftModel.from_pretrained({base}, {json.dumps(place)})"]
     return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)})"])
 
 
 def _asking(adapter: Adapter) -> str:
-    """A question in the form of the training prompts."""
+    """A question in the form of the training prompts; of a reward model, an answer to score."""
+    if adapter.is_classifier:
+        return 'inputs = tokenizer("the prompt and the answer", return_tensors="pt")\nprint(model(**inputs).logits)'
     template = adapter.record.get("prompt_template")
     if adapter.chats and template is None:
         asking = [f'messages = [{{"role": "user", "content": "{_QUESTION}"}}]']

@@ -108,7 +108,7 @@ def write_winner_files(folder: str | Path, *, target: str | Path, record: dict[s
     """
     folder, target = Path(folder), Path(target).expanduser().absolute()
     write_training_record(folder, record)
-    if record["base"]["name"]:
+    if record["base"]["name"] and not Adapter.read(folder).is_classifier:  # which lm_eval can't ask
         _write_lm_eval_config(folder, target, record)
     _draw_competition(folder)
     write_card(folder, place=target.name)

@@ -107,6 +107,11 @@ class Adapter:
         return (self.record.get("base") or {}).get("revision") or self.config.get("revision")
 
     @property
+    def is_classifier(self) -> bool:
+        """Whether it is a reward model, or another classifier, with a head of its own."""
+        return self.config.get("task_type") == "SEQ_CLS"
+
+    @property
     def branch(self) -> int | None:
         """The branch that this adapter is."""
         return self.competition.get("exported_branch", self.competition.get("winner"))

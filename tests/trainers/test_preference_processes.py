@@ -85,7 +85,7 @@ def test_two_processes_equal_one(one_and_two, kind, mode):
     for figure in ("validation_nll", "validation_accuracy"):
         assert first[figure] == pytest.approx(second[figure], abs=1e-5)
     for entry, other in zip(one["history"], two["history"], strict=True):
-        # TRL's KTO metrics are means over the examples of one label, ours over those of each process
+        # TRL's KTO metrics are means over the examples of one label, here over processes with few of them
         metrics = "loss_|num_tokens" if kind == "kto" and mode == "scarce" else "loss_|num_tokens|reward"
         names = [name for name in entry if re.search(metrics, name)]
         assert names

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from conftest import make_lora, make_model
-from kinds import DPO, KINDS, difference, logged, name_of, perturb, start_from
+from conftest import make_lora, make_model, make_tokenizer
+from kinds import DPO, KINDS, KTO, REWARD, difference, logged, make_classifier, name_of, perturb, start_from
+from peft import PeftModel
 
 RATES, BETAS = [0.1, 0.3, 0.5], [0.1, 0.3, 0.05]
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant"}
@@ -212,7 +213,7 @@ def test_an_adapter_to_go_on_from_is_the_reference(precompute, tmp_path):
 
 
 def test_an_adapter_to_go_on_from_with_several_branches(tmp_path):
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     torch.manual_seed(11)
     model = get_peft_model(make_model(), make_lora(init_lora_weights=False))
@@ -333,3 +334,124 @@ def test_an_adapter_that_trl_would_not_find_is_refused(tmp_path):
     model = PeftModelForCausalLM(make_model(), make_lora(), adapter_name="mine")
     with pytest.raises(ValueError, match="adapters mine, and TRL takes the one called 'default'"):
         DPO.run(tmp_path, given={"model": model, "peft_config": None})
+
+
+# ---- What is left of a run, and a loss of the user's own ----
+
+
+def test_a_reward_model_leaves_with_its_own_head(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    base = make_classifier()
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    given = {"model": str(tmp_path / "base"), "processing_class": None}
+    trainer = REWARD.run(tmp_path, given=given, comlora_tournament=True, comlora_rungs="0.5:2", learning_rate=1e-2)
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).logits
+    torch.manual_seed(99)  # another head for the base
+    fresh = AutoModelForSequenceClassification.from_pretrained(make_saved_base(tmp_path), num_labels=1)
+    winner = PeftModel.from_pretrained(fresh, tmp_path / "winner").eval()
+    with torch.no_grad():
+        assert (winner(**batch).logits - expected).abs().max() < 1e-5
+    heads = [trainer.comlora_model.named_branch_parameters(b) for b in trainer.competition.state.living]
+    own = [next(p for name, p in head.items() if "score" in name) for head in heads]
+    assert not torch.equal(*own)
+    retired = tmp_path / "retired" / f"branch_{next(iter(trainer.competition.state.retired))}"
+    PeftModel.from_pretrained(fresh, retired)
+    text = (tmp_path / "winner" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in text and "text-classification" in text and "lm_eval" not in text
+    assert not (tmp_path / "winner" / "lm_eval.yaml").exists()
+
+
+def make_saved_base(folder):
+    """A causal model of the classifier's weights, whose head is drawn anew where it is loaded."""
+    model = make_model()
+    model.model.load_state_dict(make_classifier().model.state_dict())
+    model.save_pretrained(folder / "causal")
+    return folder / "causal"
+
+
+def test_the_winner_of_dpo_is_an_ordinary_adapter_with_a_card(tmp_path):
+    trainer = DPO.run(tmp_path, comlora_branch_betas=[0.1, 0.5], learning_rate=1e-2)
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    winner = PeftModel.from_pretrained(make_model(), tmp_path / "winner").eval()
+    with torch.no_grad():
+        assert (winner(**inputs).logits - trainer.model.eval()(**inputs).logits).abs().max() < 1e-5
+    text = (tmp_path / "winner" / "README.md").read_text()
+    assert "| beta |" in text and "reward accuracy" in text and "`loss_type`" in text and "NLL" not in text
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_a_users_compute_loss_trains_every_branch(kind, tmp_path):
+    def having(base):
+        class Own(base):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                loss = base.compute_loss(self, model, inputs, *args, **kwargs)
+                return 2 * loss
+
+        return Own
+
+    def penalised(base):
+        class Own(base):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+                return logits.float().pow(2).mean()
+
+        return Own
+
+    for change in (having, penalised):
+        from dataclasses import replace
+
+        own = replace(kind, ours=change(kind.ours), trls=change(kind.trls))
+        options = {"gradient_checkpointing": False, "max_steps": 4, **SGD}
+        folder = tmp_path / change.__name__
+        ours = own.run(folder / "ours", comlora_k=2, comlora_branch_learning_rates=[0.01, 0.02], **options)
+        perturb(ours)
+        trls = [own.run(folder / f"{rate}", trl=True, learning_rate=rate, **options) for rate in (0.01, 0.02)]
+        for branch, trl in enumerate(trls):
+            start_from(trl, ours, branch)
+        ours.train()
+        for branch, trl in enumerate(trls):
+            trl.train()
+            assert difference(ours, branch, trl) < 1e-5
+
+
+def test_ktos_reward_accuracy_is_over_all_pairs_of_examples(tmp_path):
+    from comlora_trl.trainers.kto import reward_accuracy
+
+    rewards = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([True, True, False])
+    assert reward_accuracy(rewards, labels).tolist() == [0.5, 0.5]
+    found = []
+    for size in (13, 4):
+        trainer = KTO.run(tmp_path / f"{size}", comlora_branch_betas=[0.1, 0.5], per_device_eval_batch_size=size)
+        perturb(trainer)
+        found.append(trainer.select()["validation_accuracy"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and 0 < found[0][0] < 1
+    model, data = trainer.comlora_model.eval(), trainer.eval_dataset
+    gaps = []
+    for example in data:
+        ids = torch.tensor([example["prompt_ids"] + example["completion_ids"]])
+        start = len(example["prompt_ids"])
+        with torch.no_grad():
+            model.set_adapter("branch_0")
+            own = model(input_ids=ids).logits.log_softmax(-1)
+            with model.disable_adapter():
+                base = model(input_ids=ids).logits.log_softmax(-1)
+        gap = (own - base)[0, start - 1 : -1].gather(-1, ids[0, start:, None]).sum().item()
+        gaps.append((gap, example["label"]))
+    pairs = [a > b for a, good in gaps for b, other in gaps if good and not other]
+    assert found[0][0] == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+
+
+def test_kto_refuses_what_its_criterion_or_its_kl_term_can_t_go_with(tmp_path):
+    one = KTO.data(20).filter(lambda row: row["label"])
+    with pytest.raises(ValueError, match="every validation example has label=True"):
+        KTO.run(tmp_path, given={"eval_dataset": one}, comlora_k=2)
+    with pytest.raises(ValueError, match="per_device_train_batch_size=6 is not possible with comlora_rows='shared'"):
+        KTO.run(tmp_path, comlora_tournament=True)
