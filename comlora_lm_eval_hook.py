@@ -1,4 +1,4 @@
-"""Imported at Python's start by comlora_lm_eval_hook.pth; lets lm_eval find our tasks and our adapters' base models.
+"""Imported at Python's start by comlora_lm_eval_hook.pth: lm_eval then finds our tasks and our adapters' base models.
 
 Only an import hook is installed here, and nothing but `sys` is needed for it. When lm_eval imports one of the modules
 below, `comlora_trl.evaluation.hook` changes it; an error there leaves lm_eval as it is, and one line says so.
@@ -26,10 +26,10 @@ def tell(error):
 
 
 def load_package():
-    """Makes `comlora_trl` the package beside this file, also where a folder of that name lies in the way.
+    """Makes `comlora_trl` the package beside this file, even if another folder of that name comes first on the path.
 
     Raises:
-        ImportError: another package or module of that name hides ours; it is left alone.
+        ImportError: another package or module of that name hides this one; it stays as it is.
     """
     import importlib.util
     import os
@@ -55,12 +55,12 @@ def load_package():
 
 
 def apply(name, module):
-    """Changes the module; a failure is told in one line and leaves lm_eval as it is."""
+    """Changes the module. A failure prints one line and leaves lm_eval as it is."""
     try:
         load_package()
         from comlora_trl.evaluation.hook import apply as change
 
-        change(name, module)
+        change(name, module, tell)
     except Exception as error:
         tell(error)
 
@@ -73,7 +73,7 @@ class Finder:
         if name not in TARGETS:
             return None
         for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)  # Python, too, passes over finders without it
+            find = getattr(finder, "find_spec", None)  # Python skips finders without it, too
             spec = None if finder is cls or find is None else find(name, path, target)
             if spec is not None:
                 break
@@ -87,7 +87,7 @@ class Finder:
                 apply(name, module)
 
             spec.loader.exec_module = exec_module
-        except Exception as error:  # a loader that takes no attribute: lm_eval works as if we were not there
+        except Exception as error:  # a loader that accepts no attribute: lm_eval runs unchanged
             tell(error)
         return spec
 

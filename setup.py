@@ -1,4 +1,4 @@
-"""What pyproject.toml can't say: where the .pth file and the task files go; all else is there."""
+"""The parts of the build that pyproject.toml cannot express: where the .pth file and the task files go."""
 
 from setuptools import find_packages, setup  # first, for it provides distutils
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from comlora_trl.training.model import BranchPass, ComLoRAModel
+from comlora_trl.competition import CompetitionSettings
+from comlora_trl.training.competition import Competition
+from comlora_trl.training.model import ComLoRAModel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # as SFTTrainer asks for
@@ -131,7 +133,7 @@ class Bench:
         labels[:, : -self.shape.supervised] = -100
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
-    def floor_step(self, model: nn.Module, rows: int) -> Callable[[], None]:
+    def frozen_step(self, model: nn.Module, rows: int) -> Callable[[], None]:
         """Forward and backward of the frozen model on `rows` rows, with gradients to the embeddings."""
         batch = self.batch(rows)
         ids = batch.pop("input_ids")
@@ -155,7 +157,8 @@ class Bench:
 
     def branch_step(self, model: ComLoRAModel, rows: int, chunk: int | None = None) -> Callable[[], None]:
         """[`lora_step`] of all branches, `rows` rows each."""
-        return self.lora_step(model, rows, branch_pass=BranchPass(eta=0.5, chunk=chunk))
+        competition = Competition(model, CompetitionSettings(k=model.k), chunk=chunk)
+        return self.lora_step(model, rows, branch_pass=competition.branch_pass(eta=0.5))
 
     def _backward(self, output: Any) -> None:
         with torch.autocast(self.shape.device.type, enabled=False):

@@ -27,12 +27,12 @@ from torch import Tensor
 from tournament import tournaments
 from trainers import alternate_trainers, make_trainer
 
-from comlora_trl.branches import layer_groups
-from comlora_trl.branches.expansion import INPUTS
+from comlora_trl.branches import layers
 from comlora_trl.branches.kernels import selected_kernels
+from comlora_trl.branches.passes import INPUTS
 
 
-def floors(bench: Bench, results: Results) -> None:
+def against_frozen(bench: Bench, results: Results) -> None:
     """K = 4 against the frozen model on four times the rows, and what else that shape can be compared with."""
     large = bench.shape.rows
     frozen, four, single = bench.frozen(), bench.competing(4), bench.peft()
@@ -42,32 +42,32 @@ def floors(bench: Bench, results: Results) -> None:
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         arms = {
-            "floor": bench.floor_step(frozen, 4 * rows),
+            "frozen model": bench.frozen_step(frozen, 4 * rows),
             "K=4": bench.branch_step(four, rows),
             "single PEFT LoRA": bench.lora_step(single, rows),
         }
         name = f"{rows} rows" + (", checkpointing" if checkpointing else "")
         found = results.figures[f"K=4, {name}"] = bench.alternate(arms)
         detail = "; ".join(f"{arm} {one['ms']:.0f} ms, {one['peak_gib']:.1f} GiB" for arm, one in found.items())
-        results.row(f"K=4 / floor, {name}", found["K=4"]["ms"] / found["floor"]["ms"], goal, detail)
+        results.row(f"K=4 / frozen model, {name}", found["K=4"]["ms"] / found["frozen model"]["ms"], goal, detail)
 
 
 def compiled(bench: Bench, results: Results) -> None:
     """The small batch with every decoder layer compiled, the frozen model's too: fewer launches by the host."""
     if bench.shape.device.type != "cuda":
-        results.missing("K=4 / floor, compiled layers", "needs a GPU")
+        results.missing("K=4 / frozen model, compiled layers", "needs a GPU")
         return
     rows, frozen, four = bench.shape.rows // 4, bench.frozen(), bench.competing(4)
     for model in (frozen, four.get_base_model()):
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    arms = {"floor": bench.floor_step(frozen, 4 * rows), "K=4": bench.branch_step(four, rows)}
+    arms = {"frozen model": bench.frozen_step(frozen, 4 * rows), "K=4": bench.branch_step(four, rows)}
     found = results.figures["compiled layers"] = bench.alternate(arms)
     detail = "; ".join(f"{arm} {one['ms']:.0f} ms" for arm, one in found.items())
     seen = torch._dynamo.utils.counters
     detail += f"; {seen['stats']['unique_graphs']} graphs, {seen['graph_break'].total()} graph breaks in all"
-    name = f"K=4 / floor, {rows} rows, both with compiled decoder layers"
-    results.row(name, found["K=4"]["ms"] / found["floor"]["ms"], None, detail)
+    name = f"K=4 / frozen model, {rows} rows, both with compiled decoder layers"
+    results.row(name, found["K=4"]["ms"] / found["frozen model"]["ms"], None, detail)
 
 
 def dropout(bench: Bench, results: Results) -> None:
@@ -117,7 +117,7 @@ def saved_bytes(bench: Bench, results: Results) -> None:
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    original = layer_groups.kernels.branch_linears
+    original = layers.kernels.branch_linears
 
     def watched(x: Tensor, frozen: list[Tensor], biases: list[Any], a: Tensor, b: list[Tensor], p: float) -> Any:
         nonlocal thin
@@ -127,11 +127,11 @@ def saved_bytes(bench: Bench, results: Results) -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             return original(x, frozen, biases, a, b, p)
 
-    layer_groups.kernels.branch_linears = watched
+    layers.kernels.branch_linears = watched
     try:
         bench.branch_step(model, rows)()
     finally:
-        layer_groups.kernels.branch_linears = original
+        layers.kernels.branch_linears = original
     found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     least = sum(2 * tensor.numel() for tensor in inputs.values()) + thin
     detail = f"{found / 2**30:.3f} / {least / 2**30:.3f} GiB"
@@ -188,7 +188,7 @@ def upper_half(bench: Bench, results: Results) -> None:
     late, whole, frozen_below = models
     whole.expansion.place = frozen_below.expansion.place = INPUTS
     whole.get_base_model().get_input_embeddings().register_forward_hook(lambda *seen: seen[-1].requires_grad_())
-    names = ("late", "full, gradients to the embeddings as in the floor", "full, no gradient below")
+    names = ("late", "full, gradients to the embeddings as in the frozen model", "full, no gradient below")
     arms = {
         name: bench.branch_step(model, rows) for name, model in zip(names, (late, whole, frozen_below), strict=True)
     }
@@ -214,7 +214,7 @@ def four_bit(bench: Bench, results: Results) -> None:
 
 SECTIONS = (
     check_gradients,
-    floors,
+    against_frozen,
     compiled,
     trainer_steps,
     dropout,

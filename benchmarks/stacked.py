@@ -9,9 +9,9 @@ from cases import Bench
 from report import Results
 from torch import Tensor, nn
 
-from comlora_trl.branches import layer_groups
+from comlora_trl.branches import layers
 from comlora_trl.branches.kernels import BranchWeights
-from comlora_trl.branches.kernels.stacking import Masters
+from comlora_trl.branches.kernels.branches import Masters
 
 
 def stacked_parameters(bench: Bench, results: Results) -> None:
@@ -33,24 +33,24 @@ def stacked_parameters(bench: Bench, results: Results) -> None:
             with stacking(_written):
                 own()
 
-        arms = {"floor": bench.floor_step(frozen, 4 * rows), "K=4": own}
+        arms = {"frozen model": bench.frozen_step(frozen, 4 * rows), "K=4": own}
         arms |= {"K=4, stacked parameters": stacked, "K=4, gradients written": written}
         found = results.figures[f"stacked parameters, {rows} rows"] = bench.alternate(arms)
         detail = "; ".join(f"{arm} {one['ms']:.1f} ms" for arm, one in found.items())
         for arm in ("stacked parameters", "gradients written"):
-            ratio = found[f"K=4, {arm}"]["ms"] / found["floor"]["ms"]
-            results.row(f"K=4 / floor, {rows} rows, {arm} (at best)", ratio, None, detail)
+            ratio = found[f"K=4, {arm}"]["ms"] / found["frozen model"]["ms"]
+            results.row(f"K=4 / frozen model, {rows} rows, {arm} (at best)", ratio, None, detail)
 
 
 @contextmanager
 def stacking(function: Callable[..., list[BranchWeights]]) -> Iterator[None]:
     """Has a function in place of `stack_branches` for a while."""
-    original = layer_groups.kernels.stack_branches
-    layer_groups.kernels.stack_branches = function
+    original = layers.kernels.stack_branches
+    layers.kernels.stack_branches = function
     try:
         yield
     finally:
-        layer_groups.kernels.stack_branches = original
+        layers.kernels.stack_branches = original
 
 
 class _Stacked:

@@ -124,7 +124,7 @@ def _run(trainer: SFTTrainer, steps: int) -> Run:
             trainer.save_model()  # ours leaves its adapter by itself
     run.seconds = _now() - start
     # The last step has the winner's selection in it
-    after = max(trainer.rungs, default=0) if ours else 0
+    after = max(trainer.competition.rungs, default=0) if ours else 0
     run.last_ms = statistics.median(timer.intervals()[after + 1 : steps - 2] or timer.intervals())
     run.peak_gib, run.last_peak_gib = timer.peaks[0], timer.peaks[-1]
     return run
@@ -138,7 +138,7 @@ def _watch_rungs(trainer: ComLoRASFTTrainer, run: Run) -> None:
 
     def timed() -> None:
         nonlocal inside
-        if trainer.state.global_step not in trainer.rungs:
+        if trainer.state.global_step not in trainer.competition.rungs:
             return
         start, inside = _now(), True
         reach_rung()
@@ -171,7 +171,7 @@ class _PhaseTimer(StepTimer):
 
     def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, *rest, **kwargs)
-        rungs = self.trainer.rungs if isinstance(self.trainer, ComLoRASFTTrainer) else {}
+        rungs = self.trainer.competition.rungs if isinstance(self.trainer, ComLoRASFTTrainer) else {}
         # ... up to the step before the last one, which has the winner's selection in it
         if state.global_step == max(rungs, default=0) or state.global_step == state.max_steps - 1:
             self._end_phase()

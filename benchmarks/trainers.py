@@ -56,7 +56,7 @@ def make_trainer(
         config(**arguments, **settings),
         train_dataset=data,
         eval_dataset=_dataset(bench, validation),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer(),
         peft_config=bench.lora_config(),
     )
     made.remove_callback(PrinterCallback)
@@ -118,7 +118,7 @@ class StepTimer(TrainerCallback):
         return [earlier.elapsed_time(later) for earlier, later in pairs]
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from comlora_trl.version import __version__
+
 if TYPE_CHECKING:
     from comlora_trl.trainers.dpo import ComLoRADPOTrainer
     from comlora_trl.trainers.kto import ComLoRAKTOTrainer
@@ -10,7 +12,6 @@ if TYPE_CHECKING:
     from comlora_trl.trainers.sft import ComLoRASFTTrainer
     from comlora_trl.training.config import ComLoRAConfig, ComLoRADPOConfig, ComLoRAKTOConfig, ComLoRARewardConfig
 
-__version__ = "0.1.0"
 __all__ = [
     "ComLoRAConfig",
     "ComLoRADPOConfig",
@@ -20,9 +21,10 @@ __all__ = [
     "ComLoRARewardConfig",
     "ComLoRARewardTrainer",
     "ComLoRASFTTrainer",
+    "__version__",
 ]
 
-# The evaluation side imports this package inside lm_eval, where torch and trl must not be loaded for its sake
+# lm_eval imports this package at its start, so importing it must not load torch and trl
 _LAZY = {
     "ComLoRAConfig": "comlora_trl.training.config",
     "ComLoRADPOConfig": "comlora_trl.training.config",

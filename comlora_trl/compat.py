@@ -5,7 +5,8 @@ version that it was seen in; `tests/test_compat.py` fails when one moves. Code e
 functions below, or overrides a method of that name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,15 @@ SEAMS = (
     Seam("torch", "torch.nn.Module._buffers", "names of a state dict's tensors, without gathering any", "2.8"),
     Seam("torch", "torch.nn.Module._non_persistent_buffers_set", "buffers that a state dict leaves out", "2.8"),
     Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
+    Seam("torch", "torch.nn.modules.dropout._DropoutNd", "a layer with dropout of any kind is not captured", "2.8"),
+    Seam("torch", "torch.fx.experimental._config", "use_duck_shape: rows and lengths may be equal by chance", "2.8"),
+    Seam(
+        "torch",
+        "torch._inductor.async_compile.AsyncCompile",
+        "warm_pool starts the processes that compile kernels while a run prepares",
+        "2.8",
+    ),
+    Seam("torch", "torch._dynamo.maybe_mark_dynamic", "no public name marks a length that varies", "2.8"),
     Seam("torch", "Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
     # ---- accelerate ----
@@ -102,6 +112,24 @@ SEAMS = (
         "transformers",
         "transformers.PreTrainedModel._loss_function",
         "the loss that a user has set on a model, which is put back after a pass of several branches",
+        "5.10",
+    ),
+    Seam(
+        "transformers",
+        "transformers.PreTrainedModel._gradient_checkpointing_func",
+        "a layer that is not replayed is checkpointed as it was set up",
+        "5.10",
+    ),
+    Seam(
+        "transformers",
+        "transformers.PreTrainedModel._can_compile_fullgraph",
+        "transformers' own word on whether a model's layers compile without a break",
+        "5.10",
+    ),
+    Seam(
+        "transformers",
+        "transformers.PreTrainedConfig._attn_implementation",
+        "graphs are taken of the kinds of attention that were tried",
         "5.10",
     ),
     # ---- trl ----
@@ -177,10 +205,21 @@ def is_compiled_in_place(module: "nn.Module") -> bool:
 
 def has_hooks(module: "nn.Module") -> bool:
     """Whether a hook of any kind sees what passes a module: its own, or one for all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or has_global_hooks()
+
+
+def hooks_of(module: "nn.Module") -> tuple[tuple[dict, dict], tuple[dict, dict]]:
+    """A module's own hooks: those of its forward, after and before it, and those of its backward."""
+    forward = module._forward_hooks, module._forward_pre_hooks
+    return forward, (module._backward_hooks, module._backward_pre_hooks)
+
+
+def has_global_hooks() -> bool:
+    """Whether there is a hook for all modules."""
     from torch.nn.modules.module import _has_any_global_hook
 
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or bool(_has_any_global_hook())
+    return bool(_has_any_global_hook())
 
 
 def parameters_of(module: "nn.Module") -> dict[str, "nn.Parameter | None"]:
@@ -203,6 +242,51 @@ def is_convolution(module: "nn.Module") -> bool:
 def is_flattened(parameter: "nn.Parameter") -> bool:
     """Whether FSDP1 has put a parameter into a flat one."""
     return getattr(parameter, "_fsdp_flattened", False)
+
+
+def is_dropout(module: "nn.Module") -> bool:
+    """Whether a module is a dropout of any kind."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    return isinstance(module, _DropoutNd)
+
+
+def mark_varying(tensor: "Tensor", dimension: int) -> None:
+    """Tells a compiler that a tensor's size varies in a dimension."""
+    import torch
+
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+@contextmanager
+def distinct_symbols() -> Iterator[None]:
+    """Within the block a compiler gives sizes that are equal by chance symbols of their own.
+
+    Nor does it collect garbage after each compilation, which takes half a second.
+    """
+    import torch
+    from torch.fx.experimental import _config
+
+    before, _config.use_duck_shape = _config.use_duck_shape, False
+    collects = getattr(torch._dynamo.config, "run_gc_after_compile", None)
+    if collects is not None:
+        torch._dynamo.config.run_gc_after_compile = False
+    try:
+        yield
+    finally:
+        _config.use_duck_shape = before
+        if collects is not None:
+            torch._dynamo.config.run_gc_after_compile = collects
+
+
+def start_compilers() -> None:
+    """Starts the processes that compile kernels, which takes seconds, while the run prepares."""
+    try:
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.warm_pool()
+    except Exception:  # for speed alone: compilation starts them itself
+        return
 
 
 def is_view(tensor: "Tensor") -> bool:
@@ -239,6 +323,39 @@ def own_loss_function(model: Any) -> Any:
 def reset_loss_function(model: Any) -> None:
     """Gives a model its type's own loss function back."""
     model.__dict__.pop("_loss_function", None)
+
+
+def checkpoint(layer: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs a function of a layer by the checkpointing that was set up for it."""
+    return layer._gradient_checkpointing_func(function, *args)
+
+
+def compiles_whole(model: Any) -> bool:
+    """Whether transformers holds a model for compilable without a graph break."""
+    return getattr(model, "_can_compile_fullgraph", False)
+
+
+def attention_of(model: Any) -> str | None:
+    """The attention implementation that a model runs."""
+    return getattr(model.config, "_attn_implementation", None)
+
+
+# ---- trl ----
+
+
+def train_metrics(trainer: Any) -> dict[str, list[float]]:
+    """What a TRL trainer has gathered since its last log of training."""
+    return trainer._metrics["train"]
+
+
+def train_tokens(trainer: Any) -> int:
+    """The tokens that a TRL trainer has counted."""
+    return trainer._total_train_tokens
+
+
+def set_train_tokens(trainer: Any, tokens: int) -> None:
+    """Puts a TRL trainer's count of tokens back."""
+    trainer._total_train_tokens = tokens
 
 
 # ---- peft ----

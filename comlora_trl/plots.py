@@ -1,4 +1,4 @@
-"""Pictures of a competition, drawn from the `competition.json` that lies beside a winner.
+"""Draws pictures of a competition from the `competition.json` in a winner's folder.
 
 losses: each branch's validation loss over the run, with the rungs; wins: the paper's Figure 2, which branch had the
 lowest training loss how often; scores: its Figure 3, the selector's score against the validation loss. This module
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = (".png", ".svg", ".pdf")
-# With as few validations a curve says little, and the training loss is drawn beside it
+# With so few validations the curve says little, and the training loss is drawn too
 _FEW = 8
 _SELECTION = re.compile(r"eval(?:_.+)?_comlora/(loss|score)_(\d+)")
 _STRONG, _LIGHT = {"linewidth": 2.6, "zorder": 3}, {"linewidth": 1.4, "zorder": 2}
@@ -24,13 +24,13 @@ Curve = dict[int, float]  # values by optimizer step, ascending
 
 @dataclass(frozen=True)
 class Competition:
-    """What the pictures need of `competition.json`.
+    """The part of `competition.json` that the pictures need.
 
     Attributes:
         branches: the final table, a line per branch.
         validation, scores: each branch's mean validation NLL (nats per token) and summed selector scores.
         training: each branch's mean training NLL since the log before.
-        wins: optimizer steps won since the log before, of each branch that was in the race.
+        wins: optimizer steps won since the log before, of each living branch.
         rungs: (optimizer step, branches before it, branches after it).
     """
 
@@ -54,7 +54,7 @@ class Competition:
         return min((step for step in ends if step is not None), default=None)
 
     def label(self, branch: int) -> str:
-        """A branch's name in the legend: its rate where rates differ, and what became of it."""
+        """A branch's name in the legend, with its rate if rates differ, and its end."""
         line = self.branches[branch]
         text = f"branch_{branch}"
         if line.get("learning_rate") is not None:
@@ -132,7 +132,7 @@ def draw_losses(axes: Any, run: Competition) -> None:
         color, style = _color(run, branch), _style(run, branch)
         training, curve, end = run.training[branch], run.validation[branch], run.end(branch)
         if training and (few or not curve):
-            # The last window of a branch that is out ends in the step of its log, but with the branch
+            # The last log of a retired branch is later than its end, so its point is moved to the end
             training = {min(step, math.inf if end is None else end): value for step, value in training.items()}
             axes.plot(*_xy(training), color=color, linewidth=0.9, alpha=0.45, zorder=1)
         axes.plot(*_xy(curve), color=color, label=run.label(branch), marker="o", markersize=4, **style)
@@ -149,7 +149,7 @@ def draw_losses(axes: Any, run: Competition) -> None:
 def draw_wins(axes: Any, run: Competition) -> None:
     """The paper's Figure 2: each branch's share of the steps so far in which its training loss was the lowest."""
     steps = sorted({step for curve in run.wins for step in curve})
-    # A branch that is left alone wins every step, which says nothing
+    # The last branch wins every step, so these steps are left out
     steps = [step for step in steps if sum(step in curve for curve in run.wins) > 1]
     if not steps:
         raise ValueError("its history has no step that several branches could win: train with --logging_steps.")
@@ -265,7 +265,7 @@ def draw(folder: str | Path, output: str | Path | None = None, figure: str = "lo
     except ImportError as error:
         message = "pictures need matplotlib: pip install matplotlib (or this package with the extra plots)."
         raise ImportError(message) from error
-    # Without pyplot: no window, no backend to choose, nothing that outlives the call
+    # Without pyplot there is no window, no backend and no global state
     picture = Figure(figsize=(8, 4.5), layout="constrained")
     axes = picture.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,12 +3,13 @@
 PEFT makes the layers and owns their parameters; `make_branch_layers` gives them a second way to run. While branches
 compete, a layer's input holds the rows of several branches one after the other (branch-major), and each group of rows
 must meet its own adapter. Plain linear LoRA does that with batched products, together with the layers that read the
-same input (`comlora_trl.branches.layer_groups`); any other kind (DoRA, embeddings, convolutions, biased LoRA,
-experts' fused weights) runs PEFT's own forward branch by branch. Outside a pass the layer is PEFT's, untouched.
+same input ([`LayerGroup`]: q, k and v of an attention block, gate and up of an MLP). Any other kind (DoRA, embeddings,
+convolutions, biased LoRA, experts' fused weights) runs PEFT's own forward branch by branch. Outside a pass the layer
+is PEFT's, untouched.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -18,11 +19,234 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from comlora_trl import compat
-from comlora_trl.branches.layer_groups import LayerGroup, form_groups, stack_weights
-from comlora_trl.branches.passes import Pass
+from comlora_trl.branches import kernels
+from comlora_trl.branches.kernels import BranchWeights
+from comlora_trl.branches.kernels.ops import traceable_linears
+
+# Names of layers that read the same input where they are children of one module, in the order they are called
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+
+
+class LayerGroup:
+    """Linear LoRA layers that read the same input, alike in rank, scaling and dropout; often just one.
+
+    Args:
+        layers: the layers, in the order they are called.
+        adapter: name of an adapter; its settings are those of every branch.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer], adapter: str) -> None:
+        self.layers = list(layers)
+        self.adapter = adapter
+        self.scaling, self.dropout = layers[0].scaling[adapter], layers[0].lora_dropout[adapter]
+        self.shapes = tuple(
+            (layer.lora_A[adapter].weight.shape, layer.lora_B[adapter].weight.shape) for layer in layers
+        )
+        self.weights: BranchWeights | None = None
+        self.kept: tuple[Tensor, int, torch.dtype] | None = None
+        self.broken = False
+        self._traced: list[Tensor] | None = None
+        self._waiting: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
+        self._linears: dict[str, list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which never hold anything of a pass, nor another model's parameters."""
+        return {**self.__dict__, "weights": None, "kept": None, "_waiting": None, "_traced": None, "_linears": {}}
+
+    def drop(self, name: str) -> None:
+        """Forgets a branch that is gone for good."""
+        self._linears.pop(name, None)
+        if self.adapter == name:
+            self.adapter = next(other for other in self.layers[0].lora_A if other != name)
+
+    def forget(self) -> None:
+        """Forgets a pass that is over: its weights, and outputs that nobody asked for."""
+        self.weights = self.kept = self._waiting = self._traced = None
+
+    def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
+        """The output of one layer; those of the others wait for their own call with the same x.
+
+        Args:
+            x: [K·B, ..., d], branch-major, for the K branches of `weights`.
+        """
+        if is_compiling():  # outputs that wait are state, which the compiler refuses under checkpointing
+            return self._compute([layer], x, self._part(self.weights, layer))[0]
+        source, waiting = self._waiting or (None, {})
+        if source is x and layer in waiting:
+            result = waiting.pop(layer)
+            if not waiting:
+                self._waiting = None
+            return result
+        if waiting:  # with another input than its siblings', or without any call of theirs
+            self.broken = True
+            if layer in waiting:
+                return self._compute([layer], x, self._part(self.weights, layer))[0]
+        outputs = dict(zip(self.layers, self._compute(self.layers, x, self.weights), strict=True))
+        result = outputs.pop(layer)
+        self._waiting = (x, outputs) if outputs else None
+        return result
+
+    def traced_output(self, place: int, x: Tensor) -> Tensor:
+        """[`output`] in a decoder layer that is compiled as one region, with weights that `kept` names.
+
+        Args:
+            place: the layer's place in the group; layers are called in that order, with the same x.
+        """
+        outputs = self._traced
+        if place == 0:
+            bases = [layer.base_layer for layer in self.layers]
+            outputs = traceable_linears(x, [base.weight for base in bases], [base.bias for base in bases], *self.kept)
+        # None once the last has been handed out: what is left in an attribute, a compiler has to keep
+        self._traced = outputs if place < len(self.layers) - 1 else None
+        return outputs[place]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but plain linear products without dropout is computed here."""
+        dropout = isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0
+        return not dropout and all(_is_plain_linear(layer.base_layer) for layer in self.layers)
+
+    def masters(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """The layers' A and B of a branch, or None if they are not at hand: sharded, or on their way (FSDP, ZeRO-3).
+
+        The modules are looked up once and their weights read past `__getattr__`: a pass asks for thousands of them.
+        """
+        if name not in self._linears:
+            pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in self.layers]
+            if not all(type(linear) is nn.Linear for pair in pairs for linear in pair):
+                return None  # wrapped
+            self._linears[name] = [(compat.parameters_of(a), compat.parameters_of(b)) for a, b in pairs]
+        found = [(a.get("weight"), b.get("weight")) for a, b in self._linears[name]]
+        for weights, shapes in zip(found, self.shapes, strict=True):
+            for weight, shape in zip(weights, shapes, strict=True):
+                if type(weight) is not nn.Parameter or weight.shape != shape or hasattr(weight, "ds_id"):
+                    return None
+        return found
+
+    def _compute(self, layers: Sequence[LoraLayer], x: Tensor, weights: BranchWeights) -> Sequence[Tensor]:
+        p = self.dropout.p if layers[0].training and isinstance(self.dropout, nn.Dropout) else 0.0
+        bases = [layer.base_layer for layer in layers]
+        if not is_compiling() and all(map(_is_plain_linear, bases)):  # a compiler fuses what it is shown by itself
+            frozen, biases = [base.weight for base in bases], [base.bias for base in bases]
+            return kernels.branch_linears(x, frozen, biases, weights.a, weights.b, p)
+        outputs = []
+        for layer, base in zip(layers, bases, strict=True):
+            a, (b,) = weights if len(layers) == 1 else self._part(weights, layer)
+            output = base(x)
+            seen = _is_watched(base)  # a hook may have kept the frozen output, which must stay as it is
+            outputs.append(kernels.branch_delta(x, output, a.to(output.dtype), b.to(output.dtype), p, not seen))
+        return outputs
+
+    def _part(self, weights: BranchWeights, layer: LoraLayer) -> BranchWeights:
+        index = self.layers.index(layer)
+        return BranchWeights(weights.a.chunk(len(self.layers), dim=1)[index], (weights.b[index],))
+
+
+def form_groups(layers: Iterable[tuple[nn.Module, str, LoraLayer]], adapter: str) -> dict[LoraLayer, LayerGroup]:
+    """Puts layers that read the same input into one group, each other one into a group of its own.
+
+    Args:
+        layers: (parent, name in it, layer) of linear LoRA layers.
+        adapter: name of an adapter that all have.
+
+    Returns:
+        the group of every layer.
+    """
+    families: dict[tuple[object, ...], list[tuple[int, LoraLayer]]] = {}
+    for parent, name, layer in layers:
+        family = next((names for names in _SIBLINGS if name in names), None)
+        key: tuple[object, ...] = (layer,)
+        if family is not None:
+            dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
+            key = (parent, family, layer.lora_A[adapter].weight.shape, layer.scaling[adapter], dropout)
+        families.setdefault(key, []).append((family.index(name) if family else 0, layer))
+    groups = {}
+    for members in families.values():
+        group = LayerGroup([layer for _, layer in sorted(members, key=lambda member: member[0])], adapter)
+        groups |= dict.fromkeys(group.layers, group)
+    return groups
+
+
+def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> None:
+    """Gives groups the weights of the named branches for a pass; groups that are alike get theirs in a few launches.
+
+    They come in the type that the frozen product computes in: autocast's, or the frozen weight's own. A group whose
+    weights are not at hand stays without.
+    """
+    kinds: dict[tuple[object, ...], list[tuple[LayerGroup, list[list[tuple[Tensor, Tensor]]]]]] = {}
+    for group in groups:
+        masters = [group.masters(name) for name in names] if group.weights is None else [None]
+        if None not in masters:
+            master = masters[0][0][0]
+            dtype = compute_dtype(group, master)
+            kinds.setdefault((group.shapes, group.scaling, master.device, dtype), []).append((group, masters))
+    for (_, scaling, _, dtype), alike in kinds.items():
+        lora_a, lora_b = (
+            [[[pair[side] for pair in branch] for branch in masters] for _, masters in alike] for side in (0, 1)
+        )
+        stacked = kernels.stack_branches(lora_a, lora_b, scaling, dtype)
+        for (group, _), weights in zip(alike, stacked, strict=True):
+            group.weights = weights
+
+
+def compute_dtype(group: LayerGroup, master: Tensor) -> torch.dtype:
+    """The type that a group's frozen product computes in: autocast's, or the frozen weight's own."""
+    base = group.layers[0].base_layer.weight
+    return _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """A frozen `nn.Linear` itself, without hooks, whose product may be fused with the branches' deltas."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight.data) is Tensor
+        and not layer.weight.requires_grad
+        and not _is_watched(layer)
+    )
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody sees or changes what passes a layer: a hook of any kind, its own or one for all modules, or a
+    forward put in the place of its own (accelerate's offloading)."""
+    return compat.has_hooks(layer) or "forward" in layer.__dict__
+
 
 # Groups whose weights are stacked together: those of some five decoder layers with the default targets
 _GROUPS_AT_A_TIME = 16
+
+
+class ActivePass(Protocol):
+    """What the layers read of a pass ([`comlora_trl.branches.passes.Pass`]).
+
+    Attributes:
+        names: adapters whose rows are in the batch, in order, in equal shares.
+        compiled: whether `torch.compile` runs the model.
+        differentiable: whether gradients are wanted of the pass.
+        weights: the groups' stacked weights, from its forward on.
+        is_over: whether its backward has failed.
+    """
+
+    names: tuple[str, ...]
+    compiled: bool
+    differentiable: bool
+    weights: list[tuple["LayerGroup", BranchWeights | None]] | None
+
+    @property
+    def is_over(self) -> bool: ...
+
+
+class Replays(Protocol):
+    """What the layers ask of graphs that replay them ([`comlora_trl.branches.graphs.LayerGraphs`])."""
+
+    def begin(self, one: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+    def forget_more_than(self, branches: int) -> None: ...
 
 
 class CompetingBranches:
@@ -35,16 +259,18 @@ class CompetingBranches:
         active: the pass whose forward or backward is running.
         names: adapter names of the branches whose rows are in the batch, in order; empty without a pass.
         branches: adapter names of all branches; what trains in them PEFT's switches leave as it was.
+        graphs: replays decoder layers, None where they run as they are.
     """
 
     def __init__(self, model: nn.Module, first: str) -> None:
         self.model, self.first = model, first
         self.branches: tuple[str, ...] = ()
         self.groups: list[LayerGroup] = []
-        self.active: Pass | None = None
+        self.active: ActivePass | None = None
         self.names: tuple[str, ...] = ()
+        self.graphs: Replays | None = None
 
-    def begin(self, one: Pass) -> None:
+    def begin(self, one: ActivePass) -> None:
         """Makes a pass active: at its forward's beginning, or again when its backward begins."""
         self.abandon()
         self.active, self.names = one, one.names
@@ -57,17 +283,21 @@ class CompetingBranches:
         if one.compiled or self._compiled():
             # A compiled layer that finds its weights and one that has to stack them would be two graphs
             stack_weights(self.groups, one.names)
+        elif self.graphs is not None:
+            self.graphs.begin(one)
 
-    def end(self, one: Pass) -> None:
+    def end(self, one: ActivePass) -> None:
         """Ends the forward or the backward of a pass; its weights are its own, for layers that run again."""
         if self.active is not one:
             return
         one.weights = [(group, group.weights) for group in self.groups]
+        if self.graphs is not None:
+            self.graphs.end()
         self.active, self.names = None, ()
         for group in self.groups:
             group.forget()
 
-    def current(self) -> Pass | None:
+    def current(self) -> ActivePass | None:
         """The active pass, but for one whose backward has failed, out of memory say: that one ends here."""
         if self.active is not None and not is_compiling() and self.active.is_over:
             self.abandon()
@@ -80,7 +310,7 @@ class CompetingBranches:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which never hold a pass."""
-        return {**self.__dict__, "active": None, "names": ()}
+        return {**self.__dict__, "active": None, "names": (), "graphs": None}
 
     @property
     def checkpointing(self) -> bool:
@@ -111,8 +341,12 @@ class CompetingBranches:
     @staticmethod
     def _alone(group: LayerGroup) -> list[LayerGroup]:
         for layer in group.layers:
-            layer.group = LayerGroup([layer], group.adapter)
+            layer.group, layer.place = LayerGroup([layer], group.adapter), 0
         return [layer.group for layer in group.layers]
+
+
+# What a layer with branches has besides PEFT's
+_OWN_ATTRIBUTES = ("competing", "group", "place", "_trained_when_on", "_trained_before_inference", "_merged_when_on")
 
 
 class BranchRowsError(RuntimeError):
@@ -138,12 +372,15 @@ class BranchLayer:
     _trained_when_on: dict[str, bool] | None = None
     _trained_before_inference: dict[str, bool] | None = None
     _merged_when_on: tuple[str, ...] = ()
+    place: int  # in the group
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Copies and pickles by PEFT's class, for the layer's own is made at run time."""
         return _new_layer, (plain_class(self),), self.__dict__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.group is not None and self.group.kept is not None:
+            return self.group.traced_output(self.place, x)
         names = self.competing.names
         if not names or self.competing.current() is None:
             return super().forward(x, *args, **kwargs)
@@ -152,7 +389,7 @@ class BranchLayer:
                 f"{type(self).__name__} got {x.size(0)} rows for {len(names)} branches, which can't all have the same "
                 "number: run the branches one after the other (comlora_branch_chunk=1)."
             )
-        if self.merged_adapters or self._disable_adapters:
+        if self.merged_adapters or self.disable_adapters:
             raise SwitchedOffError(self._why_off())
         if self.group is None or args or kwargs:
             return self.forward_one_by_one(x, names, *args, **kwargs)
@@ -167,7 +404,7 @@ class BranchLayer:
         found = self._trained_before_inference or self._trained()
         super().set_adapter(adapter_names, inference_mode)
         self._trained_before_inference = found if inference_mode else None
-        off = inference_mode or self._disable_adapters
+        off = inference_mode or self.disable_adapters
         self._let_train(dict.fromkeys(found, False) if off else found)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -269,7 +506,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         raise ValueError("the model has no LoRA layer, so there is nothing for the branches to train.")
     competing = CompetingBranches(model, next(iter(adapted)))
     for layer in adapted.values():
-        layer.competing, layer.group = competing, None
+        layer.competing, layer.group, layer.place = competing, None, 0
         layer.__class__ = _branch_class(type(layer))
     places = ((*name.rpartition(".")[::2], layer) for name, layer in adapted.items())
     batched = [
@@ -278,7 +515,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
         if _has_batched_path(layer, adapter)
     ]
     for layer, group in form_groups(batched, adapter).items():
-        layer.group = group
+        layer.group, layer.place = group, group.layers.index(layer)
         if group not in competing.groups:
             competing.groups.append(group)
     return adapted, competing
@@ -289,7 +526,14 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
     for layer in layers:
         if isinstance(layer, BranchLayer):
             layer.__class__ = plain_class(layer)
-            for own in ("competing", "group", "_trained_when_on", "_trained_before_inference", "_merged_when_on"):
+            for own in (
+                "competing",
+                "group",
+                "place",
+                "_trained_when_on",
+                "_trained_before_inference",
+                "_merged_when_on",
+            ):
                 layer.__dict__.pop(own, None)
 
 

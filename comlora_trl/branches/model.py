@@ -1,9 +1,10 @@
 """K LoRA branches on one frozen base, as one PEFT model."""
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,13 +15,18 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from comlora_trl import compat
-from comlora_trl.branches.dealing import indices
-from comlora_trl.branches.expansion import SEPARATELY, BranchExpansion
+from comlora_trl.branches.batches import Rows, indices
 from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
-from comlora_trl.branches.rebinding import rebound
-from comlora_trl.branches.routers import keep_router_logits
-from comlora_trl.branches.rows import Rows
-from comlora_trl.branches.running import is_whole, run_batched, run_dealt, run_in_chunks, touch
+from comlora_trl.branches.passes import (
+    SEPARATELY,
+    BranchExpansion,
+    is_whole,
+    keep_router_logits,
+    run_batched,
+    run_dealt,
+    run_in_chunks,
+    touch,
+)
 from comlora_trl.branches.saved_modules import make_branch_modules, make_plain_modules
 from comlora_trl.branches.views import ViewPass, run_view_pass
 
@@ -167,6 +173,8 @@ class BranchModel(PeftModelForCausalLM):
         self._modules_in_mode = []
         for group in self.competing.groups:
             group.drop(name)
+        if self.competing.graphs is not None:
+            self.competing.graphs.forget_more_than(len(self.peft_config))
 
     def restore_branch(self, branch: int) -> None:
         """Adds an adapter for a branch that was dropped, with new weights."""
@@ -241,7 +249,7 @@ class BranchModel(PeftModelForCausalLM):
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         own = new.get_base_model()
         if isinstance(own.__dict__.get("forward"), MethodType):
-            own.forward = MethodType(rebound(own.forward.__func__, self.get_base_model(), own), own)
+            own.forward = MethodType(_rebound(own.forward.__func__, self.get_base_model(), own), own)
         return new
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -255,6 +263,7 @@ class BranchModel(PeftModelForCausalLM):
         return self.base_model.unload(*args, **kwargs)
 
     def _release_base(self) -> None:
+        self.competing.graphs = None
         self.expansion.remove()
         self._router_hook.remove()
         make_plain_layers(self.adapted_layers)
@@ -349,3 +358,20 @@ class BranchModel(PeftModelForCausalLM):
 def branch_name(branch: int) -> str:
     """The adapter name of a branch."""
     return f"branch_{branch}"
+
+
+def _rebound(function: Callable, old: nn.Module, new: nn.Module) -> Callable:
+    """A function whose closure has methods of one module, with another module in their place."""
+    cells = []
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        if isinstance(held, MethodType) and held.__self__ is old:
+            cell = CellType(MethodType(_rebound(held.__func__, old, new), new))
+        cells.append(cell)
+    if not cells:
+        return function
+    result = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(result, function)

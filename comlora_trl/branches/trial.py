@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comlora_trl.branches.expansion import INPUTS, LAYERS, SEPARATELY
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel
-from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.passes import INPUTS, LAYERS, SEPARATELY, is_padded_right
 from comlora_trl.branches.views import ViewPass
 
 # Errors relative to the largest value that are rounding's; float32 may be TF32 on a GPU
@@ -50,6 +50,46 @@ def settle_expansion(model: BranchModel, batches: Sequence[dict[str, Any]]) -> s
         if model.k > 1:
             model.expansion.place = _first_place(model, batches, alone, calls.routed)
         return model.expansion.place
+
+
+def ignores_padding(model: BranchModel, batches: Sequence[dict[str, Any]]) -> bool:
+    """Whether the model computes the same without a mask over padding that lies right of each row's tokens.
+
+    It does if without a mask nothing of the padding reaches a row's tokens (other padding, the very same numbers), and
+    the mask changes nothing but rounding: so causal attention does, and no bidirectional one.
+    """
+    padded = [batch for batch in batches if is_padded_right(batch.get("attention_mask"))]
+    padded = [batch for batch in padded if not bool(batch["attention_mask"].all())]
+    if not padded:
+        return False
+    before = model.expansion.ignores_padding
+    try:
+        with _undisturbed(model), torch.no_grad():
+            return all(_ignores_padding(model, batch) for batch in padded)
+    except Exception:  # an architecture may insist on its mask
+        model.competing.abandon()
+        return False
+    finally:
+        model.expansion.ignores_padding = before
+
+
+def _ignores_padding(model: BranchModel, batch: dict[str, Any]) -> bool:
+    rounding = _ROUNDING.get(model.get_base_model().dtype, _HALF_ROUNDING)
+    model.expansion.ignores_padding = False
+    masked = _log_probs(model, batch)
+    model.expansion.ignores_padding = True
+    plain = _log_probs(model, batch)
+    other = batch["input_ids"].where(batch["attention_mask"].bool(), batch["input_ids"].flip(0, 1))
+    same = torch.equal(_log_probs(model, {**batch, "input_ids": other}), plain)
+    return same and bool((masked - plain).abs().max() <= rounding * masked.abs().max())
+
+
+def _log_probs(model: BranchModel, batch: dict[str, Any]) -> Tensor:
+    """Each token's log-probability under one branch."""
+    inputs = {**batch, "fused_lm_head": True, "use_cache": False}
+    rows = Rows.of(inputs)
+    weights = torch.ones(model.k, rows.count, device=batch["input_ids"].device)
+    return model.run_branches(inputs, rows, weights, [0]).log_probs
 
 
 def _first_place(

@@ -8,25 +8,39 @@ a model with this branch alone: outputs, loss and gradients. [`branch_losses`] d
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from comlora_trl import compat
-from comlora_trl.branches.dealing import Dealt, deal, indices
-from comlora_trl.branches.expansion import LAYERS, SEPARATELY, expand
-from comlora_trl.branches.passes import Pass
-from comlora_trl.branches.routers import router_losses
-from comlora_trl.branches.rows import Rows
-from comlora_trl.branches.running import is_whole, known_gradients, touch
-
-if TYPE_CHECKING:
-    from comlora_trl.branches.model import BranchModel
+from comlora_trl.branches.batches import Dealt, Rows, deal, indices
+from comlora_trl.branches.passes import (
+    LAYERS,
+    SEPARATELY,
+    Pass,
+    RunsBranches,
+    expand,
+    is_whole,
+    known_gradients,
+    router_losses,
+    touch,
+)
 
 # They meet the hidden states after the decoder layers, where the batch is expanded already
 _LABELS = ("labels", "shift_labels")
+
+
+class ViewedModel(RunsBranches, Protocol):
+    """What views read of the model ([`comlora_trl.branches.model.BranchModel`])."""
+
+    k: int
+    active_adapter: str
+    is_switched_off: bool
+    splits_loss: bool
+
+    def set_adapter(self, adapter_name: str) -> None: ...
 
 
 class ViewPass(NamedTuple):
@@ -146,7 +160,7 @@ class BranchViews:
         passes: passes of one branch over its rows, with gradients, that have run.
     """
 
-    model: "BranchModel"
+    model: ViewedModel
     branches: Sequence[int]
     batch: dict[str, Any] = field(default_factory=dict)
     wrapped: nn.Module | None = None
@@ -317,7 +331,7 @@ def branch_losses(
     views: Callable[[Sequence[int]], BranchViews],
     branches: Sequence[int],
     loss_of: Callable[[BranchView], Tensor],
-    model: "BranchModel",
+    model: ViewedModel,
     chunk: int | None = None,
 ) -> tuple[dict[int, Tensor], int]:
     """A loss of each branch, which one pass of all of them serves.
@@ -352,7 +366,7 @@ def branch_losses(
     return losses, passes
 
 
-def _with_known_gradients(losses: dict[int, Tensor], model: "BranchModel") -> dict[int, Tensor]:
+def _with_known_gradients(losses: dict[int, Tensor], model: ViewedModel) -> dict[int, Tensor]:
     """The losses of one chunk, with their gradients and without their graph."""
     own = {branch: [p for p in model.branch_parameters(branch) if p.requires_grad] for branch in losses}
     parameters = [parameter for some in own.values() for parameter in some]
@@ -370,7 +384,7 @@ def _with_known_gradients(losses: dict[int, Tensor], model: "BranchModel") -> di
     return result
 
 
-def run_view_pass(model: "BranchModel", view_pass: ViewPass, inputs: dict[str, Any], compiled: bool) -> Any:
+def run_view_pass(model: ViewedModel, view_pass: ViewPass, inputs: dict[str, Any], compiled: bool) -> Any:
     """One forward of the base model over branches, with whatever arguments it takes; without a cache, with which the
     rows of a packed line would see each other.
 

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def exports(checkpoint: str, branch: str, output: Path) -> list[tuple[int | None, Path]]:
-    """Which branches go to which folders; a branch of None is the winner."""
+    """The branches to export and their folders; None stands for the winner."""
     if branch == "winner":
         return [(None, output)]
     if branch == "all":

@@ -8,7 +8,9 @@ from comlora_trl.plots import FIGURES, draw
 
 def main(argv: list[str] | None = None) -> None:
     """The command `comlora-plot`."""
-    parser = argparse.ArgumentParser(prog="comlora-plot", description="Draws the competition that a winner won.")
+    parser = argparse.ArgumentParser(
+        prog="comlora-plot", description="Draws the competition that a winner comes from."
+    )
     parser.add_argument("folder", help="the winner's folder")
     parser.add_argument(
         "--output",

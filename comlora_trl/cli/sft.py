@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
     tournament = recipe.pop("tournament")
     unknown = parser.set_defaults_with_config(**recipe)
     arguments = parser.parse_args_and_config(args=argv)
-    # The section is for the short way as it is: with rungs, rows or branches of one's own its parts don't fit together
+    # The section fits only the plain --comlora_tournament, not rungs, rows or branches that the user gives
     own = {"comlora_k", "comlora_rungs", "comlora_rows", "comlora_branch_learning_rates", "comlora_selector"} & given
     if arguments[1].comlora_tournament and not own:
         unknown += parser.set_defaults_with_config(**tournament)
@@ -93,10 +93,10 @@ def _given(argv: list[str]) -> set[str]:
 
 
 def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Refuses flags that would do nothing.
+    """Refuses flags that would have no effect.
 
     Raises:
-        ValueError: naming the flag and why.
+        ValueError: names the flag and the reason.
     """
     single = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
     mixture = {"streaming", "test_split_size"}
@@ -119,9 +119,9 @@ def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args
 
 
 def load_data(given: set[str], script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
-    """The training set, and an evaluation set where the data brings one (else the trainer holds examples out).
+    """Loads the training set, and an evaluation set if the data has one; else the trainer holds examples out.
 
-    Says in `comlora_prompt` which template its prompts are of, None where they are its own.
+    Sets `comlora_prompt` to the template of the prompts, or to None if the data has prompts of its own.
     """
     template = training_args.comlora_prompt or DEFAULT_TEMPLATE
     if dataset_args.datasets:
@@ -154,7 +154,7 @@ def load_data(given: set[str], script_args: Any, training_args: Any, dataset_arg
 
 
 def data_name(script_args: Any, dataset_args: Any) -> str:
-    """What is trained on, for the winner's card: a preset's name, a hub id, or the whole path of what lies here."""
+    """The name of the training data on the winner's card: a preset, a hub id, or an absolute path."""
     named = [entry.path for entry in dataset_args.datasets or ()] or [script_args.dataset_name or "demo"]
     return ", ".join(
         name if name in PRESETS or not Path(name).exists() else str(Path(name).absolute()) for name in named
@@ -162,10 +162,10 @@ def data_name(script_args: Any, dataset_args: Any) -> str:
 
 
 def load_validation(name: str, given: set[str], script_args: Any, training_args: Any, options: dict) -> Any:
-    """The split that --dataset_test_split names; without the flag, the one TRL would evaluate on, if there is one.
+    """Loads the split that --dataset_test_split names; without the flag, the split that TRL would evaluate on.
 
-    None where the trainer is to hold examples out of the training set: of a preset's test set nothing is shown to the
-    competition unasked, for it is what the winner will be scored on.
+    Returns None if the trainer shall hold examples out of the training set. The test set of a preset is used only if
+    the user names it, because the winner will be scored on it.
     """
     split = script_args.dataset_test_split
     if "dataset_test_split" in given:
@@ -193,7 +193,7 @@ def lora_config(given: set[str], model_args: ModelConfig) -> LoraConfig:
 
 
 def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrainer:
-    """From what the command line says to a trainer that is ready to start."""
+    """Builds the trainer from the parsed command line."""
     script_args, training_args, model_args, dataset_args = arguments
     check_flags(given, script_args, model_args, dataset_args)
     resumed = training_args.resume_from_checkpoint
@@ -209,7 +209,7 @@ def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrai
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
     train_dataset, eval_dataset = load_data(given, script_args, training_args, dataset_args)
-    # An adapter to start from brings its own shape, which flags may only repeat
+    # The adapter that training starts from sets the shape; flags may only repeat it
     shape = {name for name in given if name.startswith("lora_")} | {"use_dora", "use_rslora"} & given
     starts = not shape and adapter_config(model, model_args.model_revision) is not None
     trainer = ComLoRASFTTrainer(
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments = parse_arguments(argv)
         trainer = build_trainer(_given(argv), arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        # Before training starts an error is the input's, and its message says what to do
+        # Errors before training come from the input, and their messages say what to do
         sys.exit(f"error: {error}")
 
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

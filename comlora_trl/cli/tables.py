@@ -15,7 +15,7 @@ under each method of the paper its figures (LLaMA-3-8B, means of 5 seeds) and th
 mean ± standard deviation over seeds, the best of each column bold and the second underlined."""
 
 _EPILOG = """\
-What belongs together:
+Rows:
   The method is NAME where it is given. Else the adapter tells, if its folder is still there: rank from
   adapter_config.json, K from competition.json ("ComLoRA K=2 r=8", "LoRA r=8"). Else it is the model's name.
   A method called as the paper calls it stands beside the paper's row; others follow below.
@@ -24,10 +24,10 @@ What belongs together:
   settings, BERTScore's model) keeps rows apart and is named below the table, as is which adapters a row is of.
   Result files of one adapter are put together; the newer one counts where two measured the same in the same way.
 
-What is not guessed:
+Cells and notes:
   A cell that was not measured is "–". The average of Table 3 is that of all eight tasks, else "–".
-  What sets figures apart from the paper's (--limit, part of the data, another prompt, beams, sampling, a chat
-  template, another BERTScore model than roberta-large) is named below the table.
+  Differences from the paper's conditions (--limit, part of the data, another prompt, beams, sampling, a chat
+  template, another BERTScore model than roberta-large) are named below the table.
 
 Examples:
   lm_eval --model hf --model_args peft=seed1/winner/ --tasks comlora_commonsense --output_path results/

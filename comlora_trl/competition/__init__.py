@@ -1,12 +1,13 @@
-"""Who gets which weight, who is left, who wins: pure functions and small state that know no model.
+"""Weights, rungs and the winner of a competition: pure functions and small state, without a model.
 
 `losses` has eq. 4–9, `annealing` eq. 13–14, `selector` eq. 1–3, `standings` the tallies and the winner (eq. 11–12).
 """
 
-from comlora_trl.competition.annealing import ANNEALING_SCHEDULES, annealing
 from comlora_trl.competition.losses import (
+    ANNEALING_SCHEDULES,
     EQUATION_SIGNS,
     CompetitionSettings,
+    annealing,
     mean_nll,
     pairwise_loss,
     pairwise_losses,

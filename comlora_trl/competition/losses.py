@@ -1,10 +1,13 @@
-"""The losses of ComLoRA as pure tensor functions: selection probabilities, row weights, the pairwise loss (eq. 4–9).
+"""The losses of ComLoRA as pure functions: annealing, selection probabilities, row weights, pairwise loss.
+
+Eq. 4-9 and 13-14.
 
 Nothing here knows a model, a Trainer or PEFT. Shapes use K (branches) and R (rows: sequences, or the segments of a
 packed sequence). Equation numbers are those of *ComLoRA: A Competitive Learning Approach for Enhancing LoRA*
 (ICLR 2025).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +15,45 @@ from torch import Tensor
 
 from comlora_trl.competition.rungs import Rung
 
+ANNEALING_SCHEDULES = ("constant", "cosine", "exponential", "linear")
+
+
+def annealing(progress: float, schedule: str = "exponential", rate: float = 5.0) -> float:
+    """η(t), the weight of the alignment loss (eq. 13–14).
+
+    Args:
+        progress: t/T, optimizer steps done over all optimizer steps, in [0, 1].
+        schedule: one of `ANNEALING_SCHEDULES`.
+        rate: γ of the exponential schedule.
+
+    Raises:
+        ValueError: if `schedule` is unknown.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1.0 - math.cos(math.pi * progress))
+    if schedule == "exponential":
+        return 1.0 - math.exp(-rate * progress)
+    if schedule == "linear":
+        return progress
+    raise ValueError(f"unknown annealing schedule {schedule!r}: choose one of {', '.join(ANNEALING_SCHEDULES)}.")
+
+
 EQUATION_SIGNS = ("as_described", "as_printed")
 
 
 @dataclass(frozen=True)
 class CompetitionSettings:
-    """What of the competition stays the same for a whole run; see [`ComLoRAConfig`] for each value's meaning.
+    """Settings of the competition that are constant during a run; see [`ComLoRAConfig`] for their meaning.
 
-    Range checks live in `ComLoRAConfig.__post_init__`, the place where a user's values arrive.
+    `ComLoRAConfig.__post_init__` checks the ranges.
 
     Attributes:
         independent: whether each branch trains as it would alone, by a loss of its own.
         winner_by: the criterion of rungs and winner: "selector", "validation_loss" or "validation_accuracy".
-        rates: peak learning rate of each branch, None where all have the same.
-        betas: β of each branch's loss, None where all have the same or the loss has none.
+        rates: peak learning rate of each branch; None if all have the same.
+        betas: β of each branch's loss; None if all have the same or the loss has none.
         measured: the names of the loss and of the accuracy that validation measures.
         learning_rate: that one, for messages; None if it is not known.
         seed: of the noise of eq. 6.
@@ -133,7 +161,7 @@ def pairwise_losses(
         [R], zero when no pair is left.
     """
     noisy = mean_nll.detach().T.to(scores.dtype) + settings.noise * noise.to(scores.dtype)  # eq. 6
-    # A non-finite loss belongs to a branch that is out; it must not reach the arithmetic, where 0 * nan is nan
+    # A non-finite loss belongs to a disqualified branch. It must be removed first, because 0 * nan is nan
     noisy = torch.where(alive, noisy, torch.zeros_like(noisy))
     difference = _pairs(scores)
     performance = -settings.sign * _pairs(noisy)  # eq. 7

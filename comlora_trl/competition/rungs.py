@@ -1,4 +1,4 @@
-"""Tournament: branches of different learning rates, a field that shrinks, rows that are dealt out.
+"""Tournament: branches of different learning rates, rungs that retire the worse ones, rows that are shared out.
 
     rate_k(t) = rate_k · schedule(t)             one schedule over the whole run, K peak rates
     rungs     = (f_1, n_1), (f_2, n_2), …        at step ⌈f_i·T⌉ the best n_i branches go on, the others are retired
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 ROWS = ("all", "shared")
-# Rows a branch has seen below which its validation figures tell its rate from another's by chance only: with 24 and 96
-# the embedded default's tournament chose wrongly (README.md), with 150 the trial's on 6,000 rows chose rightly
+# With fewer rows than this, a branch's validation figures rank the rates by chance: with 24 and 96 rows the embedded
+# example's tournament chose wrongly (docs/tournament.md), with 150 rows another tournament chose rightly
 FEW_ROWS = 100
 
 
 class Rung(NamedTuple):
-    """A point of training at which the field shrinks.
+    """A point of training at which branches are retired.
 
     Attributes:
         fraction: of the optimizer steps, in (0, 1).
@@ -86,7 +86,7 @@ def rung_steps(rungs: Sequence[Rung], total: int) -> dict[int, Rung]:
 
 
 def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup: int) -> str | None:
-    """What to try where the first rung comes before the branches have shown much; None where it does not.
+    """A remark if the first rung comes too early to compare the branches; None otherwise.
 
     Args:
         rungs: the rungs by optimizer step.
@@ -110,7 +110,7 @@ def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup
 
 
 def default_rungs(k: int) -> str:
-    """Half of the field after a tenth of training, one branch after a quarter."""
+    """Half of the branches go on after a tenth of training, one after a quarter."""
     half = math.ceil(k / 2)
     return "0.1:1" if half == 1 else f"0.1:{half},0.25:1"
 
@@ -126,13 +126,13 @@ def retired_at(
     """The branches that a rung retires, by index.
 
     Args:
-        values: of each branch, None for one that is out already.
+        values: of each branch; None for a branch that is retired or disqualified.
         highest: whether high values are good (scores, accuracy) or low ones (NLL).
-        ties: losses, of which the lower goes on among branches of the same value; then the lower index does.
+        ties: losses; among branches of the same value the lower loss goes on, and then the lower index.
     """
     sign = -1.0 if highest else 1.0
     known = {branch: value for branch, value in enumerate(values) if value is not None}
-    # A value that is not finite is worse than any other
+    # A value that is not finite ranks last
     worth = {branch: sign * value if math.isfinite(value) else math.inf for branch, value in known.items()}
     ranked = sorted(worth, key=lambda branch: (worth[branch], ties[branch] if ties else 0.0, branch))
     return sorted(ranked[rung.survivors :])
@@ -148,7 +148,7 @@ def dealt_to(place: int, step: int, living: Sequence[int]) -> int:
 
 
 def edge_remark(values: Sequence[float], winner: int, name: str = "rate") -> str | None:
-    """What to try when the winning value of a setting lies at the edge of the grid; None when it does not."""
+    """A remark if the winning value of a setting is the lowest or highest of the grid; None otherwise."""
     if len(set(values)) < 2 or values[winner] not in (min(values), max(values)):
         return None
     best, up = values[winner], values[winner] == max(values)
@@ -157,12 +157,7 @@ def edge_remark(values: Sequence[float], winner: int, name: str = "rate") -> str
     return f"the best {name} may lie {'above' if up else 'below'} {best:g}: try {name}s around it, {tries}"
 
 
-def cost(rows: int, living: int, shared: bool) -> int:
-    """Row passes of one optimizer step: one row through one branch, forward and backward."""
-    return rows if shared else rows * living
-
-
 def rung_record(rung: Rung, step: int, selection: dict[str, Any], retired: Sequence[int]) -> dict[str, Any]:
-    """What is kept of a rung, ready for JSON."""
+    """The record of a rung, ready for JSON."""
     figures = {key: selection[key] for key in ("validation_nll", "validation_accuracy", "scores")}
     return {"step": step, "survivors": rung.survivors, "retired": list(retired), **figures}

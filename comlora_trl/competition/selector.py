@@ -71,11 +71,11 @@ class Selector(nn.Module):
             [R, K]
         """
         hidden = self.projection(embeddings.detach().to(next(self.parameters()).dtype))
-        # A row without any token would attend to nothing and become nan; it reads its first position instead
+        # A row without a token would attend to nothing and become nan, so it reads its first position
         readable = mask | (~mask.any(dim=-1, keepdim=True) & (torch.arange(mask.size(-1), device=mask.device) == 0))
         hidden = self.encoder(hidden, readable)
         weight = readable.unsqueeze(-1).to(hidden.dtype)
-        # padding positions carry arbitrary values out of the encoder: select, do not multiply
+        # The encoder's output at padding positions is arbitrary: select, do not multiply
         hidden = torch.where(readable.unsqueeze(-1), hidden, torch.zeros_like(hidden))
         pooled = hidden.sum(dim=1) / weight.sum(dim=1)
         return self.branch_embeddings(pooled)

@@ -1,4 +1,4 @@
-"""Where the branches stand: wins, disqualifications, sums over a validation set, and who wins (eq. 11–12)."""
+"""The state of a competition: wins, disqualified branches, sums over a validation set, the winner (eq. 11–12)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ _BY_BRANCH = ("disqualified", "retired")
 
 @dataclass
 class CompetitionState:
-    """What the competition has come to; saved with every checkpoint.
+    """The state of the competition, saved with every checkpoint.
 
     Attributes:
         k: number of branches.
         disqualified: optimizer step at which a branch was disqualified, by branch.
         retired: optimizer step of the rung that retired a branch, by branch.
-        rungs: what was measured and decided at each rung so far.
-        rates: each branch's peak learning rate, None where all have the same.
-        betas: β of each branch's loss, None where all have the same.
+        rungs: the figures and the decision of each rung so far.
+        rates: each branch's peak learning rate; None if all have the same.
+        betas: β of each branch's loss; None if all have the same.
         measured: the names of the loss and of the accuracy in a selection.
         row_passes: rows through one branch, forward and backward, so far: the cost.
         wins: optimizer steps won so far, by branch.
@@ -45,7 +45,7 @@ class CompetitionState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompetitionState":
-        """From what `vars(state)` became in JSON, where keys are text."""
+        """Reads the JSON form of `vars(state)`, in which keys are text."""
         by_branch = {name: {int(branch): step for branch, step in values[name].items()} for name in _BY_BRANCH}
         return cls(**values | by_branch)
 
@@ -61,7 +61,7 @@ class CompetitionState:
 
     @property
     def remaining(self) -> int:
-        """How many branches the rungs have left, those that diverged among them."""
+        """Number of branches that no rung has retired, including branches that diverged."""
         return self.k - len(self.retired)
 
     @property
@@ -86,7 +86,7 @@ class ValidationTally:
 
     @classmethod
     def empty(cls, k: int, device: torch.device | str = "cpu") -> "ValidationTally":
-        # float64 is not known to every accelerator (MPS)
+        # MPS has no float64
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return cls(k, torch.zeros(3 * k + 2, dtype=dtype, device=device))
 
@@ -157,5 +157,5 @@ def winner(values: Tensor, alive: Tensor, highest: bool = True, ties: Tensor | N
     best = values.max()
     if ties is not None:
         return winner(ties, alive & (values == best), highest=False)
-    # `argmax` leaves open which of several maxima it returns
+    # `argmax` does not specify which of several maxima it returns
     return int(((values == best) & alive).nonzero()[0])

@@ -19,7 +19,7 @@ _TEST_FIELDS = {"instruction": str, "answer": str}
 
 
 def instruction_of(row: dict[str, Any]) -> str:
-    """The instruction with its input, where a row has one (the commonsense data leaves it empty), below it."""
+    """The instruction, with the row's input below it if there is one (the commonsense data has none)."""
     extra = row.get("input") or ""
     return f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
 
@@ -81,7 +81,7 @@ def test_file(task: str, data_dir: str | Path | None) -> Path:
 
 
 def training_file(task: str, split: str, data_dir: str | None) -> Path:
-    """The file a preset stands for: `commonsense_170k`, or one of the eight tasks.
+    """The training file of a preset: `commonsense_170k`, or one of the eight tasks.
 
     Raises:
         DataError: there is no file of that split with a known checksum, and no data folder holds one.

@@ -33,7 +33,7 @@ WHERE_FROM = (
 
 @dataclass
 class _Dialogue:
-    """What has been said so far."""
+    """A dialogue up to the present turn."""
 
     persona: list[str] = field(default_factory=list)
     turns: list[str] = field(default_factory=list)

@@ -21,7 +21,7 @@ _KINDS = {str: "text", int: "a whole number", list: "a list"}
 
 
 def file_state(file: Path) -> tuple[str, int, int]:
-    """What changes when a file does: (path, time in ns, bytes). Caches of what was read are keyed by it."""
+    """A file's identity: (path, modification time in ns, bytes). Caches use it as their key."""
     state = file.stat()
     return str(file.resolve()), state.st_mtime_ns, state.st_size
 
@@ -58,7 +58,7 @@ def read_rows(path: Path, fields: Mapping[str, type] | None = None) -> list[dict
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected a list of JSON objects; see the data section of the README")
+        raise DataError(f"{path}: expected a list of JSON objects; see docs/data.md")
     if not rows:
         raise DataError(f"{path}: the list holds no rows; fetch the file again")
     for number, row in enumerate(rows):
@@ -97,7 +97,7 @@ def unexpected(source: str, number: int, field: str, value: Any, expected: str) 
 def tasks_folder() -> Path:
     """The folder of our task files for lm_eval: inside the package, or beside it in a checkout.
 
-    It is found from this file, for `lm_eval_tasks` is a name that other folders have too.
+    It is found relative to this file, because other projects have a folder `lm_eval_tasks` too.
 
     Raises:
         FileNotFoundError: it is in neither place.
@@ -148,7 +148,7 @@ def download_llm_adapters(name: str) -> Path:
         name: path in the repository, one of those in [`llm_adapters_checksums`].
 
     Raises:
-        DataError: it cannot be downloaded, or what came differs from the checksum (nothing is kept then).
+        DataError: the download fails, or its checksum differs (then nothing is kept).
     """
     sha1 = llm_adapters_checksums()[name]
     target = cache_folder() / LLM_ADAPTERS_COMMIT / name

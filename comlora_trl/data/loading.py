@@ -1,4 +1,4 @@
-"""From a name, a file, a folder or a hub id to a data set that TRL's SFTTrainer takes."""
+"""Loads a preset, a file, a folder or a hub id as a data set for TRL's SFTTrainer."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ PRESETS = ("commonsense_170k", "mmlu", "convai2", "demo", *COMMONSENSE_TASKS)
 TRL_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 
 Pair = tuple[str, str]
-# How the rows of a data set are checked, and turned into (instruction, completion)
+# The functions that check a row, and that turn it into (instruction, completion)
 Schema = tuple[Callable[[dict[str, Any], int, str], None], Callable[[dict[str, Any]], Pair]]
 
 
@@ -172,7 +172,7 @@ def _load_hub(
 ) -> Dataset | IterableDataset:
     try:
         dataset = load_dataset(name, config, split=split, streaming=streaming)
-    except Exception as error:  # the hub's errors share no class; the reason is kept
+    except Exception as error:  # the hub's errors share no class
         raise DataError(
             f"{name}: not a preset ({', '.join(PRESETS)}), not a local file or folder, and not loaded from the hub "
             f"({reason_of(error)}); check the name, and the network if it is on the hub"

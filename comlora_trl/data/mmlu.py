@@ -73,7 +73,7 @@ def check_mmlu_row(row: dict[str, Any], number: int, source: str) -> None:
 def local_file(folder: Path, split: str) -> Path | None:
     """The file of a split in a folder laid out `{dev,test}.jsonl`, or None when it has no such file.
 
-    The five questions per subject in `dev` stand in for no other split: they are taken when they are named.
+    The five questions per subject in `dev` never replace another split; they are used only if `dev` is named.
     """
     names = {"train": ("train", "auxiliary_train"), "validation": ("validation", "val")}
     for name in names.get(split, (split,)):
@@ -106,7 +106,7 @@ def load_from_hub(split: str, streaming: bool = False) -> "Dataset | IterableDat
     hub_split = "auxiliary_train" if split == "train" else split
     try:
         return load_dataset(HUB_ID, "all", split=hub_split, streaming=streaming, revision=HUB_REVISION)
-    except Exception as error:  # the hub's errors share no class; the reason is kept
+    except Exception as error:  # the hub's errors share no class
         raise DataError(
             f"{HUB_ID} at {HUB_REVISION[:7]}: the {split} questions cannot be loaded from the hub "
             f"({reason_of(error)}); offline, set {DATA_DIR_VARIABLE} to a folder that holds "

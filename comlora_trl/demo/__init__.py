@@ -6,7 +6,7 @@
 
 from pathlib import Path
 
-# The embedded base's name wherever a path would go stale, resolved by `resolve_base`
+# The name of the embedded base in files that outlive a path; `resolve_base` finds the folder
 DEMO_BASE = "comlora-trl/demo"
 DEMO_SPLITS = ("train", "validation", "test")
 _FOLDER = Path(__file__).resolve().parent
@@ -18,7 +18,7 @@ def demo_model_path() -> Path:
 
 
 def base_name(base: str) -> str:
-    """`DEMO_BASE` for a path of the embedded base model, wherever the package lies or lay; else the name itself."""
+    """`DEMO_BASE` for a path of the embedded base model, in any installation; else the name itself."""
     return DEMO_BASE if Path(base).parts[-3:] == ("comlora_trl", "demo", "model") else base
 
 

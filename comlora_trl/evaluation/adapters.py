@@ -1,4 +1,4 @@
-"""What lm_eval asks of an adapter, in a folder or on the hub: its base model, revision, tokenizer, prompt template.
+"""Reads an adapter's base model, revision, tokenizer and prompt template for lm_eval, from a folder or the hub.
 
 Nothing here imports torch.
 """
@@ -27,7 +27,7 @@ def _download(adapter: str) -> Path:
 
     try:
         return Path(snapshot_download(adapter, allow_patterns=_SMALL_AND_WEIGHTS))
-    except Exception as error:  # the hub's errors share no class; the reason is kept
+    except Exception as error:  # the hub's errors share no class
         raise ValueError(
             f"{adapter}: no such folder, and not found on the hub ({type(error).__name__}); check the name"
         ) from error
@@ -52,7 +52,7 @@ def adapter_folder(adapter: str) -> Path:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What identifies an adapter in a result: sha256, method, base, rank, seed, settings and data of its training."""
+    """Describes an adapter in a result: sha256, method, base, rank, seed, settings and data of its training."""
     adapter = Adapter.read(folder)
     return {
         "sha256": weights_sha256(folder),
@@ -83,7 +83,7 @@ def base_model(adapter: str, folder: Path) -> str:
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     recorded = Path(record.get("name") or "")
     if not named or (recorded.is_absolute() and recorded.is_dir() and not Path(named).expanduser().is_dir()):
-        named = record.get("name")  # where the base was loaded by a relative path, the record has the whole one
+        named = record.get("name")  # if the base was loaded by a relative path, the record has the absolute one
     if not named:
         raise ValueError(
             f"{adapter}: its adapter_config.json names no base model; add pretrained=BASE to --model_args"
@@ -124,7 +124,7 @@ def hf_arguments(adapter: str, given: dict[str, Any], argument: str = "peft") ->
     known, filled = Adapter.read(folder), {"pretrained": base_model(adapter, folder)}
     local = Path(adapter).expanduser().is_dir()
     if not local:
-        # lm_eval takes `revision` for the adapter and the tokenizer too, and it is the base's
+        # lm_eval uses `revision` for the adapter and the tokenizer too, but it is the base's
         filled[argument] = str(folder)
     if known.revision and "revision" not in given:
         filled["revision"] = known.revision

@@ -1,7 +1,7 @@
-"""Under which conditions a figure was taken, from lm_eval's result file and our record in it.
+"""The conditions of a figure, read from lm_eval's result file and this package's record in it.
 
-The record is that of [`comlora_trl.evaluation.harness`]; files of other origin tell less, and what they do not tell is
-left out.
+The record is that of [`comlora_trl.evaluation.harness`]; files of other origin contain less, and
+unknown conditions are left out.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from comlora_trl.evaluation.metrics import DEFAULT_MODEL
 
 # Tasks in lm_eval, and the sizes of the paper's test sets
 COMMONSENSE = {name.lower().replace("-", "_"): task.test_rows for name, task in COMMONSENSE_TASKS.items()}
-# What the paper's figures are taken for; anything else is remarked
+# The paper's conditions; a difference becomes a remark
 _USUAL = {"prompt": "comlora", "decoding": "greedy, 32 tokens"}
 
 
@@ -30,7 +30,7 @@ class Measure:
         values: column to figure in percent.
         shared: conditions that a whole run has in common (prompt, decoding, ...), by name; the unknown are left out.
         own: the task's own (rows, data, BERTScore's model).
-        remarks: what sets its figures apart from the paper's.
+        remarks: differences from the paper's conditions.
     """
 
     table: str

@@ -1,7 +1,7 @@
-"""Our tasks' class in lm_eval: makes the prompt, and records with every figure what it is a figure of.
+"""The class of this package's tasks in lm_eval: makes the prompt, and records the conditions of every figure.
 
-A subclass of lm_eval's own [`ConfigurableTask`], named by `class:` in the task files, so that all of this also holds
-where the hook is off (`--include_path`). The record is in a result's `configs`, under metadata's `comlora`:
+A subclass of lm_eval's own [`ConfigurableTask`], named by `class:` in the task files, so it also works
+without the hook (`--include_path`). The record is in a result's `configs`, under metadata's `comlora`:
 
 - `rows`, `expected_rows`: rows scored, and rows of the whole public test set;
 - `data_sha256`: of all the data's rows (instruction, output, answer) in their order;
@@ -25,7 +25,7 @@ from comlora_trl.evaluation.adapters import adapter_folder, describe, recorded_p
 from comlora_trl.evaluation.stopping import install_row_stopping
 
 _said: set[str] = set()
-# (rows, expected rows) of the tasks whose requests are built and whose figures are not told yet, by family
+# (rows, expected rows) by family, of tasks whose requests are built and whose row counts are not printed yet
 _pending: dict[str, list[tuple[int, int]]] = {}
 
 
@@ -82,7 +82,7 @@ class InstructionTask(ConfigurableTask):
         return self._rows
 
     def check_requirements(self) -> None:
-        """Raises a DataError when the metrics lack something, which would show only after generating."""
+        """Raises a DataError if the metrics lack something; otherwise it would fail only after generation."""
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> str:
         """The prompt."""
@@ -129,7 +129,7 @@ class InstructionTask(ConfigurableTask):
         if rank == 0:
             _pending.setdefault(self.family, []).append((scored, self.expected_rows()))
         if cache_requests:
-            # lm_eval's key knows the task's name only
+            # lm_eval's key contains only the task's name
             identity = [self._data_sha256, self.template, self._chat, self.config.generation_kwargs, samples]
             tokenizer_name = f"{tokenizer_name}-{_digest(identity)}"
         super().build_all_requests(

@@ -1,8 +1,8 @@
-"""What changes in lm_eval: it finds our tasks, takes an adapter without its base, and checks our data early.
+"""The changes to lm_eval: it finds this package's tasks, accepts an adapter without its base, checks data early.
 
 `comlora_lm_eval_hook` (imported at Python's start by a .pth file) calls [`apply`] when lm_eval imports one of the
-modules concerned. Nothing the user wrote is overridden, and what fails here is done without: lm_eval then runs as if
-we were not there. What a user has to mend (data, an adapter's base) is said in one line, before a model is loaded.
+modules concerned. Arguments of the user always win. If a change fails, lm_eval runs as if this
+package were not there. Errors of the input (data, an adapter's base) end in one line, before a model is loaded.
 """
 
 import functools
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from comlora_lm_eval_hook import tell
 from comlora_trl import compat
 from comlora_trl.data.errors import DataError
 from comlora_trl.data.files import tasks_folder
@@ -21,8 +20,11 @@ from comlora_trl.evaluation.adapters import hf_arguments, vllm_arguments
 OLDEST = (0, 4, 13)
 
 
-def apply(name: str, module: Any) -> None:
+def apply(name: str, module: Any, tell: Callable[[Exception], None]) -> None:
     """Changes one of lm_eval's modules, which has just been imported. A second time does nothing.
+
+    Args:
+        tell: says in a line that lm_eval goes on without us, and why.
 
     Raises:
         RuntimeError: lm_eval is too old to be changed.
@@ -31,13 +33,13 @@ def apply(name: str, module: Any) -> None:
         return
     _check_version()
     if name == "lm_eval.tasks.manager":
-        _add_tasks(module)
+        _add_tasks(module, tell)
     elif name == "lm_eval.config.evaluate_config":
-        _check_early(module.EvaluatorConfig)
+        _check_early(module.EvaluatorConfig, tell)
     elif name == "lm_eval.models.huggingface":
-        _fill_base(module.HFLM, "peft", hf_arguments)
+        _fill_base(module.HFLM, "peft", hf_arguments, tell)
     elif name == "lm_eval.models.vllm_causallms":
-        _fill_base(module.VLLM, "lora_local_path", vllm_arguments)
+        _fill_base(module.VLLM, "lora_local_path", vllm_arguments, tell)
     module._comlora_hook = True
 
 
@@ -49,7 +51,7 @@ def _check_version() -> None:
         raise RuntimeError(f'lm_eval {version} is older than {oldest}; pip install "lm-eval[hf]>={oldest}"')
 
 
-def _add_tasks(module: Any) -> None:
+def _add_tasks(module: Any, tell: Callable[[Exception], None]) -> None:
     init = module.TaskManager.__init__
     signature = inspect.signature(init)
 
@@ -65,7 +67,7 @@ def _add_tasks(module: Any) -> None:
             init(*given.args, **given.kwargs)
             self.include_path = include_path
         except Exception as error:
-            # without us; an error of the user's own comes again, and is theirs
+            # lm_eval continues unchanged; an error of the user's own code appears again there
             init(self, *args, **kwargs)
             tell(error)
 
@@ -85,7 +87,7 @@ def _with_our_tasks(module: Any, include_path: Any, include_defaults: bool) -> l
     return [ours, *named]
 
 
-def _check_early(config: type) -> None:
+def _check_early(config: type, tell: Callable[[Exception], None]) -> None:
     """Has our tasks' data checked before the model is loaded, which can take minutes."""
     process_tasks = config.process_tasks
 
@@ -100,7 +102,7 @@ def _check_early(config: type) -> None:
                 check_tasks(manager, names, predict_only=self.predict_only, num_fewshot=self.num_fewshot)
         except DataError as error:
             _stop(error)
-        except Exception as error:  # lm_eval meets it itself when it loads the tasks, unless it was only ours
+        except Exception as error:  # lm_eval raises it itself when it loads the tasks, unless only this check failed
             tell(error)
         return manager
 
@@ -114,7 +116,9 @@ def _stop(error: Exception) -> None:
     raise error
 
 
-def _fill_base(model: type, argument: str, arguments_of: Callable[..., dict[str, Any]]) -> None:
+def _fill_base(
+    model: type, argument: str, arguments_of: Callable[..., dict[str, Any]], tell: Callable[[Exception], None]
+) -> None:
     init = model.__init__
 
     @functools.wraps(init)

@@ -1,10 +1,10 @@
 """The CONVAI2 metrics, each from its own library: sacrebleu, rouge-score, NLTK's METEOR and bert-score.
 
-Nothing of the libraries is rewritten here. What is added: replies with several references, empty replies, and a check
-of what METEOR and BERTScore need from outside Python, so that nothing fails after hours of generation. Every library
+This module adds replies with several references, empty replies, and a check of the data that METEOR and BERTScore
+need, so that nothing fails after hours of generation. Every library
 is imported, and every model read, when the metric is first used, once per process.
 
-Choices, where a library leaves one:
+Choices that the libraries leave open:
 
 - BLEU: `sacrebleu.corpus_bleu` as it stands (13a tokens, case kept, exponential smoothing).
 - METEOR: `nltk.translate.meteor_score` with its defaults, the mean over replies. Tokens come from NLTK's
@@ -36,7 +36,7 @@ METRICS = ("bleu", "meteor", "rouge_l", "bertscore_precision", "bertscore_recall
 
 
 def score_dialogue(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Scores replies against their references; where a reply has several, the best counts, as each library has it.
+    """Scores replies against their references; if a reply has several, the best one counts, as in each library.
 
     An empty reply (nothing but white space) scores 0 in every metric: it adds nothing to the corpus BLEU's matches,
     and 0 to the means of the others.
@@ -67,7 +67,7 @@ def score_dialogue(predictions: list[str], references: list[list[str]]) -> dict[
 
 
 def check_requirements() -> None:
-    """Loads what METEOR and BERTScore need from outside Python, so that what is missing shows before generation.
+    """Loads the data that METEOR and BERTScore need, so that a missing file is reported before generation.
 
     A model named by its hub id is downloaded if the machine is online. What is loaded stays loaded for scoring.
 
@@ -120,7 +120,7 @@ def bertscore_layers() -> int:
 
 
 def bertscore_identity() -> tuple:
-    """What BERTScore's figures depend on: the model's name, the layer asked for, the files of a model's folder."""
+    """The identity of BERTScore's figures: the model's name, the layer, the files of a model's folder."""
     name = bertscore_model_name()
     folder = Path(name).expanduser()
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
@@ -233,11 +233,11 @@ def _load_bert_scorer(name: str, layers: int, files: tuple = ()) -> "BERTScorer"
             raise ValueError(
                 f"the model {name} has layers 1 to {available}, not {layers}: set {LAYERS_VARIABLE} to one of them."
             )
-        # On the CPU until it is used: the model under evaluation has the accelerator to itself until then
+        # On the CPU until it is used, so that the model under evaluation has the whole accelerator
         scorer = BERTScorer(model_type=name, num_layers=layers, device="cpu")
     except OSError as error:
         folder = Path(name).expanduser()
-        # A folder that is gone is fetched again under its own name
+        # A folder that no longer exists is downloaded again by its name
         hub_id = folder.name if folder.exists() or name.startswith((".", "/", "~")) else name
         raise RuntimeError(
             f"BERTScore needs the model {name}, which is neither a folder with a model nor in the hub's cache, nor "

@@ -1,6 +1,6 @@
-"""Reading lm_eval's result files: what was measured, of which adapter, and under which conditions.
+"""Reads lm_eval's result files: the figures, their adapter and their conditions.
 
-Nothing heavy is imported, so that reading results takes no longer than reading their files.
+No large library is imported, so reading is fast.
 """
 
 import glob
@@ -19,7 +19,7 @@ from comlora_trl.winner.folder import weights_sha256
 PAPER_FILE = Path(__file__).with_name("paper_tables.json")
 # lm_eval writes FOLDER/MODEL/results_DATE.json, or NAME_DATE.json for --output_path NAME.json
 _RESULT_NAME = re.compile(r"_\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?\.json$")
-# What names the evaluated weights in --model_args, the most particular first
+# Keys of --model_args that name the evaluated weights, the most specific first
 _MODEL_KEYS = ("peft", "lora_local_path", "delta", "pretrained", "model", "path")
 _PROTOCOLS = ("llm_adapters", "hira")
 
@@ -37,14 +37,14 @@ def paper() -> dict[str, Any]:
 
 @dataclass
 class ResultFile:
-    """What one result file holds.
+    """The content of one result file.
 
     Attributes:
         method: how the adapter was made, such as "ComLoRA K=2 r=8".
-        identity: what tells its weights from others: their hash, else the folder they are in.
+        identity: the hash of its weights, else their folder.
         place: the adapter's folder, else what --model_args said.
-        about: what is known of it, see [`comlora_trl.evaluation.adapters.describe`].
-        notes: what is doubtful about whose figures these are.
+        about: its description, see [`comlora_trl.evaluation.adapters.describe`].
+        notes: doubts about which adapter the figures belong to.
     """
 
     method: str
@@ -56,7 +56,7 @@ class ResultFile:
 
 
 def read_results(arguments: list[str]) -> list[ResultFile]:
-    """What the result files hold that the arguments name, see [`load_results`]."""
+    """The contents of the result files that the arguments name, see [`load_results`]."""
     return [_read(content, file, name) for content, file, name in load_results(arguments)]
 
 

@@ -1,7 +1,7 @@
 """From result files to runs (one adapter under one set of conditions) and groups of runs that are each other's seeds.
 
-What differs is never merged: neither two measurements of one adapter nor two adapters whose figures were taken, or
-which were trained, otherwise than by another seed.
+Different conditions are never merged: neither two measurements of one adapter, nor two adapters that were trained or
+measured differently except for the seed.
 """
 
 import re
@@ -71,7 +71,7 @@ class Run:
         return taken
 
     def traits(self) -> dict[str, str]:
-        """What must be equal in seeds of one method: the shared conditions, and what it was trained on and how."""
+        """The properties that seeds of one method have in common: shared conditions, training data and settings."""
         traits = dict(self.shared)
         for name in ("base", "data"):
             if self.about.get(name):
@@ -121,10 +121,10 @@ def group_seeds(runs: list[Run]) -> list[list[Run]]:
 
 
 def clashes(first: Run, second: Run) -> dict[str, tuple[str, str]]:
-    """What keeps two runs from being seeds of one method: name to the two values."""
+    """The differences that keep two runs from being seeds of one method: name to the two values."""
     found: dict[str, tuple[str, str]] = {}
     one, two = first.traits(), second.traits()
-    # what is known of one alone is no clash, but conditions that only one names (a chat template) are
+    # a property known of one run only is no difference, but a condition that only one has (a chat template) is
     for name in {**one, **two}:
         optional = name not in {**first.shared, **second.shared}
         if one.get(name) != two.get(name) and not (optional and None in (one.get(name), two.get(name))):

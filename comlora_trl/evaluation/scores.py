@@ -12,7 +12,7 @@ from comlora_trl.winner.folder import weights_sha256
 
 
 def put_on_card(adapter: str, arguments: list[str]) -> tuple[Path, list[Score]]:
-    """Writes what was measured of an adapter's weights on its card.
+    """Writes the scores of an adapter's weights on its card.
 
     Args:
         adapter: its folder.

@@ -1,4 +1,4 @@
-"""What the task files in lm_eval_tasks/ refer to besides their class: their data, their scoring, their aggregation.
+"""Functions that the task files in lm_eval_tasks/ name: their data, their scoring, their aggregation.
 
 lm_eval calls a loader with the task's metadata (the file's own, `--model_args` and `--metadata` merged) and its
 `dataset_kwargs`. A loader gives documents {instruction, output, answer, ...}, the source's rows; the task's class
@@ -111,7 +111,7 @@ DialogueItem = tuple[int, int, str, str]
 
 
 def collect_dialogue(doc: Doc, results: Sequence[str]) -> dict[str, DialogueItem]:
-    """What the corpus metrics need of one document: (index, group, reply, reference)."""
+    """One document for the corpus metrics: (index, group, reply, reference)."""
     return _dialogue_item(doc, convai2.cut_reply(results[0]))
 
 
@@ -192,7 +192,7 @@ def _keyword_doc(row: Doc, task: str) -> Doc:
 
 
 def _dataset(docs: list[Doc], metadata: dict[str, Any]) -> "DatasetDict":
-    """Documents as lm_eval takes them; a misspelt key of ours must not pass for the default."""
+    """Documents as lm_eval takes them. A misspelt metadata key is refused; the default would hide it."""
     from datasets import Dataset, DatasetDict
 
     unknown = [key for key in metadata if key.startswith("comlora_") and key not in METADATA_KEYS]
@@ -201,7 +201,7 @@ def _dataset(docs: list[Doc], metadata: dict[str, Any]) -> "DatasetDict":
     return DatasetDict(test=Dataset.from_list(docs))
 
 
-# Tasks are loaded twice, once to find trouble before the model is loaded: the rows are kept, by the file's state
+# Tasks are loaded twice, once to check the data before the model is loaded: the rows are cached by the file's state
 
 
 def _commonsense_rows(task: str, data_dir: str | None) -> list[Doc]:

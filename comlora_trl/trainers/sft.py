@@ -13,13 +13,13 @@ from trl.trainer.utils import get_config_model_id
 from comlora_trl.branches.views import BranchView
 from comlora_trl.training.arguments import check_trainer_arguments, use_plain_checkpointing, warn_of_newer_trl
 from comlora_trl.training.attach import Attachment
+from comlora_trl.training.competition import ROWS_PER_LINE
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.data_checks import check_columns, check_prepared
 from comlora_trl.training.export import check_target, check_writable
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import CompetitionOutput
 from comlora_trl.training.own_loss import UndecidedView
-from comlora_trl.training.step import ROWS_PER_LINE
 from comlora_trl.training.trainer import CompetingTrainer
 
 

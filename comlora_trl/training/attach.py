@@ -188,6 +188,7 @@ class Attachment:
             config = copy.copy(config)
             # As get_peft_model does: an adapter names the base that it is on
             config.base_model_name_or_path = base.name_or_path or config.base_model_name_or_path
+        base.disable_input_require_grads()  # TRL's, for reentrant checkpointing of its own adapter
         _keep_differentiable(base)
         device = base.get_input_embeddings().weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -279,8 +280,8 @@ def _check_head(model: ComLoRAModel) -> None:
         )
     if isinstance(head, BaseTunerLayer):
         raise ValueError(
-            f"target_modules adapts the LM head of {kind}, whose weight TRL's loss reads past the adapter, so that it "
-            "would never train: remove it from target_modules."
+            f"an adapter on the LM head of {kind} would never train, for TRL's loss reads the head's weight past it. "
+            "Remove `'lm_head'` from your `target_modules`."
         )
 
 

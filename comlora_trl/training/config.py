@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
+from comlora_trl.branches.passes import LENGTHS
 from comlora_trl.competition import ANNEALING_SCHEDULES, EQUATION_SIGNS, CompetitionSettings
 from comlora_trl.competition.rungs import ROWS, default_rates, default_rungs, parse_rungs
 from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
@@ -127,6 +128,16 @@ class CompetitionConfig:
             "memory, more time, and gives the same gradients."
         },
     )
+    comlora_graphs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed: the same loss and "
+            "gradients to rounding, a step several times as fast for small models. None means where they can be, on "
+            "one GPU; each shape is compared with the layers as they are before it is used. Batches are then padded "
+            "to multiples of 64 tokens, unless pad_to_multiple_of is given, and torch_compile=True means the same. "
+            "True also asks for it over several processes. False turns it off."
+        },
+    )
     comlora_equation_signs: str = field(
         default="as_described",
         metadata={
@@ -149,7 +160,7 @@ class CompetitionConfig:
     comlora_rungs: str | None = field(
         default=None,
         metadata={
-            "help": "Points of training at which the field shrinks, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
+            "help": "Points of training at which branches are retired, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
             "best 2 go on after a tenth of the steps, the best one after a quarter. None: all go on to the end."
         },
     )
@@ -180,8 +191,15 @@ class CompetitionConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.torch_compile and self.torch_compile_backend is None and self.torch_compile_mode is None:
+            # The same by another name; the whole model compiled takes minutes, for less
+            self.torch_compile = not takes_graphs(self)
+        lengths_are_free = self.pad_to_multiple_of == "auto"
         with settled_without_gpu(self):
             super().__post_init__()
+        if lengths_are_free and takes_graphs(self):
+            packs = self.packing or self.padding_free
+            self.pad_to_multiple_of = self.pad_to_multiple_of if packs else LENGTHS
         self._fill_in()
         check_config(self)
 
@@ -438,6 +456,11 @@ def settled_without_gpu(args: "CompetitionConfig") -> Iterator[None]:
     yield
     if settle:
         logger.warning(f"no GPU is found: training on the CPU, in {'bfloat16' if args.bf16 else 'float32'}.")
+
+
+def takes_graphs(args: "CompetitionConfig") -> bool:
+    """Whether a run's decoder layers are to be compiled and replayed as CUDA graphs, if they can be."""
+    return args.comlora_graphs is not False and not args.use_cpu and torch.cuda.is_available()
 
 
 def check_config(args: "CompetitionConfig") -> None:

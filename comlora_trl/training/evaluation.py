@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from comlora_trl import compat
 from comlora_trl.competition import ValidationTally
-from comlora_trl.training.competition import Competition
-from comlora_trl.training.step import ROWS_PER_LINE
+from comlora_trl.training.competition import ROWS_PER_LINE, Competition
 
 
 class Measured(NamedTuple):
@@ -94,7 +93,8 @@ def validate(
         for dataset in datasets:
             loader = trainer.get_eval_dataloader(dataset)  # its columns and its collator, not its batches
             readable = dataset if isinstance(dataset, IterableDataset) else loader.dataset
-            size = trainer.args.per_device_eval_batch_size
+            # As many rows as a training step has, which needs more memory: the same sums in fewer, fuller launches
+            size = max(trainer.args.per_device_eval_batch_size, trainer.args.per_device_train_batch_size)
             batches = own_batches(readable, size, accelerator.process_index, accelerator.num_processes)
             hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
             for examples, count in tqdm(batches, desc="selection", leave=False, disable=hidden):

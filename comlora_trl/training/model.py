@@ -19,8 +19,8 @@ from torch.compiler import is_compiling
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import PreTrainedModel
 
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel, BranchOutput, branch_name
-from comlora_trl.branches.rows import Rows
 from comlora_trl.competition import CompetitionSettings, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
 from comlora_trl.training.checkpoints import SELECTOR_FILE

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comlora_trl import compat
 from comlora_trl.branches.views import BranchView, BranchViews, branch_losses, tensors_of
@@ -52,11 +52,11 @@ class OwnLosses:
         return model.selector is None or model.k == 1
 
     @contextmanager
-    def in_place_of(self, own: Callable) -> Iterator[None]:
-        """Within the block the trainer's `compute_loss`, where it is not `own`, is called as [`step_loss`] does."""
+    def in_place(self) -> Iterator[None]:
+        """Within the block the trainer's `compute_loss`, which is the user's, is called as [`step_loss`] does."""
         trainer = self.trainer
         users, given = trainer.compute_loss, "compute_loss" in trainer.__dict__
-        if getattr(users, "__func__", None) is own or not self.possible:
+        if not self.possible:
             yield
             return
         trainer.compute_loss = partial(self.step_loss, users)
@@ -86,15 +86,15 @@ class OwnLosses:
 
     def _kept(self) -> Callable[[], None]:
         """Puts back what `super().compute_loss` has counted of a micro-batch, when called."""
-        trainer, tokens = self.trainer, self.trainer._total_train_tokens
-        metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+        trainer, tokens = self.trainer, compat.train_tokens(self.trainer)
+        metrics = {name: list(values) for name, values in compat.train_metrics(trainer).items()}
         restore_step = self.competition.savepoint()
 
         def restore() -> None:
             restore_step()
-            trainer._total_train_tokens = tokens
-            trainer._metrics["train"].clear()
-            trainer._metrics["train"].update(metrics)
+            compat.set_train_tokens(trainer, tokens)
+            compat.train_metrics(trainer).clear()
+            compat.train_metrics(trainer).update(metrics)
 
         return restore
 
@@ -111,12 +111,12 @@ class OwnLosses:
         trainer, competition = self.trainer, self.competition
         plan, inputs = competition.plan, dict(inputs)
         owners, rows_per_line = competition.deal_of(inputs)
-        seen, outputs = trainer._total_train_tokens, []
+        seen, outputs = compat.train_tokens(trainer), []
 
         def loss_of(view: BranchView) -> Tensor:
             items = num_items_in_batch
             if owners is None:
-                trainer._total_train_tokens = seen  # TRL counts the batch for each branch
+                compat.set_train_tokens(trainer, seen)  # TRL counts the batch for each branch
             elif items is not None:
                 items = plan.branch_tokens[view.branch].clamp(min=1)
             given = {"return_outputs": True} if return_outputs and not outputs else {}
@@ -137,27 +137,11 @@ class OwnLosses:
         return (loss, outputs[0]) if return_outputs else loss
 
 
-@contextmanager
-def refusing_lone_gradients(competition: Competition) -> Iterator[None]:
-    """While a training runs, ends a backward pass that would train the active branch alone.
+def refuse_lone_gradients(competition: Competition, output: Any) -> None:
+    """Ends a backward pass from these outputs of an ordinary forward, if it would train the active branch alone.
 
     Such a loss was computed from `trainer.model(...)`, past the model that `compute_loss` is given.
     """
-    model = competition.model
-
-    def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        one_branch = "branch_pass" not in kwargs and "view_pass" not in kwargs
-        if one_branch and torch.is_grad_enabled() and len(competition.state.living) > 1:
-            _refuse_gradients(competition, output)
-
-    hook = model.register_forward_hook(watch, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _refuse_gradients(competition: Competition, output: Any) -> None:
     model, active = competition.model, competition.model.active_adapter
     if active not in model.branch_names or model.is_switched_off:
         return

@@ -21,10 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
+from comlora_trl import compat
 from comlora_trl.branches.views import BranchView, BranchViews, branch_losses
 from comlora_trl.competition.rungs import dealt_to
 from comlora_trl.training.arguments import check_trainer_arguments, use_plain_checkpointing, warn_of_newer_trl
 from comlora_trl.training.attach import Attachment
+from comlora_trl.training.competition import Counted
 from comlora_trl.training.config import IndependentConfig
 from comlora_trl.training.data_checks import check_prepared, check_text_only
 from comlora_trl.training.evaluation import Measured
@@ -32,7 +34,6 @@ from comlora_trl.training.export import check_target, check_writable
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import BranchPass, ComLoRAModel
 from comlora_trl.training.own_loss import OwnLosses, UndecidedView
-from comlora_trl.training.step import Counted
 from comlora_trl.training.trainer import CompetingTrainer
 
 # TRL's names of the adapter that it trains, and of that adapter's copy that stays as it was
@@ -71,7 +72,7 @@ class PreferenceLosses(OwnLosses):
         plan, place = competition.plan, competition.plan.used
         owners, _ = competition.deal_of(inputs)
         inputs = trainer.with_reference(inputs)
-        seen, outputs, metrics = trainer._total_train_tokens, [], {}
+        seen, outputs, metrics = compat.train_tokens(trainer), [], {}
         lines = {branch: trainer.count(inputs).lines for branch in competition.state.living}
         if owners is not None:
             lines = {branch: owners.count(branch) for branch in competition.state.living}
@@ -79,7 +80,7 @@ class PreferenceLosses(OwnLosses):
         def loss_of(view: BranchView) -> Tensor:
             branch = view.branch
             if owners is None:
-                trainer._total_train_tokens = seen  # TRL counts the batch for each branch
+                compat.set_train_tokens(trainer, seen)  # TRL counts the batch for each branch
             given = {"return_outputs": True} if return_outputs and not outputs else {}
             with trainer.as_branch(branch) as found:
                 loss = compute_loss(view, view.inputs, **given, num_items_in_batch=num_items_in_batch)
@@ -121,15 +122,15 @@ class PreferenceLosses(OwnLosses):
         """Keeps the leader's metrics as the run's, and each branch's reward accuracy beside them."""
         trainer, leader = self.trainer, self.competition.state.leader
         if lonely:
-            metrics, tokens = _over_processes(metrics, lines, trainer._total_train_tokens - seen)
-            trainer._total_train_tokens = seen + tokens
-        kept, (own, metric) = trainer._metrics["train"], trainer.branch_metric
+            metrics, tokens = _over_processes(metrics, lines, compat.train_tokens(trainer) - seen)
+            compat.set_train_tokens(trainer, seen + tokens)
+        kept, (own, metric) = compat.train_metrics(trainer), trainer.branch_metric
         for name, values in metrics.get(leader, {}).items():
             kept[name] += values
         for branch, found in metrics.items():
             if values := found.get(metric):  # TRL takes the mean of every list
                 kept[f"comlora/{own}_{branch}"] += values
-        kept["num_tokens"] = [trainer._total_train_tokens]
+        kept["num_tokens"] = [compat.train_tokens(trainer)]
 
 
 def _over_processes(metrics: dict[int, dict], lines: dict[int, int], tokens: int) -> tuple[dict[int, dict], int]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from comlora_trl.branches.expansion import SEPARATELY
+from comlora_trl.branches.passes import SEPARATELY
 from comlora_trl.competition import CompetitionState
 from comlora_trl.competition.rungs import Rung, early_remark, edge_remark
 from comlora_trl.training.model import ComLoRAModel

@@ -29,12 +29,11 @@ from trl.trainer.utils import get_config_model_id
 from comlora_trl.branches import kernels
 from comlora_trl.branches.model import branch_name
 from comlora_trl.competition import ValidationTally
-from comlora_trl.competition.rungs import cost
 from comlora_trl.training import sharding
 from comlora_trl.training.arguments import check_parallelism
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
-from comlora_trl.training.competition import Competition
+from comlora_trl.training.competition import Competition, Counted, LineCollator, supervised_tokens
 from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.evaluation import Measured, selection_metrics, validate
 from comlora_trl.training.export import (
@@ -46,6 +45,7 @@ from comlora_trl.training.export import (
     save_branch,
     write_snapshots,
 )
+from comlora_trl.training.graphing import padding_line, settle_graphs
 from comlora_trl.training.model import BranchPass, ComLoRAModel
 from comlora_trl.training.optimizers import (
     BranchRates,
@@ -54,9 +54,8 @@ from comlora_trl.training.optimizers import (
     forget_state,
     has_evaluation_weights,
 )
-from comlora_trl.training.own_loss import OwnLosses, refusing_lone_gradients
+from comlora_trl.training.own_loss import OwnLosses, refuse_lone_gradients
 from comlora_trl.training.report import competition_summary, print_rung, print_table, start_line, tournament_line
-from comlora_trl.training.step import Counted, LineCollator, supervised_tokens
 from comlora_trl.training.trial import try_branches
 from comlora_trl.winner.card import CARD_FILE, card
 from comlora_trl.winner.files import settings_of, training_record, write_training_record, write_winner_files
@@ -102,6 +101,7 @@ class CompetingTrainer:
         try_branches(model, self.data_collator, self.accelerator, packed, router_loss)
         if args.comlora_rows == "shared" and packed:
             self.data_collator = LineCollator(self.data_collator)
+        self._without_graphs = settle_graphs(model, args, self.accelerator)
         # The loss is normalised over the whole step, whatever the base model says about its own
         self.model_accepts_loss_kwargs = True
         self.competition = Competition(
@@ -155,10 +155,14 @@ class CompetingTrainer:
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
         self.accelerator.print(start_line(model, path, self.args.comlora_branch_chunk, by_module))
+        for line in (self._without_graphs, padding_line(self.args, self.train_dataset)):
+            if line is not None:
+                self.accelerator.print(line)
+        watched = model.register_forward_hook(_Watch(self.competition), with_kwargs=True)
         try:
-            with refusing_lone_gradients(self.competition):
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            watched.remove()
             self.retired_files.wait()
 
     def _reset(self) -> None:
@@ -175,6 +179,9 @@ class CompetingTrainer:
 
     def begin_competition(self) -> None:
         """Begins a competition, or goes on with that of the checkpoint; again when a smaller batch is tried."""
+        graphs = self.comlora_model.competing.graphs
+        if graphs is not None:
+            graphs.forget_more_than(0)  # a smaller batch is tried where the memory was too little
         competition = self.competition
         competition.begin(self.state.max_steps, self.state.global_step)
         self._decided = self._unlogged = False
@@ -229,7 +236,8 @@ class CompetingTrainer:
             sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
         self._in_step = True
         try:
-            with self.own_losses.in_place_of(type(self)._competing_loss):
+            own = getattr(self.compute_loss, "__func__", None) is type(self)._competing_loss
+            with nullcontext() if own else self.own_losses.in_place():
                 loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
@@ -269,7 +277,7 @@ class CompetingTrainer:
         if self._flos_per_token is None:
             self._flos_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
         shared = plan is not None and plan.owners is not None
-        return int(self._flos_per_token * cost(tokens, len(self.competition.state.living), shared))
+        return int(self._flos_per_token * tokens * (1 if shared else len(self.competition.state.living)))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
@@ -632,6 +640,24 @@ class CompetingTrainer:
         write_training_record(folder, leader.record)
 
 
+class _Watch:
+    """A forward hook for the time of a training, in which no loss may train the active branch alone.
+
+    Copies and pickles of the model are models of their own, and have no competition.
+    """
+
+    def __init__(self, competition: Competition | None = None) -> None:
+        self.competition = competition
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Watch, ()
+
+    def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        one_branch = self.competition is not None and "branch_pass" not in kwargs and "view_pass" not in kwargs
+        if one_branch and torch.is_grad_enabled() and len(self.competition.state.living) > 1:
+            refuse_lone_gradients(self.competition, output)
+
+
 class CompetitionCallback(TrainerCallback):
     """When the competition acts within the Trainer's loop, by the Trainer's own events.
 
@@ -650,7 +676,8 @@ class CompetitionCallback(TrainerCallback):
             self.trainer.end_step()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.rates.note()
+        if self.trainer.competition.state.rates is not None:
+            self.trainer.rates.note()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         known = self.trainer.competition.state.selection

@@ -9,10 +9,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.nn.utils.rnn import pad_sequence
 
-from comlora_trl.branches.expansion import SEPARATELY
-from comlora_trl.branches.trial import first_line, settle_expansion
+from comlora_trl.branches.passes import SEPARATELY
+from comlora_trl.branches.trial import first_line, ignores_padding, settle_expansion
+from comlora_trl.training.competition import ROWS_PER_LINE
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.step import ROWS_PER_LINE
 
 logger = get_logger(__name__)
 
@@ -44,6 +44,8 @@ def try_branches(
         logger.warning(f"ZeRO-3 partitions the weights: {_UNTRIED.format(model.expansion.place)}")
         return model.expansion.place
     found: list[Any] = [model.expansion.place, None, None]
+    # By a process for itself: elsewhere the mask stays
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cuda" and not router_loss
     if accelerator.is_main_process:
         if any(parameter.is_meta for parameter in model.parameters()):
             logger.warning(f"the weights are not loaded yet: {_UNTRIED.format(model.expansion.place)}")
@@ -52,6 +54,7 @@ def try_branches(
             try:
                 found[0] = settle_expansion(model, batches)
                 found[1] = model.expansion.batched
+                model.expansion.ignores_padding = alone and ignores_padding(model, batches)
             except ValueError as error:
                 found[2] = _with_its_cause(error, model, batches) if router_loss else error
     if accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""What an exported winner's folder carries besides PEFT's files, and what it tells.
+"""The files of an exported winner besides PEFT's own: writes and reads them.
 
-Training writes it and evaluation reads it, so it lies below both; nothing here imports torch.
+Training writes them and evaluation reads them. Nothing here imports torch.
 """

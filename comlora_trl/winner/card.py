@@ -1,4 +1,4 @@
-"""A winner's model card (`README.md`), of what is known of the adapter and, once scored, lm_eval's results.
+"""The model card (`README.md`) of a winner, from its records and from lm_eval's results.
 
 Every command in it works as it stands, beside the adapter's folder or with its hub id.
 """
@@ -46,7 +46,7 @@ def write_card(folder: str | Path, scores: Sequence[Score] = (), place: str | No
 
     Args:
         folder: the adapter's folder.
-        scores: what was measured of exactly these weights.
+        scores: of exactly these weights.
         place: the folder's name once it is where it will be.
 
     Returns:
@@ -67,9 +67,9 @@ def card(
     """The text of a model card.
 
     Args:
-        adapter: what is known of the adapter.
+        adapter: its records.
         place: where others find it: its folder's name, or its hub id.
-        scores: what was measured of exactly these weights.
+        scores: of exactly these weights.
         title: the heading; the method's name by default.
         tags: further tags on the hub.
     """
@@ -88,7 +88,7 @@ def card(
 
 
 def _metadata(adapter: Adapter, method: str, scores: Sequence[Score], tags: Iterable[str]) -> dict[str, Any]:
-    """The card's YAML head, as the hub reads it. A base that is no hub id is left out, for the hub refuses it."""
+    """The card's YAML head, as the hub reads it. A base that is no hub id is left out, because the hub refuses it."""
     data: dict[str, Any] = {}
     if _is_hub_id(adapter.base):
         data["base_model"] = adapter.base

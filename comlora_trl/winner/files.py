@@ -1,4 +1,4 @@
-"""What an exported winner carries besides PEFT's files, so that others can use it without asking how it was made.
+"""Writes the files of an exported winner besides PEFT's own, so that others can use it and know how it was made.
 
 - `training.json`: base model and revision, tokenizer, prompt template, data, settings, seed; the evaluation reads it.
 - `lm_eval.yaml`: `lm_eval run --config winner/lm_eval.yaml` needs neither our hook nor any other argument.
@@ -16,22 +16,22 @@ from typing import Any
 
 import yaml
 
-from comlora_trl import __version__
 from comlora_trl.data.files import tasks_folder
 from comlora_trl.data.prompts import check_template
 from comlora_trl.demo import DEMO_BASE, base_name, resolve_base
+from comlora_trl.version import __version__
 from comlora_trl.winner.card import write_card
 from comlora_trl.winner.folder import TOKENIZER_FILES, TRAINING_FILE, Adapter, demo_base_sha256, read_json, tasks_for
 
 logger = logging.getLogger(__name__)
 
 LM_EVAL_FILE = "lm_eval.yaml"
-# Settings of TRL's that decide what comes out, in the order in which the card shows them
+# TRL's settings that influence the result, in the card's order
 _TOLD = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_length", "packing", "bf16"),
 )
-# What is no setting of the method, or stands elsewhere in the record
+# Fields that are no setting of the method, or that the record has elsewhere
 _NOT_TOLD = ("comlora_winner_dir", "comlora_overwrite_winner", "comlora_prompt")
 _PACKAGES = ("trl", "peft", "transformers", "torch")
 
@@ -46,14 +46,14 @@ def training_record(
     settings: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """What `training.json` holds: the arguments, and the versions of the packages.
+    """The content of `training.json`: the arguments, and the versions of the packages.
 
     Args:
         base: the base model's hub id or folder, as it was loaded; empty if it has no name.
         base_revision: its revision on the hub.
         tokenizer: the tokenizer's name, where it is not saved beside the adapter and not the base's.
         prompt_template: the template of the training prompts; None for data that had its own (TRL's formats).
-        data: what was trained on: a preset's name, a hub id or a path.
+        data: the training data: a preset's name, a hub id or a path.
         settings: further settings under their flags' names, see [`settings_of`].
         seed: the run's seed.
 
@@ -81,7 +81,7 @@ def training_record(
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # beside an evaluation alone there is no trl
+        with suppress(PackageNotFoundError):  # an installation for evaluation alone has no trl
             found[name] = version(name)
     return found
 
@@ -115,7 +115,7 @@ def write_winner_files(folder: str | Path, *, target: str | Path, record: dict[s
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """The settings of a run worth telling, from its training arguments: ours, and the optimization's.
+    """The settings that the record shows, from the training arguments: this package's and the optimizer's.
 
     Args:
         args: a dataclass of TRL's or ours (`ComLoRAConfig`).
@@ -138,7 +138,7 @@ def _draw_competition(folder: Path) -> None:
         draw(folder)
     except (ImportError, ValueError):
         return
-    except Exception as error:  # whatever goes wrong in drawing, the winner is worth more
+    except Exception as error:  # an error in drawing must not lose the winner
         logger.warning(f"no picture of the competition ({type(error).__name__}: {error})")
 
 

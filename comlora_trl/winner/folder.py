@@ -1,7 +1,7 @@
-"""What the folder of an adapter tells: its weights' hash, how it was made, what scores it.
+"""Reads the folder of an adapter: its weights' hash, its training record, the tasks that score it.
 
-`training.json`, which the export of a winner writes ([`comlora_trl.winner.files`]), tells most; an adapter of another
-origin has only `adapter_config.json`.
+`training.json`, which the export of a winner writes ([`comlora_trl.winner.files`]), has most of it; other adapters
+have only `adapter_config.json`.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def demo_base_sha256() -> str:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is known of an adapter.
+    """The records of an adapter.
 
     Attributes:
         config: its `adapter_config.json`.
@@ -146,7 +146,7 @@ def method_name(rank: int, k: int | None, settings: dict[str, Any]) -> str:
 
 
 def _variant(settings: dict[str, Any], k: int, selector: bool) -> list[str]:
-    """What sets a competition apart from the paper's default."""
+    """The differences of a competition from the paper's default."""
     if settings.get("comlora_tournament"):
         return ["tournament"]
     if not selector:

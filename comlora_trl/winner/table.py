@@ -17,7 +17,7 @@ def _columns(measured: list[str]) -> tuple[tuple[str, str, str], ...]:
 
 
 def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: the branch, the columns that have something to say, and what became of the branch.
+    """Headings and cells: the branch, the columns with different values, and the branch's end.
 
     Args:
         summary: the content of `competition.json`.

@@ -15,21 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from study_arms import SHARE, SIZES, TIMED, TUNED, Arm, all_arms
-from study_pool import Job, Pool, shared_gpu
 from study_questions import print_report
 from study_report import read_results
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "tools" / "demo"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "demo")]
 from demo_facts import shuffled_world  # noqa: E402
 from make_demo_data import make_splits  # noqa: E402
+
+from studies.common.pool import Job, Pool, shared_gpu  # noqa: E402
 
 VALIDATION, TEST = 25, 150  # rows of each task
 
@@ -92,7 +93,13 @@ def train(jobs: list[Job], alone: list[Job], arguments: argparse.Namespace) -> i
         about, workers = describe_run(arguments.workers, precision) | {"mps": bool(environment)}, arguments.workers
         pool = Pool(command, arguments.results, about, min(workers, len(jobs)), deadline, environment=environment)
         write_data([*alone, *jobs], Path(folder))
-        return single.run(alone) + pool.run(jobs)
+        return single.run(supplier(alone)) + pool.run(supplier(jobs))
+
+
+def supplier(jobs: list[Job]) -> Callable[[], Job | None]:
+    """Gives the jobs one by one, then None."""
+    waiting = iter(jobs)
+    return lambda: next(waiting, None)
 
 
 def precision_of(arguments: argparse.Namespace) -> str:

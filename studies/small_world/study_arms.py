@@ -3,8 +3,8 @@
 A unit of cost is one LoRA's usual training: `UNIT` row passes (one row through one branch, forward and backward).
 
 Branches that all see every row, without a selector, do not know of each other: each is the LoRA that training it alone
-gives, and a branch that retires changes nothing for the others (the package's tests show both). So a *field* of many
-branches trains many arms at once; `study_derived.py` says which.
+gives, and a branch that retires changes nothing for the others (the package's tests show both). So a *joint* run of
+many branches trains many arms at once; `study_derived.py` says which.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 from comlora_trl.competition.rungs import Rung, parse_rungs
 
 RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
-EIGHT_RATES = (*RATES, 5e-4, 2e-3, 8e-3, 3.2e-2)  # the four first: they are branches 0 to 3 of the first field
+EIGHT_RATES = (*RATES, 5e-4, 2e-3, 8e-3, 3.2e-2)  # the four first: they are branches 0 to 3 of the first joint run
 TUNED = 4e-3  # where branches of one rate compete, and of ComLoRA's ablations
 RANK, ROWS, STEPS = 4, 64, 200
 NARROW, NARROW_STEPS = 16, 2 * STEPS  # small batches, which shared rows thin out
@@ -88,9 +88,9 @@ def with_rates(rates: Iterable[float], **more: Any) -> dict[str, Any]:
     return {"comlora_k": len(rates), "comlora_branch_learning_rates": rates, **alone, **more}
 
 
-def field_of(name: str, rates: Iterable[float], **more: Any) -> Arm:
+def joint(name: str, rates: Iterable[float], **more: Any) -> Arm:
     """Independent branches, one a rate, measured at every rung."""
-    return Arm(f"field {name}", with_rates(rates), watch=RUNG_SHARES, **more)
+    return Arm(f"joint {name}", with_rates(rates), watch=RUNG_SHARES, **more)
 
 
 def comlora(k: int, rate: float, name: str = "", priority: int = 3, **fields: Any) -> Arm:
@@ -116,16 +116,16 @@ def tournament_name(k: int, rungs: str, sharing: str, by: str, note: str = "") -
     return f"tournament K{k} {rungs} {sharing} rows{note} by {by}"
 
 
-def fields_of_branches() -> list[Arm]:
-    """The fields: all rates, twice the steps, a larger rank, one rate, four times the steps, small batches."""
+def joint_runs() -> list[Arm]:
+    """The joint runs: all rates, twice the steps, a larger rank, one rate, four times the steps, small batches."""
     return [
-        field_of("r4", EIGHT_RATES, priority=1),
-        field_of("r4 2x steps", RATES, steps=2 * STEPS, priority=1),
-        field_of("r16", RATES[1:3], rank=4 * RANK, priority=1),
-        field_of(f"r4 all {TUNED:g}", (TUNED,) * 4, priority=2),
-        field_of("r4 4x steps", (TUNED / 2, TUNED), steps=4 * STEPS),
-        field_of("r4 16 rows", RATES, rows=NARROW, steps=NARROW_STEPS),
-        field_of(f"r4 2x steps all {TUNED:g}", (TUNED,) * 4, steps=2 * STEPS),
+        joint("r4", EIGHT_RATES, priority=1),
+        joint("r4 2x steps", RATES, steps=2 * STEPS, priority=1),
+        joint("r16", RATES[1:3], rank=4 * RANK, priority=1),
+        joint(f"r4 all {TUNED:g}", (TUNED,) * 4, priority=2),
+        joint("r4 4x steps", (TUNED / 2, TUNED), steps=4 * STEPS),
+        joint("r4 16 rows", RATES, rows=NARROW, steps=NARROW_STEPS),
+        joint(f"r4 2x steps all {TUNED:g}", (TUNED,) * 4, steps=2 * STEPS),
     ]
 
 
@@ -141,7 +141,7 @@ def comlora_arms(tuned: float) -> list[Arm]:
 
 
 def tournament_arms() -> list[Arm]:
-    """Tournaments that no field contains, on shared rows and with the selector; two runs to check the fields."""
+    """Tournaments on shared rows and with the selector, which no joint run contains, and two runs as a check."""
     narrow = {"rows": NARROW, "steps": NARROW_STEPS}
     first = [tournament(rungs, by=by, priority=1) for rungs in (EARLY, MIDDLE) for by in CRITERIA]
     eight = {"rates": sorted(EIGHT_RATES), "priority": 2}
@@ -168,4 +168,4 @@ TIMED = (
 
 def all_arms(tuned: float = TUNED) -> list[Arm]:
     """Every arm that is trained."""
-    return [BASE, *fields_of_branches(), *comlora_arms(tuned), *tournament_arms()]
+    return [BASE, *joint_runs(), *comlora_arms(tuned), *tournament_arms()]

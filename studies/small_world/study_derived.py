@@ -1,4 +1,4 @@
-"""What the study reads off fields of independent branches: one LoRA, grids, several seeds, all-rows tournaments."""
+"""Arms that are read off joint runs of independent branches: one LoRA, grids, several seeds, all-rows tournaments."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from study_arms import (
     TUNED,
     Arm,
     branch_steps,
-    fields_of_branches,
+    joint_runs,
     tournament_name,
 )
 
@@ -25,10 +25,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Derived:
-    """An arm read off a field's run.
+    """An arm read off a joint run.
 
     Attributes:
-        field: the trained arm.
+        joint: the trained arm.
         branches: those that take part; one of them is a LoRA by itself, several are a grid or a tournament.
         by: `nll` (lowest), `accuracy` (highest token accuracy), or `mean` of the branches' test accuracies: a guess.
             A branch that diverged counts as 0%.
@@ -36,7 +36,7 @@ class Derived:
     """
 
     name: str
-    field: Arm
+    joint: Arm
     branches: tuple[int, ...]
     by: str = "nll"
     rungs: str | None = None
@@ -45,13 +45,13 @@ class Derived:
     def row_passes(self) -> int:
         """What it would have cost by itself."""
         k = 1 if self.by == "mean" else len(self.branches)
-        return self.field.rows * branch_steps(self.field.steps, k, self.rungs)
+        return self.joint.rows * branch_steps(self.joint.steps, k, self.rungs)
 
     def chosen(self, row: Row) -> int:
-        """The branch that wins in a result line of the field."""
+        """The branch that wins in a result line of the joint run."""
         living = list(self.branches)
         for rung in self.own_rungs:
-            values = row["watched"][str(rung.step(self.field.steps))][self.by]
+            values = row["watched"][str(rung.step(self.joint.steps))][self.by]
             gone = retired_at(rung, [values[branch] for branch in living], self._highest)
             living = [branch for place, branch in enumerate(living) if place not in gone]
         end = [row["branches"].get(str(branch), {}).get(self.by) for branch in living]
@@ -60,8 +60,8 @@ class Derived:
         return next(branch for place, branch in enumerate(living) if place not in gone)
 
     def result(self, row: Row) -> Row:
-        """Test accuracy (of the chosen branch, or the mean), its rate, and cost, of one result line of the field."""
-        rates = self.field.fields["comlora_branch_learning_rates"]
+        """Test accuracy (of the chosen branch, or the mean), rate and cost, from one result line of the joint run."""
+        rates = self.joint.fields["comlora_branch_learning_rates"]
         tests = {branch: row["branches"].get(str(branch), {}).get("test", 0.0) for branch in self.branches}
         cost = {"row_passes": self.row_passes, "seconds": None}
         if self.by == "mean":
@@ -71,7 +71,7 @@ class Derived:
 
     @property
     def own_rungs(self) -> tuple[Rung, ...]:
-        """Its rungs, which the field has been measured at; none for a grid."""
+        """Its rungs, which the joint run has been measured at; none for a grid."""
         return parse_rungs(self.rungs, len(self.branches))
 
     @property
@@ -81,13 +81,13 @@ class Derived:
 
 def derived_arms() -> list[Derived]:
     """All of them: single LoRAs, grids and seeds, tournaments on all rows."""
-    usual, double, wide, same, long, narrow, double_same = fields_of_branches()
+    usual, double, wide, same, long, narrow, double_same = joint_runs()
     four, eight = tuple(range(4)), tuple(sorted(range(8), key=lambda branch: EIGHT_RATES[branch]))
     arms = [Derived(f"LoRA r4 {EIGHT_RATES[branch]:g}", usual, (branch,)) for branch in eight]
     arms += [Derived("LoRA r4, rate guessed among the four", usual, four, "mean")]
-    for field, text in ((wide, "LoRA r16 {:g}"), (long, "LoRA r4 {:g} 4x steps"), (double, "LoRA r4 {:g} 2x steps")):
-        rates = field.fields["comlora_branch_learning_rates"]
-        arms += [Derived(text.format(rate), field, (branch,)) for branch, rate in enumerate(rates)]
+    for run, text in ((wide, "LoRA r16 {:g}"), (long, "LoRA r4 {:g} 4x steps"), (double, "LoRA r4 {:g} 2x steps")):
+        rates = run.fields["comlora_branch_learning_rates"]
+        arms += [Derived(text.format(rate), run, (branch,)) for branch, rate in enumerate(rates)]
     for by in CRITERIA:
         arms.append(Derived(f"grid of 4 by {by}", usual, four, by))
         arms.append(Derived(f"grid of 8 by {by}", usual, eight, by))
@@ -112,5 +112,5 @@ def close_rates(low: int) -> str:
     return f" {rates[low]:g} to {rates[low + 3]:g}"
 
 
-def _tournament(field: Arm, branches: tuple[int, ...], rungs: str, by: str, note: str = "") -> Derived:
-    return Derived(tournament_name(len(branches), rungs, "all", by, note), field, branches, by, rungs)
+def _tournament(run: Arm, branches: tuple[int, ...], rungs: str, by: str, note: str = "") -> Derived:
+    return Derived(tournament_name(len(branches), rungs, "all", by, note), run, branches, by, rungs)

@@ -36,7 +36,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def arms_by_seed(results: Iterable[Row], size: str) -> dict[str, dict[int, Row]]:
     """arm -> seed -> {test, rate, row_passes, seconds} of one data size: the derived arms, then the trained ones.
 
-    Fields are told by what is read off them; a later line wins.
+    A joint run is shown by the arms that are read off it; a later line wins.
     """
     runs: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in results:
@@ -44,11 +44,11 @@ def arms_by_seed(results: Iterable[Row], size: str) -> dict[str, dict[int, Row]]
             runs[row["arm"]][row["seed"]] = row
     arms: dict[str, dict[int, Row]] = {}
     for derived in derived_arms():
-        arms[derived.name] = {seed: derived.result(row) for seed, row in sorted(runs[derived.field.name].items())}
-    fields = {derived.field.name for derived in derived_arms()}
+        arms[derived.name] = {seed: derived.result(row) for seed, row in sorted(runs[derived.joint.name].items())}
+    joint = {derived.joint.name for derived in derived_arms()}
     rates = {arm.name: arm.fields.get("comlora_branch_learning_rates") for arm in all_arms()}
     for name, rows in runs.items():
-        if name not in fields:
+        if name not in joint:
             arms[name] = {
                 seed: {**row, "test": row["branches"][str(row["winner"])]["test"], "rate": _rate(row, rates.get(name))}
                 for seed, row in sorted(rows.items())
@@ -97,7 +97,7 @@ def headroom(results: Iterable[Row], size: str) -> str:
     tasks: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in results:
         for arm in singles:
-            if row["size"] == size and row["arm"] == arm.field.name:
+            if row["size"] == size and row["arm"] == arm.joint.name:
                 for task, value in row["branches"].get(str(arm.branches[0]), {"tasks": {}})["tasks"].items():
                     tasks[task][arm.name].append(100 * value)
     names = [arm.name for arm in singles]

@@ -20,9 +20,9 @@ from conftest import collate, make_rows
 from families import FAMILIES, make_family
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from comlora_trl.branches.expansion import SEPARATELY
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel, branch_name
-from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.passes import SEPARATELY
 from comlora_trl.training.adapters import check_model, default_targets
 from comlora_trl.training.trial import try_branches
 

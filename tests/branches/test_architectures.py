@@ -11,7 +11,7 @@ from transformers import CTRLConfig, CTRLLMHeadModel, GraniteMoeConfig, GraniteM
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
-from comlora_trl.branches.expansion import INPUTS, LAYERS, SEPARATELY
+from comlora_trl.branches.passes import INPUTS, LAYERS, SEPARATELY
 from comlora_trl.training.adapters import ProposedTargets, complete_lora_config, default_targets
 
 TOLERANCE = 1e-5

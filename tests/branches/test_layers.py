@@ -10,7 +10,7 @@ from plain_loop import assert_equal, make_comlora, make_noise, step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comlora_trl.branches.layer_groups import LayerGroup
+from comlora_trl.branches.layers import LayerGroup
 from comlora_trl.branches.passes import Pass
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import ComLoRAModel

@@ -8,7 +8,7 @@ from conftest import collate, make_rows
 from plain_loop import assert_equal, make_comlora, make_noise, step
 from torch import Tensor, nn
 
-from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.batches import Rows
 from comlora_trl.compat import at_the_end_of_backward, running_backward
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import ComLoRAModel

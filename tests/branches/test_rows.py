@@ -8,10 +8,10 @@ from conftest import collate, make_rows
 from reference import Row
 from torch import Tensor
 
-from comlora_trl.branches.expansion import expand
-from comlora_trl.branches.rows import Rows
+from comlora_trl.branches.batches import Rows
+from comlora_trl.branches.passes import expand
 from comlora_trl.competition import step_noise
-from comlora_trl.training.step import StepPlan
+from comlora_trl.training.competition import StepPlan
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 

@@ -232,7 +232,7 @@ def test_switches_before_and_between_two_trainings(train):
             if switch:
                 Switching().on_step_begin(None, None, None, trainer.model)
             trainer.train()
-        trainer.restore_retired()
+        trainer.competition.reset()
         return parameters(trainer), {p.requires_grad for b in range(4) for p in trainer.model.branch_parameters(b)}
 
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from comlora_trl.branches.expansion import INPUTS, LAYERS, PLACES, SEPARATELY
+from comlora_trl.branches.passes import INPUTS, LAYERS, PLACES, SEPARATELY
 from comlora_trl.branches.views import BranchViews, branch_losses
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import ComLoRAModel

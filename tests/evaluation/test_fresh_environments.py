@@ -158,3 +158,18 @@ def test_checksums_and_demo_are_installed(environment, elsewhere):
     code = "from comlora_trl.data.files import llm_adapters_checksums as c; from comlora_trl.demo import *;"
     code += "print(len(c()), all(demo_data_path(s).is_file() for s in DEMO_SPLITS), demo_model_path().is_dir())"
     assert environment.run("-P", "-c", code, folder=elsewhere).stdout.split() == ["9", "True", "True"]
+
+
+@in_one_of_them
+def test_an_installation_has_every_command_and_trains_the_embedded_example(environment, tmp_path):
+    programs = Path(environment.python).parent
+    for name in ("sft", "export", "eval", "tables", "plot"):
+        done = environment.run(str(programs / f"comlora-{name}"), "--help", folder=tmp_path)
+        assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
+    steps = ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "3", "--use_cpu"]
+    done = environment.run(str(programs / "comlora-sft"), "--comlora_k", "2", *steps, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "winner" / "adapter_model.safetensors").is_file()
+    export = [str(programs / "comlora-export"), "comlora-output/checkpoint-3", "--branch", "all", "--output", "all"]
+    assert environment.run(*export, folder=tmp_path).returncode == 0
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"branch_0", "branch_1"}

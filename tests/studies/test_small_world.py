@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "studies" / "small_world"
-sys.path.insert(0, str(FOLDER))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1])]
 
 import study_arms  # noqa: E402
 import study_derived  # noqa: E402
-import study_pool  # noqa: E402
 import study_questions  # noqa: E402
 import study_report  # noqa: E402
+
+from studies.common import pool as study_pool  # noqa: E402
 
 _SPEC = importlib.util.spec_from_file_location("small_world_run", FOLDER / "run.py")  # other studies have a run.py too
 study = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(study)
 
-FIELD = study_arms.fields_of_branches()[0]
+JOINT = study_arms.joint_runs()[0]
 
 
 def row(arm: str, seed: int, *branches: tuple[float, float, float], watched: dict | None = None) -> dict:
@@ -39,11 +40,11 @@ def row(arm: str, seed: int, *branches: tuple[float, float, float], watched: dic
     return {"arm": arm, "size": "640", "seed": seed, "winner": 0, "branches": figures, "watched": seen, **about}
 
 
-def field_row(seed: int, *figures: tuple[float, float, float]) -> dict:
-    """A line of the first field, whose figures beyond the given ones are the worst, the same at every rung."""
-    figures = (*figures, *[(9.0, 0.0, 0.0)] * (FIELD.k - len(figures)))
+def joint_row(seed: int, *figures: tuple[float, float, float]) -> dict:
+    """A line of the first joint run, whose figures beyond the given ones are the worst, the same at every rung."""
+    figures = (*figures, *[(9.0, 0.0, 0.0)] * (JOINT.k - len(figures)))
     seen = [(nll, accuracy) for nll, accuracy, _ in figures]
-    return row(FIELD.name, seed, *figures, watched={str(step): seen for step in FIELD.watched_steps})
+    return row(JOINT.name, seed, *figures, watched={str(step): seen for step in JOINT.watched_steps})
 
 
 def test_arms_have_names_of_their_own_and_what_is_derived_names_fields_that_are_measured_at_its_rungs() -> None:
@@ -51,8 +52,8 @@ def test_arms_have_names_of_their_own_and_what_is_derived_names_fields_that_are_
     names = [arm.name for arm in [*arms, *derived]]
     assert len(names) == len(set(names)) and set(study_arms.TIMED) <= set(names)
     for arm in derived:
-        assert arm.field in arms
-        assert {rung.step(arm.field.steps) for rung in arm.own_rungs} <= set(arm.field.watched_steps)
+        assert arm.joint in arms
+        assert {rung.step(arm.joint.steps) for rung in arm.own_rungs} <= set(arm.joint.watched_steps)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_interval_is_students() -> None:
 
 def test_a_grid_is_chosen_by_validation_and_costs_all_its_runs() -> None:
     figures = [(0.4, 0.5, 0.30), (0.2, 0.6, 0.50), (0.3, 0.9, 0.70), (0.5, 0.1, 0.10)]
-    arms = study_report.arms_by_seed([field_row(seed, *figures) for seed in (0, 1)], "640")
+    arms = study_report.arms_by_seed([joint_row(seed, *figures) for seed in (0, 1)], "640")
     assert [arms["grid of 4 by nll"][seed]["test"] for seed in (0, 1)] == [0.5, 0.5]
     assert arms["grid of 4 by accuracy"][0] == {
         "test": 0.7,
@@ -87,8 +88,8 @@ def test_a_grid_is_chosen_by_validation_and_costs_all_its_runs() -> None:
 
 def test_an_all_rows_tournament_retires_by_the_figures_at_its_rungs() -> None:
     end = [(0.4, 0.5, 0.1), (0.1, 0.5, 0.2), (0.3, 0.5, 0.3), (0.2, 0.5, 0.4)]
-    line = field_row(0, *end)
-    early, late = (line["watched"][str(FIELD.watched_steps[place])]["nll"] for place in (0, 1))
+    line = joint_row(0, *end)
+    early, late = (line["watched"][str(JOINT.watched_steps[place])]["nll"] for place in (0, 1))
     early[:4], late[:4] = [0.2, 0.9, 0.8, 0.1], [0.3, 0.0, 0.0, 0.4]  # 0 and 3 go on, then 0
     arms = study_report.arms_by_seed([line], "640")
     tournament = arms[study_arms.tournament_name(4, study_arms.EARLY, "all", "nll")][0]
@@ -106,7 +107,7 @@ def test_every_question_names_arms_and_best_rates_are_those_of_the_best_mean() -
     )
     assert all({arm, baseline} <= names for _, arm, baseline in study_questions.questions())
     figures = [(0.4, 0.5, 0.30), (0.2, 0.6, 0.50), (0.3, 0.9, 0.70), (0.5, 0.1, 0.10)]
-    results = [field_row(seed, *figures) for seed in (0, 1)]
+    results = [joint_row(seed, *figures) for seed in (0, 1)]
     best = study_questions.with_best_rates(study_report.arms_by_seed(results, "640"))["LoRA r4 at its best rate"]
     assert [row["test"] for row in best.values()] == [0.7, 0.7]
     line = (
@@ -116,7 +117,7 @@ def test_every_question_names_arms_and_best_rates_are_those_of_the_best_mean() -
 
 
 def test_differences_are_paired_by_seed() -> None:
-    results = [field_row(seed, *[(0.1, 0.5, 0.1 * seed)] * 4) for seed in (1, 2, 3)]
+    results = [joint_row(seed, *[(0.1, 0.5, 0.1 * seed)] * 4) for seed in (1, 2, 3)]
     results += [row("other", seed, (0.1, 0.5, 0.1 * seed + 0.02)) for seed in (2, 3, 4)]
     line = next(line for line in study_report.table(results, "640").splitlines() if line.startswith("| other"))
     assert "+2.0 ± 0.0" in line and "| 3 | 1.00 |" in line
@@ -130,14 +131,14 @@ def test_finished_runs_are_not_run_again_and_a_dead_worker_costs_one_run(tmp_pat
     # A worker that dies of seed 2
     answer = "import json, sys\nfor line in sys.stdin:\n    job = json.loads(line)\n    assert job['seed'] != 2\n"
     command = [sys.executable, "-c", answer + "    print(line.strip(), flush=True)"]
-    assert study_pool.Pool(command, results, {"commit": "abc"}, workers=1).run(jobs) == 1
+    assert study_pool.Pool(command, results, {"commit": "abc"}, workers=1).run(study.supplier(jobs)) == 1
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(line["seed"], line.get("commit")) for line in lines] == [(1, None), (0, "abc"), (3, "abc")]
 
 
 def test_runs_of_another_precision_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results.jsonl"
-    results.write_text(json.dumps(field_row(0, (0.4, 0.5, 0.3)) | {"precision": "bf16"}) + "\n")
+    results.write_text(json.dumps(joint_row(0, (0.4, 0.5, 0.3)) | {"precision": "bf16"}) + "\n")
     monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(results), "--arms", "base", "--seeds", "1"])
     with pytest.raises(SystemExit, match="has runs in bf16, and arms are compared in one precision: add --bf16, or"):
         study.main()
@@ -147,7 +148,7 @@ def test_a_run_that_outlasts_the_deadline_is_lost(tmp_path: Path) -> None:
     command, jobs = [sys.executable, "-c", "import time; time.sleep(60)"], [{"arm": "a", "size": "640", "seed": 0}] * 3
     begin = time.monotonic()
     pool = study_pool.Pool(command, tmp_path / "r.jsonl", {}, workers=2, deadline=begin + 0.5, grace=0.5)
-    assert pool.run(jobs) == 2 and time.monotonic() - begin < 20
+    assert pool.run(study.supplier(jobs)) == 2 and time.monotonic() - begin < 20
 
 
 def test_processes_share_the_gpu_as_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +177,10 @@ def run(arm: study_arms.Arm, data: str) -> dict:
 @pytest.mark.slow
 def test_a_tournament_read_off_a_field_is_the_tournament(tiny_data: str) -> None:
     rates, small = (1e-4, 1e-1, 1e-3), {"rows": 2, "steps": 4}
-    field = study_arms.Arm("field", study_arms.with_rates(rates), watch=(0.25, 0.5), **small)
-    result = run(field, tiny_data)
+    joint = study_arms.Arm("joint", study_arms.with_rates(rates), watch=(0.25, 0.5), **small)
+    result = run(joint, tiny_data)
     assert set(result["branches"]) == {"0", "1", "2"} and result["row_passes"] == 3 * 2 * 4
-    derived = study_derived.Derived("derived", field, (0, 1, 2), "nll", "0.25:2,0.5:1")
+    derived = study_derived.Derived("derived", joint, (0, 1, 2), "nll", "0.25:2,0.5:1")
     trained = study_arms.tournament("0.25:2,0.5:1", "all", rates, **small)
     real = run(trained, tiny_data)
     assert real["winner"] == derived.chosen(result) and derived.row_passes == trained.row_passes

@@ -8,8 +8,8 @@ from conftest import difference, make_lora, make_model, parameters
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainerCallback
 
+from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel
-from comlora_trl.branches.rows import Rows
 from comlora_trl.training.competition import clip_gradients, gradient_norms
 
 

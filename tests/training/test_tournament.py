@@ -1,4 +1,4 @@
-"""Tournament: each branch is the LoRA run it would be alone, the field shrinks, each shared row goes to one branch."""
+"""Tournament: each branch is the LoRA run it would be alone, rungs retire branches, a shared row goes to one."""
 
 import json
 import math

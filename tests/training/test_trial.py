@@ -8,7 +8,7 @@ from accelerate import Accelerator, DistributedType
 from plain_loop import make_comlora
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from comlora_trl.branches.expansion import INPUTS, LAYERS, SEPARATELY
+from comlora_trl.branches.passes import INPUTS, LAYERS, SEPARATELY
 from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training import trial
 from comlora_trl.training.model import ComLoRAModel

@@ -4,8 +4,12 @@
 PyTorch (the reference, the CPU path and the fallback), `triton_path` the same products as Triton kernels, for CUDA.
 """
 
-from comlora_trl.branches.kernels.branches import branch_delta, branch_linears
-from comlora_trl.branches.kernels.selection import selected_kernels
-from comlora_trl.branches.kernels.stacking import BranchWeights, stack_branches
+from comlora_trl.branches.kernels.branches import (
+    BranchWeights,
+    branch_delta,
+    branch_linears,
+    selected_kernels,
+    stack_branches,
+)
 
 __all__ = ["BranchWeights", "branch_delta", "branch_linears", "selected_kernels", "stack_branches"]

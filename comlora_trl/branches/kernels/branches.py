@@ -1,14 +1,19 @@
-"""Linear layers that read one input, each with K LoRA branches, as one autograd function.
+"""LoRA products of K branches on linear layers that read one input, as one autograd function.
 
 Rows come branch-major: the first M rows belong to branch 0, the next M to branch 1, and so on. Equal shares need no
 routing: the activations are viewed as (K, M, features). Layers that read the same input (q, k and v; gate and up)
 share one product with all their A, one saved input and one gradient for it, into which every product accumulates.
 What is saved for the backward pass is x itself (one reference, no copy) and x Aᵀ, which is r wide.
+
+[`selected_kernels`] says which thin products run where, [`stack_branches`] makes the weights they take.
 """
 
+import importlib.util
+import os
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +21,98 @@ from torch.compiler import is_compiling
 from torch.nn import functional
 
 from comlora_trl import compat
-from comlora_trl.branches.kernels.selection import products
+from comlora_trl.branches.kernels import torch_path
+
+VARIABLE = "COMLORA_KERNELS"
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def selected_kernels(device: torch.device | str, dropout: float) -> str:
+    """Which kernels compute the thin products on `device`, "torch" or "triton".
+
+    Triton's pay where dropout has to be drawn, on CUDA; without dropout cuBLAS is as fast and launched in less time
+    (README.md beside this file). `COMLORA_KERNELS=torch` or `triton` forces one (Triton's interpreter,
+    `TRITON_INTERPRET=1`, runs on the CPU).
+
+    Raises:
+        ValueError: if `COMLORA_KERNELS` names no kernels that exist, or kernels that can't run here.
+    """
+    device = device if isinstance(device, torch.device) else torch.device(device)
+    forced, interpreted = os.environ.get(VARIABLE, ""), os.environ.get("TRITON_INTERPRET") == "1"
+    return _select(device.type, dropout > 0, forced, interpreted)
+
+
+@lru_cache
+def _select(device: str, dropout: bool, forced: str, interpreted: bool) -> str:
+    if forced not in ("", "torch", "triton"):
+        raise ValueError(f"{VARIABLE}={forced} is not possible: it must be torch or triton (leave it out to choose).")
+    if forced == "triton" and not (_TRITON_INSTALLED and (device == "cuda" or interpreted)):
+        reason = "Triton is not installed" if not _TRITON_INSTALLED else f"the tensors are on {device}"
+        raise ValueError(
+            f"{VARIABLE}=triton is not possible, {reason}: install triton and train on CUDA, or leave {VARIABLE} out."
+        )
+    return forced or ("triton" if dropout and _TRITON_INSTALLED and device == "cuda" else "torch")
+
+
+def products(x: Tensor, a: Tensor, dropout: float) -> ModuleType:
+    """The module whose thin products serve x, computing in the type of A, [K, n·r, d].
+
+    Triton's kernels have no float64 and no ranks above 128 (of all layers together), which would not fit their tiles,
+    and need a row at least: the PyTorch path serves those.
+    """
+    if torch.float64 in (a.dtype, x.dtype) or a.size(1) > 128 or x.numel() == 0:
+        return torch_path
+    if selected_kernels(x.device, dropout) == "torch":
+        return torch_path
+    from comlora_trl.branches.kernels import triton_path
+
+    return triton_path
+
+
+class BranchWeights(NamedTuple):
+    """The weights of K branches on n layers that read the same input.
+
+    Attributes:
+        a: A times lora_alpha / r, [K, n·r, d].
+        b: B, n of [K, l_i, r].
+    """
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+
+# Master weights of a group of layers: [K][n] matrices
+Masters = Sequence[Sequence[Tensor]]
+
+
+def stack_branches(
+    lora_a: Sequence[Masters], lora_b: Sequence[Masters], scaling: float, dtype: torch.dtype
+) -> list[BranchWeights]:
+    """Stacks and casts the weights of G groups of layers that are alike, in a few launches whatever G and K are.
+
+    Differentiable: the masters get their gradients from one cast and views of it, too.
+
+    Args:
+        lora_a: [G][K][n] matrices [r, d].
+        lora_b: [G][K][n] matrices [l_i, r]; l_i may differ within a group, not between groups.
+        scaling: lora_alpha / r, multiplied into A.
+        dtype: to compute in.
+
+    Returns:
+        G weights.
+    """
+    groups, branches, layers = len(lora_a), len(lora_a[0]), len(lora_a[0][0])
+    a = torch.stack([matrix for group in lora_a for branch in group for matrix in branch])
+    rank, width = a.shape[1:]
+    a = (a if scaling == 1 else a * scaling).to(dtype).view(groups, branches, layers * rank, width)
+    b = [
+        torch.stack([branch[layer] for group in lora_b for branch in group])
+        .to(dtype)
+        .view(groups, branches, -1, rank)
+        .unbind()
+        for layer in range(layers)
+    ]
+    return [BranchWeights(a_one, tuple(b_one)) for a_one, *b_one in zip(a.unbind(), *b, strict=True)]
 
 
 def branch_linears(

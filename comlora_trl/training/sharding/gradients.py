@@ -67,8 +67,6 @@ def take_over_clipping(engine: Any) -> float:
 
 def has_sharded_gradients(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator) -> bool:
     """Whether each process holds a part of the gradients only, or DeepSpeed holds them."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return False
     if accelerator.distributed_type == DistributedType.FSDP:
         return True
     return any(compat.trained_by_zero3(p) or compat.zero_mapping(p)[0] for group in groups for p in group)

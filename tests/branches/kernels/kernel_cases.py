@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comlora_trl.branches.kernels import branch_delta, branch_linears, stack_branches
-from comlora_trl.branches.kernels.selection import products
+from comlora_trl.branches.kernels.branches import products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comlora_trl.branches.kernels import selected_kernels
-from comlora_trl.branches.kernels.selection import products
+from comlora_trl.branches.kernels.branches import products
 
 # k, rows a branch, tokens, d, l, r: odd counts, ranks that are no multiple of 8, one row, no rows
 SHAPES = [

@@ -1,20 +1,17 @@
-"""Worker processes that share one GPU: each trains one run of the study at a time."""
+"""Worker processes that share one GPU: each does one job of a study at a time."""
 
 import json
 import math
 import os
-import queue
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 MPS = "nvidia-cuda-mps-control"
 Job = dict[str, Any]
@@ -50,10 +47,14 @@ def shared_gpu() -> Iterator[dict[str, str]]:
 class Pool:
     """Workers, each fed by a thread; they start at once, and results are written as they come.
 
+    A supplier is asked for each job when a worker is free, so that what comes next may follow from results that are
+    there already. Where it has none while others still run, the worker waits for their results and asks again.
+
     Args:
-        command: starts a worker, which answers each line, a job as JSON, with a line.
-        results: the file that lines are added to; the workers' own output goes to `study.log` beside it.
+        command: starts a worker, which answers each line, a job as JSON, with a line: the result, or {"error"}.
+        results: the file that lines are added to; the workers' own output goes to `workers.log` beside it.
         about: is added to every line.
+        workers: how many.
         deadline: of `time.monotonic()`; from then on no job is given out, and after `grace` seconds more those that
             still run are lost.
         environment: of the workers, besides this process's.
@@ -66,16 +67,16 @@ class Pool:
         self.command, self.results, self.about = list(command), results, about
         self.deadline, self.grace = deadline, grace
         self.environment = {**os.environ, **(environment or {})}
-        self.log = (results.parent / "study.log").open("a")
+        results.parent.mkdir(parents=True, exist_ok=True)
+        self.log = (results.parent / "workers.log").open("a")
         self.workers = [self._start() for _ in range(workers)]
-        self.waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self.lock, self.failed = threading.Lock(), 0
+        self.changed = threading.Condition()
+        self.running = self.done = self.failed = 0
+        self.begin = time.monotonic()
 
-    def run(self, jobs: Sequence[Job]) -> int:
-        """Trains all, and ends the workers; returns how many runs failed."""
-        for job in jobs:
-            self.waiting.put(job)
-        self.bar = tqdm(total=len(jobs), desc="runs", mininterval=5)
+    def run(self, supply: Callable[[], Job | None]) -> int:
+        """Does what the supplier gives until it gives no more, and ends the workers; returns how many jobs failed."""
+        self.supply = supply
         threads = [threading.Thread(target=self._work, args=(worker,)) for worker in list(self.workers)]
         for thread in threads:
             thread.start()
@@ -85,7 +86,6 @@ class Pool:
             worker.kill()
         for thread in threads:
             thread.join()
-        self.bar.close()
         self.log.close()
         return self.failed
 
@@ -104,7 +104,7 @@ class Pool:
                 line = worker.stdout.readline()
             except BrokenPipeError:
                 line = ""
-            self._keep(job, json.loads(line or '{"error": "its worker died; see study.log"}'))
+            self._keep(job, json.loads(line or '{"error": "its worker died; see workers.log"}'))
             if not line and self._left():
                 worker = self._start()
                 self.workers.append(worker)
@@ -112,17 +112,27 @@ class Pool:
         worker.wait()
 
     def _next(self) -> Job | None:
-        try:
-            return self.waiting.get_nowait() if self._left() else None
-        except queue.Empty:
+        with self.changed:
+            while self._left():
+                job = self.supply()
+                if job is not None:
+                    self.running += 1
+                    return job
+                if not self.running:
+                    break
+                self.changed.wait(timeout=min(self._left(), 60.0))
             return None
 
     def _keep(self, job: Job, result: dict[str, Any]) -> None:
-        with self.lock:
-            self.bar.update()
+        with self.changed:
+            self.running -= 1
+            title = f"[{time.monotonic() - self.begin:4.0f} s] {job['arm']}, seed {job['seed']}"
             if "error" in result:
                 self.failed += 1
-                self.bar.write(f"{job['arm']}, {job['size']} rows, seed {job['seed']}: {result['error']}")
-                return
-            with self.results.open("a") as file:
-                file.write(json.dumps({**result, **self.about}) + "\n")
+                print(f"{title}: {result['error']}", flush=True)
+            else:
+                self.done += 1
+                print(f"{title}: {result.get('seconds', 0):.0f} s", flush=True)
+                with self.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**result, **self.about}) + "\n")
+            self.changed.notify_all()

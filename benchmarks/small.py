@@ -1,0 +1,343 @@
+"""Whole training runs of a small model: TRL's trainer beside ours, each in a process of its own; writes JSON.
+
+SmolLM2-135M's shape with random weights (or an 8B's, `--shape 8b`), bf16, LoRA of rank 8 on q, k, v, up and down,
+synthetic rows as long as CONVAI2's (up to 320 tokens, of which the reply's 8 to 24 are supervised), without
+checkpointing. A run counts from `train()` to its end, the winner's export included. Needs a GPU; `--shape tiny` shows
+elsewhere that everything runs.
+
+    python benchmarks/small.py --rows 32 --output small.json
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ARMS: dict[str, dict[str, Any]] = {
+    "trl": {},
+    "trl_compiled": {"torch_compile": True, "pad_to_multiple_of": 64},
+    "k1": {"comlora_k": 1, "comlora_selector": False},
+    "k1_without_graphs": {"comlora_k": 1, "comlora_selector": False, "comlora_graphs": False},
+    "tournament": {"comlora_tournament": True},
+    "k4": {"comlora_k": 4, "comlora_selector": False},
+    "k4_selector": {"comlora_k": 4},
+    "k4_without_graphs": {"comlora_k": 4, "comlora_selector": False, "comlora_graphs": False},
+}
+DEFAULT = ("trl", "k1", "tournament", "k4", "k4_selector")
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+    },
+    "8b_8": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def run(
+    arm: str, shape: str, rows: int, steps: int, validation: int, longest: int, folder: Path | None = None
+) -> dict[str, Any]:
+    """One arm's run in this process.
+
+    Args:
+        folder: where to say that the run is ready, and to wait for its turn.
+    """
+    import torch
+    from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if on_gpu else torch.float32)
+    with device:
+        base = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+    torch.set_default_dtype(torch.float32)
+    vocabulary = SHAPES[shape]["vocab_size"]
+
+    class Timer(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks: list[float] = []
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            self.marks.append(time.perf_counter())
+
+    trl = arm.startswith("trl")
+    config, trainer_class = (SFTConfig, SFTTrainer) if trl else (ComLoRAConfig, ComLoRASFTTrainer)
+    with tempfile.TemporaryDirectory() as output:
+        args = config(
+            output_dir=output,
+            per_device_train_batch_size=rows,
+            max_steps=steps,
+            logging_steps=10,
+            learning_rate=1e-4,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **ARMS[arm],
+        )
+        trainer = trainer_class(
+            base,
+            args,
+            train_dataset=data(rows * steps, vocabulary, longest, 0),
+            eval_dataset=data(validation, vocabulary, longest, 1),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        )
+        trainer.remove_callback(PrinterCallback)
+        timer, selections = Timer(), []
+        trainer.add_callback(timer)
+        if not trl:
+            selections = timed(trainer, "select", on_gpu)
+        printed = io.StringIO()
+        if folder is not None:
+            (folder / "ready").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.2)
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(printed):
+            trainer.train()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    marks = [start, *timer.marks]
+    times = [1e3 * (later - earlier) for earlier, later in zip(marks, marks[1:], strict=False)]
+    late = times[len(times) // 2 :]
+    found: dict[str, Any] = {
+        "arm": arm,
+        "shape": shape,
+        "rows": rows,
+        "steps": steps,
+        "seconds": seconds,
+        "step_ms": statistics.median(late),
+        "step_ms_all": statistics.median(times),
+        "slowest_after_ten_ms": max(times[10:], default=0.0),
+        "over_three_medians_after_ten": sum(one > 3 * statistics.median(late) for one in times[10:]),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0,
+        "selections_s": [round(one, 3) for one in selections],
+        "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "times_ms": [round(one, 1) for one in times],
+        "said": [line for line in printed.getvalue().splitlines() if "comlora_graphs" in line or "padded" in line],
+    }
+    if not trl and trainer.comlora_model.competing.graphs is not None:
+        graphs = trainer.comlora_model.competing.graphs
+        found |= {"captures": graphs.captures, "replays": graphs.replays, "capture_s": graphs.capture_seconds}
+    return found
+
+
+def timed(owner: Any, name: str, on_gpu: bool) -> list[float]:
+    """Seconds of each call of a method, from now on."""
+    import torch
+
+    original, seconds = getattr(owner, name), []
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+
+    setattr(owner, name, measured)
+    return seconds
+
+
+def data(rows: int, vocabulary: int, longest: int, seed: int) -> Any:
+    """Rows of random tokens, as long as CONVAI2's prompts and replies."""
+    from datasets import Dataset
+
+    draw = random.Random(seed)
+    ids, labels = [], []
+    for _ in range(rows):
+        reply = draw.randint(8, 24)
+        prompt = min(longest - reply, max(40, int(draw.gauss(170, 60))))
+        tokens = [draw.randrange(3, vocabulary) for _ in range(prompt + reply)]
+        ids.append(tokens)
+        labels.append([-100] * prompt + tokens[prompt:])
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def tokenizer() -> Any:
+    """A tokenizer with the special tokens that a trainer asks for."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>"])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="*", default=list(DEFAULT), choices=list(ARMS))
+    parser.add_argument("--shape", default="135m", choices=list(SHAPES))
+    parser.add_argument("--rows", type=int, default=32, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--validation", type=int, default=120, help="rows of the validation set")
+    parser.add_argument("--longest", type=int, default=320, help="tokens of the longest row")
+    parser.add_argument("--rotations", type=int, default=1, help="runs of each arm")
+    parser.add_argument("--output", default="small.json")
+    parser.add_argument("--queue", nargs="*", default=[], help="runs as ARM:SHAPE:ROWS:STEPS, in this order")
+    parser.add_argument("--ahead", action="store_true", help="all processes prepare at once; they still run in turn")
+    parser.add_argument("--one", help=argparse.SUPPRESS, choices=list(ARMS))
+    parser.add_argument("--place", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = (options.shape, options.rows, options.steps, options.validation, options.longest)
+    if options.one:
+        place = Path(options.place)
+        try:
+            (place / "found").write_text(json.dumps(run(options.one, *sizes, folder=place)))
+        except BaseException:
+            (place / "failed").touch()
+            raise
+        return 0
+    queue = [entry.split(":") for entry in options.queue] or [
+        (arm, options.shape, options.rows, options.steps)
+        for turn in range(options.rotations)
+        for arm in rotated(options.arms, turn)
+    ]
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        waiting = []
+        for number, (arm, shape, rows, steps) in enumerate(queue):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            command = [sys.executable, __file__, "--one", arm, "--shape", shape, "--rows", str(rows)]
+            command += ["--steps", str(steps), "--validation", str(options.validation)]
+            command += ["--longest", str(options.longest), "--place", str(place)]
+            # compilers' caches of its own: each run compiles as a first one does
+            own = {"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"), "TRITON_CACHE_DIR": str(place / "triton")}
+            log = (place / "log").open("w")
+            start = partial(subprocess.Popen, command, stdout=log, stderr=log, env=os.environ | own)
+            waiting.append((arm, place, start() if options.ahead else start))
+        for arm, place, process in waiting:
+            process = process if options.ahead else process()
+            # nothing is timed while another process still prepares
+            prepared = [other for _, other, _ in waiting] if options.ahead else [place]
+            while process.poll() is None and not all((other / "ready").exists() for other in prepared):
+                time.sleep(0.2)
+                prepared = [other for other in prepared if not (other / "failed").exists()]
+            (place / "go").touch()
+            process.wait()
+            if (place / "found").exists():
+                found = json.loads((place / "found").read_text())
+                print(line(found), flush=True)
+            else:
+                found = {"arm": arm, "error": (place / "log").read_text()[-3000:]}
+                print(f"{arm}: failed\n{found['error']}", flush=True)
+            results.append(found)
+            Path(options.output).write_text(json.dumps(results))
+    print(table(results))
+    return 1 if any("error" in found for found in results) else 0
+
+
+def rotated(arms: list[str], turn: int) -> list[str]:
+    """The arms, in each turn another one first."""
+    first = turn % len(arms)
+    return arms[first:] + arms[:first]
+
+
+def line(found: dict[str, Any]) -> str:
+    """An arm's figures."""
+    parts = [
+        f"{found['arm']}, {found['shape']}, {found['rows']} rows: step {found['step_ms']:.1f} ms",
+        f"run {found['seconds']:.1f} s",
+        f"slowest after ten {found['slowest_after_ten_ms']:.0f} ms",
+        f"{found['peak_gib']:.2f} GiB",
+        f"selections {found['selections_s']}",
+        f"last loss {found['loss'][-1] if found['loss'] else None}",
+    ]
+    if "captures" in found:
+        parts.append(f"{found['captures']} captures in {found['capture_s']:.1f} s")
+    return "; ".join(parts + found["said"])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Medians of each arm, and their ratio to TRL's."""
+    good = [found for found in results if "error" not in found]
+    medians = {}
+    for key in dict.fromkeys((found["arm"], found["shape"], found["rows"]) for found in good):
+        own = [found for found in good if (found["arm"], found["shape"], found["rows"]) == key]
+        medians[key] = {
+            name: statistics.median(one[name] for one in own) for name in ("step_ms", "seconds", "peak_gib")
+        }
+    lines = [
+        "| arm | shape, rows | step, ms | run, s | peak, GiB | step / TRL | run / TRL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (arm, shape, rows), own in medians.items():
+        trl = medians.get(("trl", shape, rows))
+        ratios = ["", ""] if trl is None else [f"{own[key] / trl[key]:.2f}" for key in ("step_ms", "seconds")]
+        cells = [
+            arm,
+            f"{shape}, {rows}",
+            f"{own['step_ms']:.1f}",
+            f"{own['seconds']:.1f}",
+            f"{own['peak_gib']:.2f}",
+            *ratios,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
