@@ -184,7 +184,11 @@ def _scores(model: BranchModel, batch: dict[str, Any], branches: list[int], chun
     """What a model with another head than a language model's, a classifier, says of two branches, [2, B·labels]."""
     inputs = {name: value for name, value in batch.items() if name != "labels"} | {"use_cache": False}
     parts = [branches[first : first + chunk] for first in range(0, len(branches), chunk)]
-    logits = [model(view_pass=ViewPass(tuple(part)), **inputs).logits for part in parts]
+    dtype, device = model.get_base_model().dtype, batch["input_ids"].device
+    # PEFT keeps the head's copies in float32, and a run over a base in half precision is autocast
+    half = dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
+        logits = [model(view_pass=ViewPass(tuple(part)), **inputs).logits for part in parts]
     return torch.cat(logits).view(len(branches), batch["input_ids"].size(0), -1).flatten(1)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
@@ -17,6 +18,8 @@ from comlora_trl.training.config import ComLoRAKTOConfig
 from comlora_trl.training.evaluation import Measured
 from comlora_trl.training.model import BranchPass
 from comlora_trl.training.preferences import CompetingPreferences, ReferenceOnce
+
+logger = get_logger(__name__)
 
 
 class _Recording(BranchView):
@@ -105,19 +108,20 @@ class ComLoRAKTOTrainer(ReferenceOnce, CompetingPreferences, KTOTrainer):
         self._check_labels()
 
     def _check_labels(self) -> None:
-        """Refuses a validation set that no branch could be chosen by."""
+        """Says when validation examples of one label leave the loss to decide; where it can't, they are refused."""
         if self.args.comlora_k == 1 or self.args.winner_by != "validation_accuracy" or self.eval_dataset is None:
             return
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         if any(isinstance(one, IterableDataset) for one in sets):
             return
         labels = {bool(label) for one in sets for label in one["label"]}
-        if len(labels) < 2:
-            raise ValueError(
-                f"every validation example has label={labels.pop()}, and the winner is chosen by how desirable ones "
-                "compare with undesirable ones: give an eval_dataset with both, or comlora_winner_by="
-                "'validation_loss'."
-            )
+        if len(labels) > 1:
+            return
+        line = f"every validation example has label={labels.pop()}, so that no reward accuracy can be measured"
+        if self.competition.settings.comparable:
+            logger.warning(f"{line}: the validation loss chooses the winner; give an eval_dataset with both labels.")
+            return
+        raise ValueError(f"{line}, and losses of different beta can't be compared: give an eval_dataset with both.")
 
     def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The reference's log-probabilities of a batch, by the names that TRL reads them by."""

@@ -451,7 +451,11 @@ def test_ktos_reward_accuracy_is_over_all_pairs_of_examples(tmp_path):
 
 def test_kto_refuses_what_its_criterion_or_its_kl_term_can_t_go_with(tmp_path):
     one = KTO.data(20).filter(lambda row: row["label"])
-    with pytest.raises(ValueError, match="every validation example has label=True"):
-        KTO.run(tmp_path, given={"eval_dataset": one}, comlora_k=2)
+    with pytest.raises(ValueError, match="every validation example has label=True.*different beta"):
+        KTO.run(tmp_path, given={"eval_dataset": one}, comlora_branch_betas=[0.1, 0.2])
+    trainer = KTO.run(tmp_path, given={"eval_dataset": one}, comlora_k=2)
+    perturb(trainer)
+    found = trainer.select()
+    assert found["winner"] == found["winner_by_validation_loss"]
     with pytest.raises(ValueError, match="per_device_train_batch_size=6 is not possible with comlora_rows='shared'"):
         KTO.run(tmp_path, comlora_tournament=True)
