@@ -113,9 +113,11 @@ class ComLoRAModel(BranchModel):
                 self.selector = Selector(width, k, selector)
             if embeddings.weight.dtype == torch.float64:
                 self.selector.double()  # half precisions train in float32, as PEFT's adapters do
+        # Names are known before a wrapper changes them
+        self._selector_names = {name for name, _ in self.named_parameters() if name.startswith("selector.")}
         self._saved_names: dict[str, dict[str, str]] = {}
         for name in self.branch_names:
-            self._names_to_save(name)  # known before a wrapper changes the names
+            self._names_to_save(name)
         # What the initialisation took out of the base, and fields of the configuration that differ in its files
         changed = takes_part_out(peft_config, self.get_base_model())
         self.taken = taken_part(self, branch_name(0)) if changed else {}
@@ -248,7 +250,7 @@ class ComLoRAModel(BranchModel):
         """
         names = {own for name in self.peft_config for own in self._names_to_save(name).values()}
         if self.selector is not None:
-            names |= {f"selector.{name}" for name, _ in self.selector.named_parameters()}
+            names |= self._selector_names
         return whole_state(self, root, names)
 
     def snapshot(self, branch: int, root: nn.Module | None = None) -> SavedAdapter:

@@ -63,8 +63,8 @@ def test_models_are_filled_and_nothing_given_is_overridden(adapter, capsys):
             self.given = {"pretrained": pretrained, **kwargs}
 
     module = types.SimpleNamespace(VLLM=VLLM)
-    hook.apply("lm_eval.models.vllm_causallms", module)
-    hook.apply("lm_eval.models.vllm_causallms", module)
+    hook.apply("lm_eval.models.vllm_causallms", module, comlora_lm_eval_hook.tell)
+    hook.apply("lm_eval.models.vllm_causallms", module, comlora_lm_eval_hook.tell)
     path = str(adapter)
     assert VLLM(lora_local_path=path).given == {
         "pretrained": str(adapter.parent / "base"),

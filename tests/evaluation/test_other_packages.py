@@ -112,14 +112,14 @@ def test_a_missing_task_folder_leaves_lm_eval_alone(monkeypatch, capsys):
     monkeypatch.setattr(comlora_lm_eval_hook, "_told", False)
     monkeypatch.setattr(hook, "tasks_folder", lambda: Path(None))
     module = module_of()
-    hook.apply("lm_eval.tasks.manager", module)
+    hook.apply("lm_eval.tasks.manager", module, comlora_lm_eval_hook.tell)
     assert module.TaskManager(None, "x").searched == ["x"]
     assert capsys.readouterr().err.startswith("comlora-trl: lm_eval is left as it is (TypeError")
 
 
 def test_a_users_own_error_is_theirs(capsys):
     module = module_of()
-    hook.apply("lm_eval.tasks.manager", module)
+    hook.apply("lm_eval.tasks.manager", module, comlora_lm_eval_hook.tell)
     with pytest.raises(TypeError, match="unknown"):
         module.TaskManager(unknown=1)
     assert not capsys.readouterr().err
@@ -127,7 +127,7 @@ def test_a_users_own_error_is_theirs(capsys):
 
 def test_the_users_folders_come_after_ours_and_ours_only_once():
     module = module_of()
-    hook.apply("lm_eval.tasks.manager", module)
+    hook.apply("lm_eval.tasks.manager", module, comlora_lm_eval_hook.tell)
     ours = tasks_folder()
     assert module.TaskManager().searched == [ours]
     assert module.TaskManager(include_path=["a", "b"]).searched == [ours, "a", "b"]
@@ -138,10 +138,10 @@ def test_the_users_folders_come_after_ours_and_ours_only_once():
 def test_the_hook_stands_down_when_lm_eval_reads_the_entry_points(tmp_path):
     """As in lm_eval's pull request 4015."""
     module = module_of(discover_plugin_task_paths=lambda: [tmp_path, tasks_folder()])
-    hook.apply("lm_eval.tasks.manager", module)
+    hook.apply("lm_eval.tasks.manager", module, comlora_lm_eval_hook.tell)
     assert module.TaskManager(include_path="x").searched == ["x"]
     module = module_of(discover_plugin_task_paths=lambda: [tmp_path])
-    hook.apply("lm_eval.tasks.manager", module)
+    hook.apply("lm_eval.tasks.manager", module, comlora_lm_eval_hook.tell)
     assert module.TaskManager(include_path="x").searched == [tasks_folder(), "x"]
 
 
@@ -155,6 +155,6 @@ def test_an_unexpected_error_in_filling_the_base_leaves_the_model_alone(monkeypa
     def broken(adapter, given):
         raise KeyError("r")
 
-    hook._fill_base(HFLM, "peft", broken)
+    hook._fill_base(HFLM, "peft", broken, comlora_lm_eval_hook.tell)
     assert HFLM(peft="x").pretrained == "none"
     assert "lm_eval is left as it is (KeyError: 'r')" in capsys.readouterr().err
