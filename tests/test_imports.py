@@ -1,6 +1,9 @@
 """Imports between the packages point down, and no modules import each other in a circle."""
 
 import ast
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +88,14 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_every_package_is_looked_at():
     folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     assert folders == ALLOWED.keys()
+
+
+def test_a_class_has_at_most_one_base_of_ours():
+    """Mixins of several kinds over one bag of state are what a reader can't follow."""
+    for info in pkgutil.walk_packages([str(PACKAGE)], "comlora_trl."):
+        if "lm_eval_tasks" in info.name:
+            continue
+        module = importlib.import_module(info.name)
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            ours = [base for base in kind.__bases__ if base.__module__.split(".")[0] == "comlora_trl"]
+            assert kind.__module__ != info.name or len(ours) <= 1, kind

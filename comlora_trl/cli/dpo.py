@@ -13,15 +13,11 @@ A model and data of your own; every flag of TRL's own dpo.py works:
 in ./winner.
 """
 
-from dataclasses import dataclass
-
 from comlora_trl import ComLoRADPOConfig, ComLoRADPOTrainer
-from comlora_trl.cli.preferences import ScriptFolders, run
+from comlora_trl.cli.preferences import run
+from comlora_trl.cli.script_config import script_config
 
-
-@dataclass
-class ComLoRADPOScriptConfig(ScriptFolders, ComLoRADPOConfig):
-    """The trainer's configuration, with folders below the working directory."""
+ComLoRADPOScriptConfig = script_config(ComLoRADPOConfig, __name__)
 
 
 def main(argv: list[str] | None = None) -> None:

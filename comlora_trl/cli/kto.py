@@ -13,15 +13,11 @@ A model and data of your own; every flag of TRL's own kto.py works:
 in ./winner.
 """
 
-from dataclasses import dataclass
-
 from comlora_trl import ComLoRAKTOConfig, ComLoRAKTOTrainer
-from comlora_trl.cli.preferences import ScriptFolders, run
+from comlora_trl.cli.preferences import run
+from comlora_trl.cli.script_config import script_config
 
-
-@dataclass
-class ComLoRAKTOScriptConfig(ScriptFolders, ComLoRAKTOConfig):
-    """The trainer's configuration, with folders below the working directory."""
+ComLoRAKTOScriptConfig = script_config(ComLoRAKTOConfig, __name__)
 
 
 def main(argv: list[str] | None = None) -> None:

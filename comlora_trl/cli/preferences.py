@@ -6,7 +6,6 @@ that TRL's trainer reads.
 
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,6 @@ from comlora_trl.data import build_prompt
 from comlora_trl.data.prompts import DEFAULT_TEMPLATE
 from comlora_trl.demo import demo_model_path, demo_preferences_path, demo_preferences_recipe_path
 from comlora_trl.training.initial_adapter import adapter_config
-
-
-@dataclass
-class ScriptFolders:
-    """Folders below the working directory; stands before a configuration."""
-
-    output_dir: str | None = field(
-        default="comlora-output", metadata={"help": "Folder for checkpoints, logs and the model card."}
-    )
-    comlora_winner_dir: str | None = field(
-        default="winner", metadata={"help": "Folder the winning adapter is exported to."}
-    )
 
 
 def demo_preferences(split: str, paired: bool = True) -> Dataset:

@@ -13,15 +13,11 @@ A model and data of your own; every flag of TRL's own reward.py works:
 in ./winner.
 """
 
-from dataclasses import dataclass
-
 from comlora_trl import ComLoRARewardConfig, ComLoRARewardTrainer
-from comlora_trl.cli.preferences import ScriptFolders, run
+from comlora_trl.cli.preferences import run
+from comlora_trl.cli.script_config import script_config
 
-
-@dataclass
-class ComLoRARewardScriptConfig(ScriptFolders, ComLoRARewardConfig):
-    """The trainer's configuration, with folders below the working directory."""
+ComLoRARewardScriptConfig = script_config(ComLoRARewardConfig, __name__)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,6 +31,7 @@ from trl import (
 )
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.cli.script_config import script_config
 from comlora_trl.data import load_training_dataset
 from comlora_trl.data.loading import PRESETS
 from comlora_trl.data.prompts import DEFAULT_TEMPLATE, is_built_with
@@ -51,16 +52,7 @@ class ComLoRAModelConfig(ModelConfig):
     )
 
 
-@dataclass
-class ComLoRAScriptConfig(ComLoRAConfig):
-    """The trainer's configuration, with folders below the working directory."""
-
-    output_dir: str | None = field(
-        default="comlora-output", metadata={"help": "Folder for checkpoints, logs and the model card."}
-    )
-    comlora_winner_dir: str | None = field(
-        default="winner", metadata={"help": "Folder the winning adapter is exported to."}
-    )
+ComLoRAScriptConfig = script_config(ComLoRAConfig, __name__)
 
 
 def parse_arguments(argv: list[str]) -> tuple[Any, ...]:

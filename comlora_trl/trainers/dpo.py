@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOTrainer
 
 from comlora_trl.training.config import ComLoRADPOConfig
-from comlora_trl.training.preferences import CompetingPreferences, ReferenceOnce
+from comlora_trl.training.preferences import ReferenceOnce
 
 
-class ComLoRADPOTrainer(ReferenceOnce, CompetingPreferences, DPOTrainer):
+class ComLoRADPOTrainer(ReferenceOnce, DPOTrainer):
     """
     Trainer for a competition of K LoRA branches by DPO; the winner leaves as an ordinary PEFT adapter.
 

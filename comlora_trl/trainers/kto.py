@@ -17,7 +17,7 @@ from comlora_trl.competition import ValidationTally
 from comlora_trl.training.config import ComLoRAKTOConfig
 from comlora_trl.training.evaluation import Measured
 from comlora_trl.training.model import BranchPass
-from comlora_trl.training.preferences import CompetingPreferences, ReferenceOnce
+from comlora_trl.training.preferences import ReferenceOnce
 
 logger = get_logger(__name__)
 
@@ -33,7 +33,7 @@ class _Recording(BranchView):
     forward = __call__
 
 
-class ComLoRAKTOTrainer(ReferenceOnce, CompetingPreferences, KTOTrainer):
+class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
     """
     Trainer for a competition of K LoRA branches by KTO; the winner leaves as an ordinary PEFT adapter.
 

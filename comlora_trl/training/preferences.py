@@ -368,8 +368,8 @@ class CompetingPreferences(CompetingTrainer):
         return Measured(losses, correct, torch.tensor([count], device=device))
 
 
-class ReferenceOnce:
-    """Stands before [`CompetingPreferences`] where TRL's loss has a reference and a β.
+class ReferenceOnce(CompetingPreferences):
+    """[`CompetingPreferences`] whose loss has a reference and a β.
 
     The reference's log-probabilities are computed once for all branches, by TRL's own method, and put into the batch,
     where TRL's loss reads precomputed ones.
