@@ -116,6 +116,7 @@ class ComLoRAModel(BranchModel):
         # Names are known before a wrapper changes them
         self._selector_names = {name for name, _ in self.named_parameters() if name.startswith("selector.")}
         self._saved_names: dict[str, dict[str, str]] = {}
+        self._trained_names: dict[str, set[str]] = {}
         for name in self.branch_names:
             self._names_to_save(name)
         # What the initialisation took out of the base, and fields of the configuration that differ in its files
@@ -286,16 +287,15 @@ class ComLoRAModel(BranchModel):
         """[`names_to_save`] of a branch; FSDP1 leaves no names to find, and those from before it hold."""
         if not any(isinstance(module, FSDP) for module in self.modules()):
             self._saved_names[name] = names_to_save(self, name)
+            self._trained_names[name] = set(self.named_branch_parameters(self.branch_names.index(name)))
         return self._saved_names[name]
 
     def _saved_weights(self, folder: Path) -> dict[str, Tensor]:
         """The weights in a checkpoint, by the names that they have in the model."""
         weights = {}
-        for branch, name in enumerate(self.branch_names):
-            if name not in self.peft_config:
-                continue
-            saved, own = load_file(folder / name / WEIGHTS_FILE), self.named_branch_parameters(branch)
-            names = {key: place for key, place in self._names_to_save(name).items() if place in own}
+        for name in self.peft_config:
+            saved, names = load_file(folder / name / WEIGHTS_FILE), self._names_to_save(name)
+            names = {key: place for key, place in names.items() if place in self._trained_names[name]}
             if not saved.keys() >= names.keys():
                 raise ValueError(
                     f"{folder / name} has no weights {min(names.keys() - saved.keys())}: it was trained on other "

@@ -50,13 +50,20 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor], root: nn.
     """Gives parameters the values that [`whole_state`] gathered; every process has to call it, with the same ones.
 
     Raises:
-        ValueError: if a value's shape is another one than its parameter's.
+        ValueError: if a value's shape is another one than its parameter's, or the model has no such parameter.
     """
     reshard(model)  # gathered copies would be written in vain
+    written: set[str] = set()
     with torch.no_grad():
-        for named in _gathered(model, root, change=True):
-            for name in named.keys() & values.keys():
-                _write(named[name], values[name], name)
+        for named in _gathered(model, root, True, values.keys()):
+            for name, parameter in named.items():
+                _write(parameter, values[name], name)
+            written |= named.keys()
+    if missing := values.keys() - written:
+        raise ValueError(
+            f"the checkpoint has {len(missing)} weights that the model has no parameter for, {min(missing)} say: load "
+            "it with the LoRA configuration and the base model it was trained with."
+        )
 
 
 def zero_weights(parameters: Iterable[nn.Parameter]) -> None:
