@@ -81,7 +81,9 @@ class Watch(TrainerCallback):
 def validation_figures(trainer: ComLoRASFTTrainer) -> dict[str, list[float | None]]:
     """NLL (nats) and accuracy of every living branch, both means over the supervised tokens."""
     alive = trainer.competition.state.alive
-    tally = validate(trainer.model_wrapped, trainer.competition, [trainer.eval_dataset], trainer)
+    tally = validate(
+        trainer.model_wrapped, trainer.competition, [trainer.eval_dataset], trainer, trainer.measure_batch
+    )
     result = tally.result(alive, "validation_loss", trainer.state.global_step)
     return {"nll": result["validation_nll"], "accuracy": result["validation_accuracy"]}
 

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.model import BranchPass, ComLoRAModel
 
 pytest.importorskip("bitsandbytes")
@@ -116,12 +117,13 @@ def test_bfloat16s_error_is_pefts(base):
 
     exact, theirs = (get_peft_model(model(kind), make_lora()) for kind in ("nf4", "nf4_bf16"))
     mine = ComLoRAModel(model("nf4_bf16"), make_lora(), 1)
+    everything = BranchPass(CompetitionSettings(k=1), (0,), 1, torch.ones(1, dtype=torch.bool))
     errors = [0.0, 0.0]
     for seed in range(10):
         expected = gradients(exact, seed, torch.float32)
         found = (
             gradients(theirs, seed, torch.bfloat16),
-            gradients(mine, seed, torch.bfloat16, branch_pass=BranchPass()),
+            gradients(mine, seed, torch.bfloat16, branch_pass=everything),
         )
         for place, one in enumerate(found):
             assert one.keys() == expected.keys()
