@@ -364,7 +364,8 @@ class CompetingPreferences(CompetingTrainer):
                     with self.as_branch(view.branch) as metrics:
                         losses[view.branch] = loss_of(view) * count
                     if self.branch_metric[0] == "reward_accuracy":
-                        correct[view.branch] = metrics[self.branch_metric[1]][-1] * count
+                        # TRL's mean is float32: only the whole number of pairs makes equal branches equal
+                        correct[view.branch] = round(metrics[self.branch_metric[1]][-1] * count)
         return Measured(losses, correct, torch.tensor([count], device=device))
 
 
