@@ -1,23 +1,22 @@
-"""What the commands of the preference trainers share: flags, the embedded default, the run.
+"""What the commands of the preference trainers share: the embedded default and the data.
 
 `--dataset_name` takes `demo` (the embedded preferences), a hub id, or a local JSON or JSON lines file with the columns
 that TRL's trainer reads.
 """
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import Dataset, load_dataset
-from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset, get_quantization_config
+from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 
-from comlora_trl.cli.sft import ComLoRAModelConfig, _given, lora_config
+from comlora_trl.cli import training
 from comlora_trl.data import build_prompt
 from comlora_trl.data.prompts import DEFAULT_TEMPLATE
-from comlora_trl.demo import demo_model_path, demo_preferences_path, demo_preferences_recipe_path
-from comlora_trl.training.initial_adapter import adapter_config
+from comlora_trl.demo import demo_preferences_path, demo_preferences_recipe_path
 
 
 def demo_preferences(split: str, paired: bool = True) -> Dataset:
@@ -34,9 +33,9 @@ def demo_preferences(split: str, paired: bool = True) -> Dataset:
 
 def parse_arguments(name: str, config: type, description: str, argv: list[str]) -> tuple[Any, ...]:
     """Parses flags and --config; with neither a model nor data given, the embedded default's recipe comes first."""
-    parser = TrlParser((ScriptArguments, config, ComLoRAModelConfig, DatasetMixtureConfig))
+    parser = TrlParser((ScriptArguments, config, training.ComLoRAModelConfig, DatasetMixtureConfig))
     parser.description = description
-    if not {"model_name_or_path", "dataset_name", "datasets"} & _given(argv):
+    if not {"model_name_or_path", "dataset_name", "datasets"} & training.given_options(argv):
         recipe = yaml.safe_load(demo_preferences_recipe_path().read_text())
         unknown = parser.set_defaults_with_config(**recipe["all"] | recipe[name])
         assert not unknown, f"the demo's recipe has unknown fields: {unknown}"
@@ -62,35 +61,6 @@ def load_preferences(name: str, script_args: Any, training_args: Any, dataset_ar
     return dataset[script_args.dataset_train_split], validation
 
 
-def build_trainer(name: str, trainer: type, given: set[str], arguments: tuple[Any, ...]) -> Any:
-    """From what the command line says to a trainer that is ready to start."""
-    script_args, training_args, model_args, dataset_args = arguments
-    if not model_args.use_peft:
-        raise ValueError(
-            "--use_peft false is not possible: the branches are LoRA adapters; TRL's own script trains all."
-        )
-    model = model_args.model_name_or_path or str(demo_model_path())
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    train_dataset, eval_dataset = load_preferences(name, script_args, training_args, dataset_args)
-    shape = {flag for flag in given if flag.startswith("lora_")} | {"use_dora", "use_rslora"} & given
-    starts = not shape and adapter_config(model, model_args.model_revision) is not None
-    built = trainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=None if starts else lora_config(given, model_args),
-    )
-    named = [entry.path for entry in dataset_args.datasets or ()] or [script_args.dataset_name or "demo"]
-    built.data_name = ", ".join(one if not Path(one).exists() else str(Path(one).absolute()) for one in named)
-    return built
-
-
 def run(name: str, trainer: type, config: type, description: str, argv: list[str] | None) -> None:
     """Trains, and leaves the winner's folder.
 
@@ -99,16 +69,11 @@ def run(name: str, trainer: type, config: type, description: str, argv: list[str
         trainer, config: ours.
         argv: flags, None for the process's arguments.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        arguments = parse_arguments(name, config, description, argv)
-        built = build_trainer(name, trainer, _given(argv), arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        # Before training starts an error is the input's, and its message says what to do
-        sys.exit(f"error: {error}")
-    built.train(resume_from_checkpoint=built.args.resume_from_checkpoint)
-    built.save_model(built.args.output_dir)
-    if built.args.push_to_hub:
-        built.push_to_hub()
-    if hasattr(built, "end"):  # transformers 5.20 and later close their trackers there
-        built.end()
+
+    def build(own: list[str]) -> Any:
+        arguments = parse_arguments(name, config, description, own)
+        script_args, training_args, _, dataset_args = arguments
+        load = partial(load_preferences, name, script_args, training_args, dataset_args)
+        return training.build_trainer(trainer, training.given_options(own), arguments, load)
+
+    training.run(build, argv)

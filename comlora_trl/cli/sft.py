@@ -13,44 +13,21 @@ A model and data of your own; every flag of TRL's own sft.py works:
 come from a YAML file (--config recipe.yaml); those on the command line win. The winner is left in ./winner.
 """
 
-import sys
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import LoraConfig
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_dataset,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.cli import training
 from comlora_trl.cli.script_config import script_config
+from comlora_trl.cli.training import ComLoRAModelConfig, data_name, given_options
 from comlora_trl.data import load_training_dataset
 from comlora_trl.data.loading import PRESETS
 from comlora_trl.data.prompts import DEFAULT_TEMPLATE, is_built_with
-from comlora_trl.demo import demo_model_path, demo_recipe_path
-from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS, ProposedTargets
-from comlora_trl.training.initial_adapter import adapter_config
-
-
-@dataclass
-class ComLoRAModelConfig(ModelConfig):
-    """TRL's model configuration, with an adapter by default, of the paper's shape."""
-
-    use_peft: bool = field(default=True, metadata={"help": "Always on: the branches are LoRA adapters."})
-    lora_r: int = field(default=DEFAULT_RANK, metadata={"help": "Rank of each branch."})
-    lora_alpha: int = field(default=DEFAULT_ALPHA, metadata={"help": "LoRA alpha of each branch."})
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: list(DEFAULT_TARGETS), metadata={"help": "Modules each branch adapts."}
-    )
-
+from comlora_trl.demo import demo_recipe_path
 
 ComLoRAScriptConfig = script_config(ComLoRAConfig, __name__)
 
@@ -59,7 +36,7 @@ def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
     """Parses flags and --config; with neither a model nor data given, the embedded default's recipe comes first."""
     parser = TrlParser((ScriptArguments, ComLoRAScriptConfig, ComLoRAModelConfig, DatasetMixtureConfig))
     parser.description = __doc__
-    given = _given(argv)
+    given = given_options(argv)
     if {"model_name_or_path", "dataset_name", "datasets"} & given:
         return parser.parse_args_and_config(args=argv)
     recipe = yaml.safe_load(demo_recipe_path().read_text())
@@ -73,15 +50,6 @@ def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
         arguments = parser.parse_args_and_config(args=argv)
     assert not unknown, f"the demo's recipe has unknown fields: {unknown}"
     return arguments
-
-
-def _given(argv: list[str]) -> set[str]:
-    """Names of the options given on the command line or in the --config file."""
-    names = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
-    if "--config" in argv[:-1]:
-        with open(argv[argv.index("--config") + 1]) as file:
-            names |= set(yaml.safe_load(file) or {})
-    return names
 
 
 def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -104,8 +72,6 @@ def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args
     for reason, names in unread.items():
         for name in sorted(given & set(names)):
             raise ValueError(f"--{name} does nothing {reason}: leave it out.")
-    if not model_args.use_peft:
-        raise ValueError("--use_peft false is not possible: the branches are LoRA adapters; TRL's sft.py trains all.")
     if model_args.lora_task_type != "CAUSAL_LM":
         raise ValueError(f"--lora_task_type {model_args.lora_task_type} is not possible: SFT trains CAUSAL_LM.")
 
@@ -145,14 +111,6 @@ def load_data(given: set[str], script_args: Any, training_args: Any, dataset_arg
     return train, validation
 
 
-def data_name(script_args: Any, dataset_args: Any) -> str:
-    """The name of the training data on the winner's card: a preset, a hub id, or an absolute path."""
-    named = [entry.path for entry in dataset_args.datasets or ()] or [script_args.dataset_name or "demo"]
-    return ", ".join(
-        name if name in PRESETS or not Path(name).exists() else str(Path(name).absolute()) for name in named
-    )
-
-
 def load_validation(name: str, given: set[str], script_args: Any, training_args: Any, options: dict) -> Any:
     """Loads the split that --dataset_test_split names; without the flag, the split that TRL would evaluate on.
 
@@ -176,62 +134,17 @@ def load_validation(name: str, given: set[str], script_args: Any, training_args:
     return validation
 
 
-def lora_config(given: set[str], model_args: ModelConfig) -> LoraConfig:
-    """The branches' configuration; target modules that nobody asked for give way to others on a model without them."""
-    config = get_peft_config(model_args)
-    if "lora_target_modules" not in given:
-        config.target_modules = ProposedTargets(config.target_modules)
-    return config
-
-
 def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrainer:
     """Builds the trainer from the parsed command line."""
     script_args, training_args, model_args, dataset_args = arguments
     check_flags(given, script_args, model_args, dataset_args)
-    resumed = training_args.resume_from_checkpoint
-    if resumed and not Path(resumed).is_dir():
-        raise ValueError(
-            f"--resume_from_checkpoint {resumed} is no folder: give one of {training_args.output_dir}/checkpoint-STEP."
-        )
-    model = model_args.model_name_or_path or str(demo_model_path())
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    train_dataset, eval_dataset = load_data(given, script_args, training_args, dataset_args)
-    # The adapter that training starts from sets the shape; flags may only repeat it
-    shape = {name for name in given if name.startswith("lora_")} | {"use_dora", "use_rslora"} & given
-    starts = not shape and adapter_config(model, model_args.model_revision) is not None
-    trainer = ComLoRASFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=None if starts else lora_config(given, model_args),
-    )
-    trainer.data_name = data_name(script_args, dataset_args)
-    return trainer
+    load = partial(load_data, given, script_args, training_args, dataset_args)
+    return training.build_trainer(ComLoRASFTTrainer, given, arguments, load)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command `comlora-sft`: trains, and leaves the winner's folder. Without `argv`, the process's arguments."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        arguments = parse_arguments(argv)
-        trainer = build_trainer(_given(argv), arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        # Errors before training come from the input, and their messages say what to do
-        sys.exit(f"error: {error}")
-
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(trainer.args.output_dir)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    if hasattr(trainer, "end"):  # transformers 5.20 and later close their trackers there
-        trainer.end()
+    training.run(lambda own: build_trainer(given_options(own), parse_arguments(own)), argv)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_the_default_run_leaves_every_task_between_chance_and_100(
         importlib.import_module("comlora_trl.cli.sft"),
         ["--comlora_k", "2", "--use_cpu", "--disable_tqdm", "true"],
     )
-    trainer = sft.build_trainer(sft._given(argv), sft.parse_arguments(argv))
+    trainer = sft.build_trainer(sft.given_options(argv), sft.parse_arguments(argv))
     trainer.train()
     responses = generate(trainer.comlora_model.eval(), tokenizer, [build_prompt(r["instruction"]) for r in test_rows])
     accuracy, chance = accuracy_and_chance(test_rows, responses)

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import comlora_trl  # noqa: E402
-from comlora_trl.cli.sft import ComLoRAModelConfig, ComLoRAScriptConfig  # noqa: E402
+from comlora_trl.cli.sft import ComLoRAScriptConfig  # noqa: E402
+from comlora_trl.cli.training import ComLoRAModelConfig  # noqa: E402
 
 PACKAGE = ROOT / "comlora_trl"
 # Headings of the configuration page, and the fields below each: names without "comlora_", or patterns with a "*"

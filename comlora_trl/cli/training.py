@@ -1,0 +1,121 @@
+"""What the training commands share: the model's flags, a trainer made of parsed flags, and the run itself."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from comlora_trl.data.loading import PRESETS
+from comlora_trl.demo import demo_model_path
+from comlora_trl.training.adapters import DEFAULT_ALPHA, DEFAULT_RANK, DEFAULT_TARGETS, ProposedTargets
+from comlora_trl.training.initial_adapter import adapter_config
+
+
+@dataclass
+class ComLoRAModelConfig(ModelConfig):
+    """TRL's model configuration, with an adapter by default, of the paper's shape."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Always on: the branches are LoRA adapters."})
+    lora_r: int = field(default=DEFAULT_RANK, metadata={"help": "Rank of each branch."})
+    lora_alpha: int = field(default=DEFAULT_ALPHA, metadata={"help": "LoRA alpha of each branch."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: list(DEFAULT_TARGETS), metadata={"help": "Modules each branch adapts."}
+    )
+
+
+def given_options(argv: list[str]) -> set[str]:
+    """Names of the options given on the command line or in the --config file."""
+    names = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
+    if "--config" in argv[:-1]:
+        with open(argv[argv.index("--config") + 1]) as file:
+            names |= set(yaml.safe_load(file) or {})
+    return names
+
+
+def data_name(script_args: Any, dataset_args: Any) -> str:
+    """The name of the training data on the winner's card: a preset, a hub id, or an absolute path."""
+    named = [entry.path for entry in dataset_args.datasets or ()] or [script_args.dataset_name or "demo"]
+    return ", ".join(
+        name if name in PRESETS or not Path(name).exists() else str(Path(name).absolute()) for name in named
+    )
+
+
+def lora_config(given: set[str], model_args: ModelConfig) -> LoraConfig:
+    """The branches' configuration; target modules that nobody asked for give way to others on a model without them."""
+    config = get_peft_config(model_args)
+    if "lora_target_modules" not in given:
+        config.target_modules = ProposedTargets(config.target_modules)
+    return config
+
+
+def build_trainer(
+    trainer: type, given: set[str], arguments: tuple[Any, ...], load_data: Callable[[], tuple[Any, Any]]
+) -> Any:
+    """Builds a trainer of ours, ready to start.
+
+    Args:
+        trainer: its class.
+        given: of [`given_options`].
+        arguments: the parsed script, training, model and dataset arguments.
+        load_data: loads the training set and the evaluation set, None for examples held out.
+
+    Raises:
+        ValueError: if a flag can't be followed.
+    """
+    script_args, training_args, model_args, dataset_args = arguments
+    if not model_args.use_peft:
+        raise ValueError(
+            "--use_peft false is not possible: the branches are LoRA adapters; TRL's own script trains all."
+        )
+    resumed = training_args.resume_from_checkpoint
+    if resumed and not Path(resumed).is_dir():
+        raise ValueError(
+            f"--resume_from_checkpoint {resumed} is no folder: give one of {training_args.output_dir}/checkpoint-STEP."
+        )
+    model = model_args.model_name_or_path or str(demo_model_path())
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    train_dataset, eval_dataset = load_data()
+    # The adapter that training starts from sets the shape; flags may only repeat it
+    shape = {name for name in given if name.startswith("lora_")} | {"use_dora", "use_rslora"} & given
+    starts = not shape and adapter_config(model, model_args.model_revision) is not None
+    built = trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=None if starts else lora_config(given, model_args),
+    )
+    built.data_name = data_name(script_args, dataset_args)
+    return built
+
+
+def run(build: Callable[[list[str]], Any], argv: list[str] | None) -> None:
+    """Builds a trainer and trains; an error before training ends the command in one line.
+
+    Args:
+        build: makes the trainer out of the command line.
+        argv: flags, None for the process's arguments.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        trainer = build(argv)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        # Errors before training come from the input, and their messages say what to do
+        sys.exit(f"error: {error}")
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if hasattr(trainer, "end"):  # transformers 5.20 and later close their trackers there
+        trainer.end()
