@@ -8,15 +8,13 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
-from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.branches.views import BranchView
-from comlora_trl.training.arguments import check_trainer_arguments, use_plain_checkpointing, warn_of_newer_trl
+from comlora_trl.training.arguments import settle_arguments
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.competition import ROWS_PER_LINE
 from comlora_trl.training.config import ComLoRAConfig
 from comlora_trl.training.data_checks import check_columns, check_prepared
-from comlora_trl.training.export import check_target, check_writable
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import CompetitionOutput
 from comlora_trl.training.own_loss import UndecidedView
@@ -71,19 +69,9 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable | None = None,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = ComLoRAConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-ComLoRA")
-        elif not isinstance(args, ComLoRAConfig):
-            args = ComLoRAConfig.from_arguments(args)
-        warn_of_newer_trl()
-        check_trainer_arguments(args, compute_loss_func, optimizers[0])
-        use_plain_checkpointing(args)
-        if args.should_save:
-            check_writable(args.output_dir, "output_dir")
-            check_target(args.winner_dir, args.comlora_overwrite_winner)
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
+        args = settle_arguments(
+            args, ComLoRAConfig, model, self._name, train_dataset, optimizers[0], compute_loss_func
+        )
         check_columns(train_dataset, "training", formatting_func, args.dataset_text_field, args.comlora_prompt)
         train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
 

@@ -6,13 +6,51 @@ import trl
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from packaging.version import Version
+from transformers import PreTrainedModel, TrainingArguments
+from trl.trainer.utils import get_config_model_id
 
 from comlora_trl.training.config import CompetitionConfig
+from comlora_trl.training.export import check_target, check_writable
 
 TESTED_TRL = (1, 16)
 _CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 logger = get_logger(__name__)
+
+
+def settle_arguments(
+    args: TrainingArguments | None,
+    config: type[CompetitionConfig],
+    model: str | PreTrainedModel,
+    name: str,
+    train_dataset: Any,
+    optimizer: Any = None,
+    compute_loss_func: Any = None,
+) -> CompetitionConfig:
+    """A trainer's arguments as it goes by them, checked before anything is built.
+
+    Args:
+        args: as given: ours, TRL's own, or None for the defaults.
+        config: the trainer's configuration.
+        name: of the trainer, for the default folder.
+
+    Raises:
+        ValueError: naming what can't be followed.
+    """
+    if args is None:
+        base = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = config(f"{base.rstrip('/').split('/')[-1] or 'model'}-{name.replace(' ', '-')}")
+    elif not isinstance(args, config):
+        args = config.from_arguments(args)
+    warn_of_newer_trl()
+    check_trainer_arguments(args, compute_loss_func, optimizer)
+    use_plain_checkpointing(args)
+    if args.should_save:
+        check_writable(args.output_dir, "output_dir")
+        check_target(args.winner_dir, args.comlora_overwrite_winner)
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
+    return args
 
 
 def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, optimizer: Any) -> None:

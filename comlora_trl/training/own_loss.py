@@ -86,12 +86,20 @@ class OwnLosses:
 
     def _kept(self) -> Callable[[], None]:
         """Puts back what `super().compute_loss` has counted of a micro-batch, when called."""
-        trainer, tokens = self.trainer, compat.train_tokens(self.trainer)
-        metrics = {name: list(values) for name, values in compat.train_metrics(trainer).items()}
-        restore_step = self.competition.savepoint()
+        restore_step, restore_logs = self.competition.savepoint(), self.kept_logs()
 
         def restore() -> None:
             restore_step()
+            restore_logs()
+
+        return restore
+
+    def kept_logs(self) -> Callable[[], None]:
+        """Puts back TRL's metrics and its count of tokens as they are now, when called."""
+        trainer, tokens = self.trainer, compat.train_tokens(self.trainer)
+        metrics = {name: list(values) for name, values in compat.train_metrics(trainer).items()}
+
+        def restore() -> None:
             compat.set_train_tokens(trainer, tokens)
             compat.train_metrics(trainer).clear()
             compat.train_metrics(trainer).update(metrics)

@@ -19,18 +19,17 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model
 
 from comlora_trl import compat
 from comlora_trl.branches.views import BranchView, BranchViews, branch_losses
 from comlora_trl.competition.rungs import dealt_to
-from comlora_trl.training.arguments import check_trainer_arguments, use_plain_checkpointing, warn_of_newer_trl
+from comlora_trl.training.arguments import settle_arguments
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.competition import Counted
 from comlora_trl.training.config import IndependentConfig
 from comlora_trl.training.data_checks import check_prepared, check_text_only
 from comlora_trl.training.evaluation import Measured
-from comlora_trl.training.export import check_target, check_writable
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import BranchPass, ComLoRAModel
 from comlora_trl.training.own_loss import OwnLosses, UndecidedView
@@ -201,19 +200,7 @@ class CompetingPreferences(CompetingTrainer):
         Yields:
             the arguments that TRL gets.
         """
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = config(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name.replace(' ', '-')}")
-        elif not isinstance(args, config):
-            args = config.from_arguments(args)
-        warn_of_newer_trl()
-        check_trainer_arguments(args, None, optimizers[0])
-        use_plain_checkpointing(args)
-        if args.should_save:
-            check_writable(args.output_dir, "output_dir")
-            check_target(args.winner_dir, args.comlora_overwrite_winner)
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
+        args = settle_arguments(args, config, model, self._name, train_dataset, optimizers[0])
         check_text_only(train_dataset)
         if isinstance(model, ComLoRAModel):
             raise ValueError(
@@ -330,15 +317,12 @@ class CompetingPreferences(CompetingTrainer):
                 return own(model, inputs, return_outputs, num_items_in_batch)
         if self._in_step:
             return self.own_losses.per_view(own, model, inputs, return_outputs, num_items_in_batch)
-        kept, tokens = (
-            {name: list(values) for name, values in self._metrics["train"].items()},
-            self._total_train_tokens,
-        )
+        restore = self.own_losses.kept_logs()
         try:
             with self.competition.own_step(inputs) as items:
                 return self.own_losses.per_view(own, model, inputs, return_outputs, items)
         finally:
-            self._metrics["train"], self._total_train_tokens = defaultdict(list, kept), tokens
+            restore()
 
     _competing_loss = compute_loss
 
