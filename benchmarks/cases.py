@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from shapes import LLAMA_8B, TARGETS
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -20,7 +21,6 @@ from comlora_trl.competition import CompetitionSettings
 from comlora_trl.training.competition import Competition
 from comlora_trl.training.model import ComLoRAModel
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # as SFTTrainer asks for
 
 
@@ -47,14 +47,7 @@ class Shape:
     def of(cls, layers: int | None, rounds: int) -> "Shape":
         """LLaMA-3-8B's shape on a GPU, a small one elsewhere."""
         if torch.cuda.is_available():
-            config = LlamaConfig(
-                vocab_size=128256,
-                hidden_size=4096,
-                intermediate_size=14336,
-                num_hidden_layers=layers or 32,
-                num_attention_heads=32,
-                num_key_value_heads=8,
-            )
+            config = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": layers or LLAMA_8B["num_hidden_layers"]})
             return cls(config, 128, 8, 16, rounds, torch.device("cuda"))
         config = LlamaConfig(
             vocab_size=512,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from cases import FUSED_OUTPUTS, with_delta
 from peft import LoraConfig
-from small import SHAPES, TARGETS
+from shapes import SMOLLM_135M, TARGETS
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda")
 def make(k: int, layers: int, dtype: torch.dtype) -> ComLoRAModel:
     torch.manual_seed(0)
     with DEVICE:
-        base = LlamaForCausalLM(LlamaConfig(**{**SHAPES["135m"], "num_hidden_layers": layers})).to(dtype)
+        base = LlamaForCausalLM(LlamaConfig(**{**SMOLLM_135M, "num_hidden_layers": layers})).to(dtype)
         add_fused_lm_head(base, outputs=FUSED_OUTPUTS)
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
         return with_delta(ComLoRAModel(base, lora, k)).train()
@@ -43,7 +43,7 @@ def make(k: int, layers: int, dtype: torch.dtype) -> ComLoRAModel:
 
 def batch(rows: int, length: int, seed: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, SHAPES["135m"]["vocab_size"], (rows, length), generator=draw)
+    ids = torch.randint(3, SMOLLM_135M["vocab_size"], (rows, length), generator=draw)
     sizes = torch.randint(length - 60, length + 1, (rows,), generator=draw)
     mask = (torch.arange(length)[None] < sizes[:, None]).long()
     labels = ids.where((torch.arange(length)[None] >= sizes[:, None] - 16) & mask.bool(), torch.tensor(-100))

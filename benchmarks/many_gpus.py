@@ -35,9 +35,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from cases import TARGETS
 from datasets import Dataset
 from peft import LoraConfig
+from shapes import LLAMA_8B, SMOLLM_135M, TARGETS
 from trainers import StepTimer, quiet, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -49,23 +49,8 @@ CUDA = torch.cuda.is_available()
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed")
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "LLaMA-3-8B, 4 layers": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "SmolLM2-135M": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
+    "LLaMA-3-8B, 4 layers": LLAMA_8B | {"num_hidden_layers": 4},
+    "SmolLM2-135M": SMOLLM_135M,
 }
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}

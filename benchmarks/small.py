@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shapes import LLAMA_8B, SMOLLM_135M, TARGETS
+
 ARMS: dict[str, dict[str, Any]] = {
     "trl": {},
     "trl_compiled": {"torch_compile": True, "pad_to_multiple_of": 64},
@@ -34,35 +36,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "k4_without_graphs": {"comlora_k": 4, "comlora_selector": False, "comlora_graphs": False},
 }
 DEFAULT = ("trl", "k1", "tournament", "k4", "k4_selector")
+LENGTH = {"max_position_embeddings": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 2048,
-    },
-    "8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 2048,
-    },
-    "8b_8": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 2048,
-    },
+    "135m": SMOLLM_135M | LENGTH,
+    "8b": LLAMA_8B | LENGTH,
+    "8b_8": LLAMA_8B | LENGTH | {"num_hidden_layers": 8},
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -70,10 +48,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
+        **LENGTH,
     },
 }
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def run(

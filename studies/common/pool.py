@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = str(Path(__file__).resolve().parents[2])
 MPS = "nvidia-cuda-mps-control"
 Job = dict[str, Any]
 
@@ -67,6 +68,8 @@ class Pool:
         self.command, self.results, self.about = list(command), results, about
         self.deadline, self.grace = deadline, grace
         self.environment = {**os.environ, **(environment or {})}
+        paths = [ROOT, self.environment.get("PYTHONPATH")]  # workers import the studies
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         results.parent.mkdir(parents=True, exist_ok=True)
         self.log = (results.parent / "workers.log").open("a")
         self.workers = [self._start() for _ in range(workers)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comlora_trl.competition.rungs import Rung, default_rates, default_rungs, parse_rungs, retired_at
+from studies.common.cost import branch_steps
 
 RATES = tuple(1.25e-4 * 2**step for step in range(10))  # 1.25e-4 to 6.4e-2, a factor of 2 apart
 RANK, WIDE = 8, 32
@@ -64,15 +65,6 @@ class Arm:
         if self.fields.get("comlora_rows") == "shared":
             return steps
         return branch_steps(steps, len(self.rates), self.fields.get("comlora_rungs"))
-
-
-def branch_steps(steps: int, k: int, rungs: str | None) -> int:
-    """Steps times the branches that take them, where every living branch sees all rows."""
-    total, begin, living = 0, 0, k
-    for rung in parse_rungs(rungs, k):
-        total += (rung.step(steps) - begin) * living
-        begin, living = rung.step(steps), rung.survivors
-    return total + (steps - begin) * living
 
 
 def steps_of(rows: int, batch: int, passes: int = 1) -> int:

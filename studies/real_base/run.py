@@ -213,8 +213,7 @@ def train(arguments: argparse.Namespace, plan: Plan, folder: Path) -> int:
     with shared_gpu() if workers > 1 else nullcontext({}) as environment:
         own = about(arguments, model, workers, bool(environment))
         command = [sys.executable, "-m", "studies.real_base.worker", json.dumps(settings_of(arguments, model))]
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**environment, "PYTHONPATH": paths, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = {**environment, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if deadline is not None:
             plan.ends = deadline + arguments.grace
         pool = Pool(command, arguments.results, own, workers, deadline, arguments.grace, environment)

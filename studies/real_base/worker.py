@@ -17,7 +17,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.competition.rungs import Rung
 from comlora_trl.data import build_prompt
 from comlora_trl.data.convai2 import file_name, read_convai2_rows
+from studies.common.worker import work
 from studies.real_base.arms import GRID_FIELD, RUNG_SHARES, Arm, all_arms, steps_of, timed_arms
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -336,32 +337,28 @@ def held_out_figures(model: PreTrainedModel | PeftModel, rows: Dataset, settings
     return {"test_nll": mean if math.isfinite(mean) else None, "test_accuracy": correct.item() / tokens}
 
 
-def main() -> None:
-    """Works until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what trainers print
+def prepare() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What does a job, by the settings of the command line."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     settings = Settings.from_json(sys.argv[1])
     study = Study(settings)
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            if job["arm"] == "base":  # the model as it is
-                result = {"arm": "base", "seed": 0, "units": 0.0, "winner": 0, "branches": {"0": study.untrained}}
-            else:
-                given = job["best"], settings.rates, settings.most
-                arms = timed_arms(job["best"]) if job.get("alone") else all_arms(*given)
-                arm = next(arm for arm in arms if arm.name == job["arm"])
-                result = study.run(arm, job["seed"], job.get("alone", False))
-            if job.get("alone"):
-                result["alone"] = True
-            elif "best" in job and not GRID_FIELD.fullmatch(job["arm"]):
-                result["best"] = job["best"]
-        except Exception as error:  # one arm's failure must not end the study; it is reported as such
-            result = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(result) + "\n")
-        answers.flush()
+
+    def run(job: dict[str, Any]) -> dict[str, Any]:
+        if job["arm"] == "base":  # the model as it is
+            result = {"arm": "base", "seed": 0, "units": 0.0, "winner": 0, "branches": {"0": study.untrained}}
+        else:
+            given = job["best"], settings.rates, settings.most
+            arms = timed_arms(job["best"]) if job.get("alone") else all_arms(*given)
+            arm = next(arm for arm in arms if arm.name == job["arm"])
+            result = study.run(arm, job["seed"], job.get("alone", False))
+        if job.get("alone"):
+            result["alone"] = True
+        elif "best" in job and not GRID_FIELD.fullmatch(job["arm"]):
+            result["best"] = job["best"]
+        return result
+
+    return run
 
 
 if __name__ == "__main__":
-    main()
+    work(prepare)

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from comlora_trl.competition.rungs import Rung, parse_rungs
+from comlora_trl.competition.rungs import Rung
+from studies.common.cost import branch_steps
 
 RATES = (2.5e-4, 1e-3, 4e-3, 1.6e-2)
 EIGHT_RATES = (*RATES, 5e-4, 2e-3, 8e-3, 3.2e-2)  # the four first: they are branches 0 to 3 of the first joint run
@@ -70,15 +71,6 @@ class Arm:
         return self.rows * (
             self.steps if shared else branch_steps(self.steps, self.k, self.fields.get("comlora_rungs"))
         )
-
-
-def branch_steps(steps: int, k: int, rungs: str | None) -> int:
-    """Steps times the branches that take them, where every living branch sees all rows."""
-    total, begin, living = 0, 0, k
-    for rung in parse_rungs(rungs, k):
-        total += (rung.step(steps) - begin) * living
-        begin, living = rung.step(steps), rung.survivors
-    return total + (steps - begin) * living
 
 
 def with_rates(rates: Iterable[float], **more: Any) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from study_arms import (
     MIDDLE_OF_EIGHT,
     TUNED,
     Arm,
-    branch_steps,
     joint_runs,
     tournament_name,
 )
 
 from comlora_trl.competition.rungs import Rung, parse_rungs, retired_at
+from studies.common.cost import branch_steps
 
 Row = dict[str, Any]
 

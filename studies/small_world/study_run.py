@@ -5,12 +5,11 @@ with one line, the result or {"error"}. All else it prints goes to its standard 
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.data import build_prompt
 from comlora_trl.demo import demo_model_path
 from comlora_trl.training.evaluation import validate
+from studies.common.worker import work
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 EVALUATED = 2000  # rows of all branches at a time in validation and test
@@ -175,20 +175,12 @@ def run(job: dict[str, Any], arms: dict[str, Arm], bf16: bool = False) -> dict[s
     return {**kept, "row_passes": arm.row_passes, "seconds": round(seconds, 2), **figures, **watched}
 
 
-def main() -> None:
-    """Works until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what trainers print
+def prepare() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What does a job, by the settings of the command line."""
     torch.set_num_threads(1)
     arms = {arm.name: arm for arm in all_arms(float(sys.argv[1]))}
-    for line in sys.stdin:
-        try:
-            result = run(json.loads(line), arms, sys.argv[2] == "bf16")
-        except Exception as error:  # one arm's failure must not end the study; it is reported as such
-            result = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(result) + "\n")
-        answers.flush()
+    return lambda job: run(job, arms, sys.argv[2] == "bf16")
 
 
 if __name__ == "__main__":
-    main()
+    work(prepare)
