@@ -198,8 +198,7 @@ class CompetitionConfig:
         with settled_without_gpu(self):
             super().__post_init__()
         if lengths_are_free and takes_graphs(self):
-            packs = self.packing or self.padding_free
-            self.pad_to_multiple_of = self.pad_to_multiple_of if packs else LENGTHS
+            self.pad_to_multiple_of = self.pad_to_multiple_of if packs(self) else LENGTHS
         self._fill_in()
         check_config(self)
 
@@ -295,6 +294,15 @@ class IndependentConfig(CompetitionConfig):
     There is no selector. The winner is the branch with the highest reward accuracy on the validation set, unless
     `comlora_winner_by` asks for the loss.
     """
+
+    comlora_graphs: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed, on one GPU. Off by "
+            "default: no run of this trainer on a GPU has been measured. Give pad_to_multiple_of with it, so that "
+            "batches have few lengths."
+        },
+    )
 
     def _fill_in(self) -> None:
         if self.comlora_selector:
@@ -456,6 +464,11 @@ def settled_without_gpu(args: "CompetitionConfig") -> Iterator[None]:
     yield
     if settle:
         logger.warning(f"no GPU is found: training on the CPU, in {'bfloat16' if args.bf16 else 'float32'}.")
+
+
+def packs(args: "CompetitionConfig") -> bool:
+    """Whether batches are lines of rows without padding; not every trainer of TRL's has the options."""
+    return any(getattr(args, option, False) for option in ("packing", "padding_free"))
 
 
 def takes_graphs(args: "CompetitionConfig") -> bool:

@@ -12,6 +12,7 @@ from comlora_trl import compat
 from comlora_trl.branches.graphs import CudaGraphs, LayerGraphs
 from comlora_trl.branches.model import BranchModel
 from comlora_trl.branches.passes import SEPARATELY
+from comlora_trl.training.config import packs
 
 _SAMPLE = 2048
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -66,7 +67,7 @@ def why_not(model: BranchModel, args: Any, accelerator: Accelerator) -> str | No
     attention = compat.attention_of(base)
     if attention not in ("sdpa", "eager"):
         return f"attn_implementation={attention!r} is not among those that were tried (sdpa, eager)"
-    if args.packing or args.padding_free:
+    if packs(args):
         return "batches without padding differ in length"
     if getattr(args, "activation_offloading", False):
         return "activation_offloading moves what a graph has to keep in place"
@@ -89,7 +90,7 @@ def _dropouts(layer: nn.Module) -> Any:
 def padding_line(args: Any, dataset: Any) -> str | None:
     """A line on what padding to multiples costs, from lengths in the training set; None without such padding."""
     multiple, sizes = args.pad_to_multiple_of, []
-    if not isinstance(multiple, int) or args.packing or args.padding_free or not hasattr(dataset, "column_names"):
+    if not isinstance(multiple, int) or packs(args) or not hasattr(dataset, "column_names"):
         return None
     if not dataset.column_names or "input_ids" not in dataset.column_names or not hasattr(dataset, "__len__"):
         return None

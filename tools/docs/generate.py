@@ -137,7 +137,7 @@ def configuration() -> str:
     lines: list[str] = []
     for base in shared_bases():
         users = ", ".join(f"`{config.__name__}`" for config in configs() if base in config.__mro__)
-        lines += section(base, f"The competition's own fields. {users} has them.")
+        lines += section(base, f"The competition's own fields, in {users}.")
     for config in configs():
         bases = " and of ".join(f"`{base.__name__}`" for base in config.__bases__ if dataclasses.is_dataclass(base))
         changed = any(own_fields(config))
