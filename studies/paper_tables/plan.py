@@ -72,11 +72,13 @@ def settings_of(table: str, scale: str, model: str | None) -> tuple[dict[str, An
     content = tables_file()
     chosen, data = content["scales"][scale], content["data"].get(table, content["data"]["other"])
     flags = dict(chosen["flags"])
-    if scale == "demo":
+    if "max_steps" in flags:
         rows = flags["max_steps"] * flags["per_device_train_batch_size"]
+    else:
+        rows = chosen["train_rows"].get(table, chosen["train_rows"]["other"]) * flags["num_train_epochs"]
+    if "model" not in chosen:  # the embedded base and data
         return flags, rows, "demo", "comlora_commonsense"
     flags = {"model_name_or_path": model or chosen["model"], "dataset_name": data["dataset_name"], **flags}
-    rows = chosen["train_rows"].get(table, chosen["train_rows"]["other"]) * flags["num_train_epochs"]
     return flags, rows, data["dataset_name"], data["tasks"]
 
 

@@ -3,6 +3,7 @@
     python studies/paper_tables/run.py --table 5                    # embedded base and data, offline, two CPU cores
     python studies/paper_tables/run.py --table 3 --dry_run          # the runs and what they cost, nothing else
     python studies/paper_tables/run.py --figure 2                   # trains one competition and draws it
+    python studies/paper_tables/run.py --table 4 --scale real       # SmolLM2-135M-Instruct, CONVAI2, three seeds
     python studies/paper_tables/run.py --table 3 --scale paper --launch "accelerate launch --num_processes 8"
 
 Tables 2 to 10, Figures 2 and 3. Each row is a recipe in recipes/, which `scripts/sft.py --config` takes by itself;
@@ -148,6 +149,21 @@ def main(argv: list[str]) -> None:
     sys.exit(print_tables([*named, "--table", options.table]))
 
 
+def check_scale(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command in one line where a scale lacks the table, or its base model is not there yet."""
+    chosen = tables_file()["scales"][options.scale]
+    allowed = chosen.get("tables")
+    if allowed and options.table not in allowed:
+        asked = f"--table {options.table}" if options.table else f"--figure {options.figure}"
+        names = ", ".join(f"--table {table}" for table in allowed)
+        parser.error(f"--scale {options.scale} has no {asked}: give {names}, or another scale")
+    if options.scale == "real" and not options.model and not options.dry_run and not Path(chosen["model"]).is_dir():
+        parser.error(
+            f"the folder {chosen['model']} is not here: write it with `python studies/real_base/base.py --output "
+            f"{chosen['model']}`, or name another base with --model"
+        )
+
+
 def work(todo: list[Planned], runs: list[Planned], options: argparse.Namespace, output: Path) -> None:
     """Trains and scores what is left to do, several runs at a time; the first failure ends it."""
     data = demo_data(output) if options.scale == "demo" and not options.figure else None
@@ -178,12 +194,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", choices=[str(number) for number in range(2, 11)], help="which table")
     what.add_argument("--figure", choices=["2", "3"], help="which figure; needs matplotlib (the extra plots)")
-    parser.add_argument("--scale", choices=["demo", "paper"], default="demo", help="demo (default) or paper")
+    parser.add_argument(
+        "--scale",
+        choices=list(tables_file()["scales"]),
+        default="demo",
+        help="demo (default): everything embedded; real: SmolLM2-135M-Instruct, Table 4 only; paper: LLaMA-3-8B",
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("reproduced"), help="folder of all runs (default: reproduced)"
     )
-    parser.add_argument("--seeds", type=int, help="how many seeds (default: 1 at demo scale, 5 at paper scale)")
-    parser.add_argument("--model", help="base model instead of the paper's, with --scale paper")
+    parser.add_argument("--seeds", type=int, help="how many seeds (default: demo 1, real 3, paper 5)")
+    parser.add_argument("--model", help="base model instead of the scale's own, with --scale real or paper")
     parser.add_argument("--launch", default=sys.executable, help='how sft.py is started, such as "accelerate launch"')
     parser.add_argument("--batch_size", default="32", help="of the evaluation (default: 32; or auto)")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: 1; at demo scale one a core, at most 4)")
@@ -192,6 +213,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(argv[:at])
     options.extra = argv[at + 1 :]
+    check_scale(parser, options)
     if options.jobs is None:
         options.jobs = min(MOST_JOBS, os.cpu_count() or 1) if options.scale == "demo" else 1
     for name in ("seeds", "jobs"):

@@ -45,6 +45,26 @@ def test_a_plan_has_the_papers_rows(table, scale, tmp_path):
     assert len({run.folder for run in runs}) == len(runs)
 
 
+def test_real_scale_is_table_4_on_a_small_pretrained_base(tmp_path, monkeypatch, capsys):
+    """Three seeds of each row; another table, or a base that is not there, ends in one line."""
+    runs = reproduce.plan("4", "real", tmp_path, None, None)
+    assert {run.method for run in runs} == {row["method"] for row in paper()["tables"]["4"]["rows"]}
+    assert len(runs) == 3 * len({run.method for run in runs})
+    assert {run.row_passes // run.settings["comlora_k"] for run in runs} == {147 * 32}
+    command = reproduce.training_command(runs[0], "python", [])
+    script, training, model, _ = sft.parse_arguments([*command[2:], "--use_cpu", "true"])
+    assert (model.model_name_or_path, script.dataset_name, training.max_steps) == ("smollm2", "convai2", 147)
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["--table", "3"], "--scale real has no --table 3: give --table 4, or another scale"),
+        (["--figure", "2"], "--scale real has no --figure 2: give --table 4, or another scale"),
+        (["--table", "4"], "write it with `python studies/real_base/base.py --output smollm2`"),
+    ):
+        with pytest.raises(SystemExit):
+            reproduce.main([*arguments, "--scale", "real"])
+        assert message in capsys.readouterr().err
+
+
 def test_every_recipe_is_used_and_taken_by_sft(tmp_path):
     used = {run.recipe for table in paper()["tables"] for run in reproduce.plan(table, "demo", tmp_path, None, None)}
     assert used == {path.stem for path in RECIPES}
