@@ -3,10 +3,10 @@
     python benchmarks/host.py                  # 30 layers, 4 rows a step; some 40 s on one CPU core
     python benchmarks/host.py --layers 8 --output host.json
 
-A small model's step is bound by the host, and a host's time differs by 10% from run to run. Counts do not: calls of
-Python functions, calls of C functions from Python, and operators that PyTorch dispatches (views left out), forward, backward, clipping
-and optimizer together. They are those of a CPU's eager step: CUDA graphs, which replace most of the forward's and the
-backward's, are not in them. The layers are narrow, for a count does not depend on the width.
+A small model's step is bound by the host, and a host's time differs by 10% from run to run. Counts do not. This script
+counts calls of Python functions, calls of C functions from Python, and operators that PyTorch dispatches (views left
+out), in the forward, the backward, the clipping and the optimizer. The step is an eager one on a CPU, so CUDA graphs do
+not shorten it. The layers are narrow, because a count does not depend on the width.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The host's work in a step, by counts that no machine's speed changes: it stays below TRL's, the selector's is small."""
+"""The counted work of the host in a step: a layer needs less of it than in TRL, and the selector adds little."""
 
 import importlib.util
 import sys
