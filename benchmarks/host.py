@@ -5,8 +5,8 @@
 
 A small model's step is bound by the host, and a host's time differs by 10% from run to run. Counts do not. This script
 counts calls of Python functions, calls of C functions from Python, and operators that PyTorch dispatches (views left
-out), in the forward, the backward, the clipping and the optimizer. The step is an eager one on a CPU, so CUDA graphs do
-not shorten it. The layers are narrow, because a count does not depend on the width.
+out), in the forward, the backward, the clipping and the optimizer. The step is an eager one on a CPU, so CUDA graphs
+do not shorten it. The layers are narrow, because a count does not depend on the width.
 """
 
 import argparse
