@@ -94,7 +94,7 @@ class StaticWeights:
             section.fill(section.parameters(names))
 
     def _is_current(self, names: tuple[str, ...]) -> bool:
-        """Whether the parameters are the same objects as in the first pass. A wrapper around the model may replace them."""
+        """Whether the parameters are the same objects as before. A wrapper around the model may replace them."""
         known = self._parameters.get(names)
         if known is None:
             known = [pair for section in self.sections for pair in section.containers(names)]

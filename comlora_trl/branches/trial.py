@@ -148,7 +148,7 @@ class _Calls:
 
 
 def _figures_alone(model: BranchModel, batch: dict[str, Any], calls: _Calls) -> tuple[Tensor, ...]:
-    """The figures of each branch in its own pass, see [`_figures`]. Also records which arguments have a batch dimension."""
+    """The figures of each branch in its own pass ([`_figures`]). Records which arguments have a batch dimension."""
     expansion, lines = model.expansion, batch["input_ids"].size(0)
     expansion.seen, calls.tokens = set(), batch["input_ids"].numel()
     try:
