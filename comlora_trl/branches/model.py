@@ -336,7 +336,7 @@ class BranchModel(PeftModelForCausalLM):
         return {**full, "ran": torch.zeros_like(ran).index_fill(0, places, True)}
 
     def forward(self, *args: Any, view_pass: ViewPass | None = None, **kwargs: Any) -> Any:
-        """An ordinary PEFT forward with the active adapter, or with `view_pass` a forward for the views of branches."""
+        """An ordinary PEFT forward with the active adapter, or with `view_pass` a forward for several branches."""
         self.competing.abandon()
         if view_pass is not None:
             return self._run_views(view_pass, kwargs, is_compiling())
