@@ -98,7 +98,7 @@ class Pass:
             return  # layers that run again find the same branches, weights and number of rows
         if active is not None and self.branches.checkpointing:
             raise RuntimeError(
-                "one backward pass runs through two passes of other branches or rows, which gradient checkpointing "
+                "one backward runs through two passes with different branches or rows, which gradient checkpointing "
                 "can't tell apart: call backward() after each forward, or switch gradient checkpointing off."
             )
         self.branches.begin(self)
