@@ -99,7 +99,7 @@ def use_plain_checkpointing(args: CompetitionConfig) -> None:
     kwargs = checkpointing_kwargs(args)
     if args.gradient_checkpointing and kwargs.get("use_reentrant"):
         logger.warning(
-            "reentrant checkpointing is replaced by the non-reentrant kind, which gives the same gradients."
+            "reentrant checkpointing is asked for: the non-reentrant kind runs, and gives the same gradients."
         )
         for name in _CHECKPOINTING_KWARGS:
             if hasattr(args, name):
