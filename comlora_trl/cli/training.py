@@ -79,7 +79,8 @@ def build_trainer(
     resumed = training_args.resume_from_checkpoint
     if resumed and not Path(resumed).is_dir():
         raise ValueError(
-            f"--resume_from_checkpoint {resumed} is no folder: give one of {training_args.output_dir}/checkpoint-STEP."
+            f"--resume_from_checkpoint {resumed} is not a folder: give one of "
+            f"{training_args.output_dir}/checkpoint-STEP."
         )
     model = model_args.model_name_or_path or str(demo_model_path())
     training_args.model_init_kwargs = {

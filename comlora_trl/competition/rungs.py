@@ -59,7 +59,7 @@ def parse_rungs(text: str | None, k: int) -> tuple[Rung, ...]:
             rungs.append(Rung(float(fraction), int(survivors)))
         except ValueError:
             raise ValueError(
-                f"comlora_rungs={text!r} is not possible: {part!r} is no FRACTION:BRANCHES; write e.g. 0.1:2,0.25:1."
+                f"comlora_rungs={text!r} is not possible: {part!r} is not FRACTION:BRANCHES; write e.g. 0.1:2,0.25:1."
             ) from None
     fractions, counts = [rung.fraction for rung in rungs], [rung.survivors for rung in rungs]
     if any(not a < b for a, b in zip([0.0, *fractions], [*fractions, 1.0], strict=True)):
@@ -115,7 +115,7 @@ def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup
     later = max(math.ceil(FEW_ROWS * share / rows), warmup + 1)
     tries = [f"a first rung after step {later} or later (--comlora_rungs)"]
     tries += ["all rows for every branch (--comlora_rows all)"] if shared else []
-    return f"the rung at step {first} may decide by chance, for {why}: try {', or '.join(tries)}"
+    return f"the rung at step {first} may decide by chance, because {why}: try {', or '.join(tries)}"
 
 
 def default_rungs(k: int) -> str:
