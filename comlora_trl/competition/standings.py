@@ -131,7 +131,7 @@ class ValidationTally:
         k, sums = self.k, self.sums.cpu().double()
         examples = int(sums[-1])
         if not examples:
-            raise RuntimeError("the validation set gave no example, so there is no winner: check the eval_dataset.")
+            raise RuntimeError("the validation set has no examples, so there is no winner: check the eval_dataset.")
         living = torch.tensor(alive)
         scores, nll, accuracy = sums[:k], sums[k : 2 * k] / sums[-2], sums[2 * k : 3 * k] / sums[-2]
         by_loss = winner(nll, living, highest=False) if comparable else None

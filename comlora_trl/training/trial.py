@@ -79,7 +79,7 @@ def try_branches(
 
 
 def _with_its_cause(error: ValueError, model: ComLoRAModel, batches: list[dict[str, Any]]) -> ValueError:
-    """The error itself or, if the model runs without its routers' loss, an error that says how to turn this loss off."""
+    """The error itself or, if the model runs without its routers' loss, one that says how to turn this loss off."""
     try:
         settle_expansion(model, [batch | {"output_router_logits": False} for batch in batches])
     except ValueError:
