@@ -75,7 +75,7 @@ class StaticWeights:
 
     def kept(self, index: int) -> list[KeptWeights]:
         """The weights of a decoder layer's groups in the form that the custom operators look up."""
-        return self._section_of[index]._groups_of[index]
+        return self._section_of[index]._kept_of[index]
 
     def begin(self, names: tuple[str, ...]) -> "LayerWeights | None":
         """The weights for a pass over the named branches. They are filled when layers ask for them.
@@ -206,10 +206,10 @@ class _Section:
                 grads[place] = [kind.grad_a[row], *(b[row] for b in kind.grad_b)]
         self.kept = [keep_weights(_kept(k, *both)) for both in zip(weights, grads, strict=True)]
         self.weights, self.grads = ([one for own in both for one in own] for both in (weights, grads))
-        ends, self._ranges, self._groups_of = 0, {}, {}
+        ends, self._ranges, self._kept_of = 0, {}, {}
         for layer, own in zip(layers, groups, strict=True):
             first = sum(map(len, groups[: layers.index(layer)]))
-            self._groups_of[layer] = self.kept[first : first + len(own)]
+            self._kept_of[layer] = self.kept[first : first + len(own)]
         for layer, own in zip(layers, groups, strict=True):
             size = sum(1 + len(group.layers) for group in own)
             self._ranges[layer] = (ends, ends + size)

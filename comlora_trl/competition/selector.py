@@ -145,5 +145,5 @@ class SelfAttention(nn.Module):
         rows, tokens, dim = hidden.shape
         split = self.in_proj(hidden).view(rows, tokens, 3, self.heads, dim // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        heard = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
-        return self.out_proj(heard.transpose(1, 2).reshape(rows, tokens, dim))
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        return self.out_proj(attended.transpose(1, 2).reshape(rows, tokens, dim))

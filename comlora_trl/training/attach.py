@@ -3,7 +3,7 @@
 TRL's `__init__` loads, quantises and prepares a model. It gets the configuration of a stand-in adapter of rank 1, so
 that it does everything that it does for PEFT models. Afterwards the stand-in is removed and the branches are added.
 
-Some work must be done before TRL's `__init__`. The docstrings say why.
+Some work must be done before TRL's `__init__`. The docstrings and comments say why.
 """
 
 import copy

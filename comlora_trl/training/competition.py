@@ -562,16 +562,16 @@ class StepPlan:
         if not batches:
             return None
         counted = [count(batch) for batch in batches]
-        hosts = [(weights.numel(), lines) for lines, weights in counted]
+        own_sizes = [(weights.numel(), lines) for lines, weights in counted]
         counts = torch.stack([torch.stack([(own.weights > 0).sum(), own.weights.sum()]) for own in counted])
         counts = counts.to(device)
         own = counts[:, 1].sum()
         if accelerator is None or accelerator.num_processes == 1:
             # The numbers of rows and lines are known on the host, so the device is not read
-            sizes, rank = [[size] for size in hosts], 0
+            sizes, rank = [[size] for size in own_sizes], 0
             supervised, tokens = counts[:, 0].sum(), own
         else:
-            gathered = accelerator.gather(torch.cat([counts, torch.tensor(hosts).to(counts)], dim=1)[None])
+            gathered = accelerator.gather(torch.cat([counts, torch.tensor(own_sizes).to(counts)], dim=1)[None])
             sizes, rank = gathered[..., 2:].transpose(0, 1).tolist(), accelerator.process_index
             supervised, tokens = gathered[..., 0].sum(), gathered[..., 1].sum()
         row_places, row_count = _places([[size[0] for size in micro_batch] for micro_batch in sizes], rank)

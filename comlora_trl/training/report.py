@@ -214,8 +214,8 @@ def print_rung(
         beta = [cell(state.betas[branch], "g")] if state.betas else []
         nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]
         if nll is not None:
-            fate = "retired" if branch in record["retired"] else "goes on"
-            table.add_row(f"branch_{branch}", cell(rate, "g"), *beta, cell(nll, ".4f"), cell(accuracy, ".1%"), fate)
+            outcome = "retired" if branch in record["retired"] else "goes on"
+            table.add_row(f"branch_{branch}", cell(rate, "g"), *beta, cell(nll, ".4f"), cell(accuracy, ".1%"), outcome)
     _print(table, [], console)
 
 

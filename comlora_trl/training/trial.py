@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 _LENGTHS = ((7, 4), (5, 8, 6))
 _TOKENS = 64  # token ids are drawn below this number, or below the size of a smaller vocabulary
 
-_UNTRIED = "no tiny pass was made before training, the batch is taken to widen {}."
+_UNTRIED = "no tiny pass was made before training, so the batch is assumed to widen {}."
 
 
 def try_branches(

@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 LM_EVAL_FILE = "lm_eval.yaml"
 # TRL's settings that influence the result, in the order of the card
-_TOLD = (
+_RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_length", "packing", "bf16"),
 )
 # Fields that are not settings of the method, or that another part of the record contains
-_NOT_TOLD = ("comlora_winner_dir", "comlora_overwrite_winner", "comlora_prompt")
+_NOT_RECORDED = ("comlora_winner_dir", "comlora_overwrite_winner", "comlora_prompt")
 _PACKAGES = ("trl", "peft", "transformers", "torch")
 
 
@@ -124,8 +124,10 @@ def settings_of(args: Any) -> dict[str, Any]:
     Args:
         args: the training arguments, a dataclass of TRL or of this package.
     """
-    names = [field.name for field in fields(args) if field.name.startswith("comlora_") and field.name not in _NOT_TOLD]
-    settings = {name: getattr(args, name) for name in [*names, *_TOLD] if hasattr(args, name)}
+    names = [
+        field.name for field in fields(args) if field.name.startswith("comlora_") and field.name not in _NOT_RECORDED
+    ]
+    settings = {name: getattr(args, name) for name in [*names, *_RECORDED] if hasattr(args, name)}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
     plain = str | int | float | bool | list | tuple
     return {name: value for name, value in settings.items() if isinstance(value, plain)}

@@ -33,11 +33,11 @@ def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tu
     ]
     rows = []
     for branch in branches:
-        fate = _fate(branch, summary.get("winner"))
+        outcome = _outcome(branch, summary.get("winner"))
         if branch["branch"] == adapter:
-            fate = f"{fate}, this adapter" if fate else "this adapter"
+            outcome = f"{outcome}, this adapter" if outcome else "this adapter"
         cells = [cell(branch.get(key), spec) for _, key, spec in columns]
-        rows.append([f"branch_{branch['branch']}", *cells, fate])
+        rows.append([f"branch_{branch['branch']}", *cells, outcome])
     return ["branch", *(heading for heading, _, _ in columns), ""], rows
 
 
@@ -46,7 +46,7 @@ def cell(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
-def _fate(branch: dict[str, Any], winner: int | None) -> str:
+def _outcome(branch: dict[str, Any], winner: int | None) -> str:
     if branch["branch"] == winner:
         return "winner"
     ends = ((what, branch.get(f"{what}_at_step")) for what in ("retired", "disqualified"))
