@@ -1,4 +1,4 @@
-"""ComLoRA on TRL: K LoRA branches compete during training, the winner leaves as an ordinary PEFT adapter."""
+"""ComLoRA on TRL: K LoRA branches compete in one training run. The winner is exported as an ordinary PEFT adapter."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ __all__ = [
     "__version__",
 ]
 
-# lm_eval imports this package at its start, so importing it must not load torch and trl
+# lm_eval imports this package when it starts, so the import must not load torch and trl
 _LAZY = {
     "ComLoRAConfig": "comlora_trl.training.config",
     "ComLoRADPOConfig": "comlora_trl.training.config",

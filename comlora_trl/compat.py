@@ -1,8 +1,8 @@
-"""Every private attribute of another library that this package touches, and why.
+"""Every private attribute of another library that this package uses, and why.
 
-Private names may move with any release. Each stands in [`SEAMS`] once, with the library, the reason and the oldest
-version that it was seen in; `tests/test_compat.py` fails when one moves. Code elsewhere reads them through the
-functions below, or overrides a method of that name.
+A private name may change in any release. [`SEAMS`] lists each name with its library, the reason for its use and the
+oldest version in which it was found. `tests/test_compat.py` fails if a name has changed. Other modules use these names
+through the functions below, or override a method with that name.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +19,10 @@ class Seam:
     """A private name of another library.
 
     Attributes:
-        library: its distribution's name.
-        name: the full name, of a class's attribute or a module's.
-        why: what it is needed for, and why no public name will do.
-        since: the oldest version of the library that it was seen in.
+        library: name of the library's distribution.
+        name: full name of the attribute of a class or module.
+        why: what the name is needed for, and why no public name serves.
+        since: the oldest version of the library in which the name was found.
     """
 
     library: str
@@ -36,7 +36,7 @@ SEAMS = (
     Seam(
         "torch",
         "torch._foreach_norm",
-        "norms of 1,200 gradients in one launch; public: one for all",
+        "the norm of each of 1,200 gradients in one launch; the public function gives one norm for all",
         "2.8",
     ),
     Seam("torch", "torch._foreach_mul_", "clipping of a branch's gradients in one launch", "2.8"),
@@ -50,21 +50,25 @@ SEAMS = (
     Seam(
         "torch",
         "torch.autograd.Variable._execution_engine",
-        "its queue_callback runs a function at the end of a backward pass, as DDP and FSDP use it",
+        "its queue_callback runs a function at the end of a backward pass; DDP and FSDP use it too",
         "2.8",
     ),
-    Seam("torch", "torch.nn.Module._compiled_call_impl", "the only trace that Module.compile() leaves", "2.8"),
-    Seam("torch", "torch.nn.Module._forward_hooks", "a watched layer's frozen output must stay as it is", "2.8"),
-    Seam("torch", "torch.nn.Module._forward_pre_hooks", "a watched layer's frozen output must stay as it is", "2.8"),
-    Seam("torch", "torch.nn.Module._backward_hooks", "a watched layer's frozen output must stay as it is", "2.8"),
-    Seam("torch", "torch.nn.Module._backward_pre_hooks", "a watched layer's frozen output must stay as it is", "2.8"),
-    Seam("torch", "torch.nn.modules.module._has_any_global_hook", "hooks for all modules watch a layer too", "2.8"),
-    Seam("torch", "torch.nn.Module._parameters", "weights past __getattr__: a pass asks for thousands", "2.8"),
-    Seam("torch", "torch.nn.Module._buffers", "names of a state dict's tensors, without gathering any", "2.8"),
+    Seam("torch", "torch.nn.Module._compiled_call_impl", "tells whether Module.compile() was called", "2.8"),
+    Seam(
+        "torch", "torch.nn.Module._forward_hooks", "a layer's output is not overwritten if a hook may keep it", "2.8"
+    ),
+    Seam("torch", "torch.nn.Module._forward_pre_hooks", "see torch.nn.Module._forward_hooks", "2.8"),
+    Seam("torch", "torch.nn.Module._backward_hooks", "see torch.nn.Module._forward_hooks", "2.8"),
+    Seam("torch", "torch.nn.Module._backward_pre_hooks", "see torch.nn.Module._forward_hooks", "2.8"),
+    Seam("torch", "torch.nn.modules.module._has_any_global_hook", "see torch.nn.Module._forward_hooks", "2.8"),
+    Seam("torch", "torch.nn.Module._parameters", "a pass reads thousands of weights, and __getattr__ is slow", "2.8"),
+    Seam("torch", "torch.nn.Module._buffers", "names of a state dict's tensors, without gathering them", "2.8"),
     Seam("torch", "torch.nn.Module._non_persistent_buffers_set", "buffers that a state dict leaves out", "2.8"),
-    Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution's weight has 3 dimensions, and is no expert", "2.8"),
-    Seam("torch", "torch.nn.modules.dropout._DropoutNd", "a layer with dropout of any kind is not captured", "2.8"),
-    Seam("torch", "torch.fx.experimental._config", "use_duck_shape: rows and lengths may be equal by chance", "2.8"),
+    Seam("torch", "torch.nn.modules.conv._ConvNd", "a convolution is not an expert, though its weight is 3-D", "2.8"),
+    Seam(
+        "torch", "torch.nn.modules.dropout._DropoutNd", "a layer with dropout is not captured as a CUDA graph", "2.8"
+    ),
+    Seam("torch", "torch.fx.experimental._config", "use_duck_shape: sizes may be equal by chance", "2.8"),
     Seam(
         "torch",
         "torch._inductor.async_compile.AsyncCompile",
@@ -72,7 +76,7 @@ SEAMS = (
         "2.8",
     ),
     Seam("torch", "torch._dynamo.maybe_mark_dynamic", "no public name marks a length that varies", "2.8"),
-    Seam("torch", "Parameter._fsdp_flattened", "tells FSDP1's flat parameters", "2.8"),
+    Seam("torch", "Parameter._fsdp_flattened", "tells whether a parameter is part of a flat one of FSDP1", "2.8"),
     Seam("torch", "torch.Tensor._base", "a view of another tensor must not be overwritten", "2.8"),
     # ---- accelerate ----
     Seam("accelerate", "accelerate.Accelerator._models", "FSDP1's wrapped model, for its sharding strategy", "1.12"),
@@ -82,78 +86,80 @@ SEAMS = (
     Seam(
         "transformers",
         "transformers.Trainer._save_optimizer_and_scheduler",
-        "under FSDP it would gather the whole base for each checkpoint",
+        "under FSDP the method would gather the whole base for each checkpoint",
         "5.10",
     ),
     Seam(
         "transformers",
         "transformers.Trainer._load_optimizer_and_scheduler",
-        "a schedule-free optimizer does not resume under FSDP: refused in one line",
+        "a schedule-free optimizer does not resume under FSDP, so this raises an error",
         "5.10",
     ),
     Seam("transformers", "transformers.Trainer._load_from_checkpoint", "checkpoints hold every branch", "5.10"),
     Seam("transformers", "transformers.Trainer._load_best_model", "the best checkpoint's leader wins", "5.10"),
-    Seam("transformers", "transformers.Trainer._finish_current_push", "push_to_hub waits for the push before", "5.10"),
+    Seam("transformers", "transformers.Trainer._finish_current_push", "push_to_hub waits for an earlier push", "5.10"),
     Seam("transformers", "transformers.Trainer._prepare_inputs", "validation moves batches as Trainer does", "5.10"),
-    Seam("transformers", "transformers.Trainer._save", "a checkpoint's files, once its weights are gathered", "5.10"),
+    Seam("transformers", "transformers.Trainer._save", "writes a checkpoint's files from gathered weights", "5.10"),
     Seam(
         "transformers",
         "transformers.Trainer._created_lr_scheduler",
-        "whether the schedule is the arguments' or the user's own",
+        "tells whether the Trainer or the user made the schedule",
         "5.10",
     ),
     Seam(
         "transformers",
         "transformers.PreTrainedModel._hf_peft_config_loaded",
-        "a model that transformers itself loaded with an adapter is refused in one line",
+        "a model that transformers itself loaded with an adapter raises an error",
         "5.10",
     ),
     Seam(
         "transformers",
         "transformers.PreTrainedModel._loss_function",
-        "the loss that a user has set on a model, which is put back after a pass of several branches",
+        "a loss that a user has set on a model is restored after a pass over several branches",
         "5.10",
     ),
     Seam(
         "transformers",
         "transformers.PreTrainedModel._gradient_checkpointing_func",
-        "a layer that is not replayed is checkpointed as it was set up",
+        "a layer that is not replayed is checkpointed with the function that was set up for it",
         "5.10",
     ),
     Seam(
         "transformers",
         "transformers.PreTrainedModel._can_compile_fullgraph",
-        "transformers' own word on whether a model's layers compile without a break",
+        "tells whether transformers supports compiling a model without a graph break",
         "5.10",
     ),
     Seam(
         "transformers",
         "transformers.PreTrainedConfig._attn_implementation",
-        "graphs are taken of the kinds of attention that were tried",
+        "CUDA graphs are captured only with the attention implementations that were tested",
         "5.10",
     ),
     # ---- trl ----
     Seam("trl", "trl.SFTTrainer._tag_names", "the tags of the model card", "1.16"),
     Seam("trl", "trl.SFTTrainer._name", "the method's name in the model card", "1.16"),
-    Seam("trl", "trl.SFTTrainer._metrics", "figures of a loss that is computed again are put back", "1.16"),
+    Seam("trl", "trl.SFTTrainer._metrics", "metrics are restored if a loss is computed a second time", "1.16"),
     Seam("trl", "trl.SFTTrainer._total_train_tokens", "TRL counts a batch again for each branch", "1.16"),
     # ---- peft ----
-    Seam("peft", "peft.PeftModel._adapters_disabled", "no public name tells that a model is switched off", "0.19"),
+    Seam("peft", "peft.PeftModel._adapters_disabled", "no public name tells that adapters are disabled", "0.19"),
     Seam(
         "peft",
         "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter",
-        "one layer runs its branches one after the other, past set_adapter's changes of requires_grad",
+        "a layer that runs its branches one after the other selects them without set_adapter's requires_grad changes",
         "0.19",
     ),
     # ---- deepspeed ----
     Seam("deepspeed", "Parameter._hp_mapping", "where ZeRO-1 and ZeRO-2 hold a parameter's gradient", "0.18"),
-    Seam("deepspeed", "Parameter._index_in_param_group", "the key of that gradient", "0.18"),
-    Seam("deepspeed", "Parameter._z3_optimizer", "tells a parameter that ZeRO-3 trains", "0.18"),
+    Seam(
+        "deepspeed", "Parameter._index_in_param_group", "the index of a parameter's ZeRO-1 or ZeRO-2 gradient", "0.18"
+    ),
+    Seam("deepspeed", "Parameter._z3_optimizer", "tells whether ZeRO-3 trains a parameter", "0.18"),
     # ---- bert-score ----
-    Seam("bert-score", "bert_score.BERTScorer._model", "it is moved off the GPU between uses", "0.3.13"),
-    Seam("bert-score", "bert_score.BERTScorer._tokenizer", "its length limit, which some models leave open", "0.3.13"),
+    Seam("bert-score", "bert_score.BERTScorer._model", "the model is moved off the GPU between uses", "0.3.13"),
+    Seam("bert-score", "bert_score.BERTScorer._tokenizer", "a length limit is set where the model has none", "0.3.13"),
     # ---- lm-eval ----
-    Seam("lm-eval", "lm_eval._cli.run", "whether lm_eval's command is running", "0.4.13"),
+    Seam("lm-eval", "lm_eval._cli.run", "tells whether lm_eval's command is running", "0.4.13"),
 )
 
 
@@ -175,26 +181,26 @@ def foreach_mul_(tensors: Sequence["Tensor"], factor: "Tensor") -> None:
 
 
 def running_backward() -> int:
-    """A number for the backward pass that is running in this thread, -1 without one."""
+    """The id of the backward pass that is running in this thread; -1 if none is running."""
     import torch
 
     return torch._C._current_graph_task_id()
 
 
 def at_the_end_of_backward(function: Callable[[], None]) -> None:
-    """Calls a function when the backward pass that is running has ended without an error."""
+    """Calls a function at the end of the running backward pass, unless that pass raises an error."""
     import torch
 
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def accumulates(parameter: "Tensor") -> bool:
-    """Whether the backward pass that is running in this thread will add to a parameter's gradient."""
+    """Whether the backward pass that is running in this thread accumulates into a parameter's `grad`."""
     import torch
 
     try:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
-    except RuntimeError:  # autograd.grad with respect to it, which leaves `grad` alone
+    except RuntimeError:  # autograd.grad with respect to this parameter, which does not change `grad`
         return False
 
 
@@ -204,13 +210,13 @@ def is_compiled_in_place(module: "nn.Module") -> bool:
 
 
 def has_hooks(module: "nn.Module") -> bool:
-    """Whether a hook of any kind sees what passes a module: its own, or one for all modules."""
+    """Whether a module has a forward or backward hook, or there is a hook for all modules."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or has_global_hooks()
 
 
 def hooks_of(module: "nn.Module") -> tuple[tuple[dict, dict], tuple[dict, dict]]:
-    """A module's own hooks: those of its forward, after and before it, and those of its backward."""
+    """A module's own hooks: ((forward hooks, forward pre-hooks), (backward hooks, backward pre-hooks))."""
     forward = module._forward_hooks, module._forward_pre_hooks
     return forward, (module._backward_hooks, module._backward_pre_hooks)
 
@@ -223,12 +229,12 @@ def has_global_hooks() -> bool:
 
 
 def parameters_of(module: "nn.Module") -> dict[str, "nn.Parameter | None"]:
-    """A module's own parameters by name: the dict itself, which follows changes."""
+    """A module's own parameters by name. This is the module's dict and not a copy, so later changes show in it."""
     return module._parameters
 
 
 def persistent_buffers_of(module: "nn.Module") -> set[str]:
-    """Names of a module's own buffers that its state dict has."""
+    """Names of a module's own buffers that its state dict contains."""
     return {name for name in module._buffers if name not in module._non_persistent_buffers_set}
 
 
@@ -240,7 +246,7 @@ def is_convolution(module: "nn.Module") -> bool:
 
 
 def is_flattened(parameter: "nn.Parameter") -> bool:
-    """Whether FSDP1 has put a parameter into a flat one."""
+    """Whether FSDP1 has made a parameter part of a flat parameter."""
     return getattr(parameter, "_fsdp_flattened", False)
 
 
@@ -252,7 +258,7 @@ def is_dropout(module: "nn.Module") -> bool:
 
 
 def mark_varying(tensor: "Tensor", dimension: int) -> None:
-    """Tells a compiler that a tensor's size varies in a dimension."""
+    """Tells `torch.compile` that the size of a tensor's dimension varies."""
     import torch
 
     torch._dynamo.maybe_mark_dynamic(tensor, dimension)
@@ -260,9 +266,9 @@ def mark_varying(tensor: "Tensor", dimension: int) -> None:
 
 @contextmanager
 def distinct_symbols() -> Iterator[None]:
-    """Within the block a compiler gives sizes that are equal by chance symbols of their own.
+    """Within the block, `torch.compile` gives two sizes that are equal by chance separate symbols.
 
-    Nor does it collect garbage after each compilation, which takes half a second.
+    The garbage collection after each compilation is switched off too, because it takes half a second.
     """
     import torch
     from torch.fx.experimental import _config
@@ -280,12 +286,12 @@ def distinct_symbols() -> Iterator[None]:
 
 
 def start_compilers() -> None:
-    """Starts the processes that compile kernels, which takes seconds, while the run prepares."""
+    """Starts the processes that compile kernels. This takes seconds, so it is done while the run prepares."""
     try:
         from torch._inductor.async_compile import AsyncCompile
 
         AsyncCompile.warm_pool()
-    except Exception:  # for speed alone: compilation starts them itself
+    except Exception:  # not needed for a correct run: compilation also starts these processes
         return
 
 
@@ -298,7 +304,7 @@ def is_view(tensor: "Tensor") -> bool:
 
 
 def newest_model(accelerator: Any) -> Any:
-    """The model that an accelerator has prepared last, wrapped."""
+    """The wrapped model that an accelerator has prepared last."""
     return accelerator._models[-1]
 
 
@@ -306,7 +312,7 @@ def newest_model(accelerator: Any) -> Any:
 
 
 def prepare_inputs(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch on the Trainer's device, in its precision."""
+    """Moves a batch to the Trainer's device, in its precision."""
     return trainer._prepare_inputs(inputs)
 
 
@@ -316,27 +322,27 @@ def has_adapter_of_transformers(model: Any) -> bool:
 
 
 def own_loss_function(model: Any) -> Any:
-    """The loss function that was set on a model, None for its type's own."""
+    """The loss function that was set on a model; None if the model uses the default of its type."""
     return model.__dict__.get("_loss_function")
 
 
 def reset_loss_function(model: Any) -> None:
-    """Gives a model its type's own loss function back."""
+    """Makes a model use the default loss function of its type again."""
     model.__dict__.pop("_loss_function", None)
 
 
 def checkpoint(layer: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function of a layer by the checkpointing that was set up for it."""
+    """Runs a function with the gradient checkpointing that transformers set up for a layer."""
     return layer._gradient_checkpointing_func(function, *args)
 
 
 def compiles_whole(model: Any) -> bool:
-    """Whether transformers holds a model for compilable without a graph break."""
+    """Whether transformers declares that a model compiles without a graph break."""
     return getattr(model, "_can_compile_fullgraph", False)
 
 
 def attention_of(model: Any) -> str | None:
-    """The attention implementation that a model runs."""
+    """The attention implementation of a model, such as "sdpa"; None if it is not known."""
     return getattr(model.config, "_attn_implementation", None)
 
 
@@ -344,17 +350,17 @@ def attention_of(model: Any) -> str | None:
 
 
 def train_metrics(trainer: Any) -> dict[str, list[float]]:
-    """What a TRL trainer has gathered since its last log of training."""
+    """The training metrics that a TRL trainer has collected since its last log, as lists by name."""
     return trainer._metrics["train"]
 
 
 def train_tokens(trainer: Any) -> int:
-    """The tokens that a TRL trainer has counted."""
+    """The number of training tokens that a TRL trainer has counted."""
     return trainer._total_train_tokens
 
 
 def set_train_tokens(trainer: Any, tokens: int) -> None:
-    """Puts a TRL trainer's count of tokens back."""
+    """Sets the number of training tokens that a TRL trainer has counted."""
     trainer._total_train_tokens = tokens
 
 
@@ -370,7 +376,7 @@ def adapters_disabled(model: Any) -> bool:
 
 
 def zero_mapping(parameter: "nn.Parameter") -> tuple[bool, Any]:
-    """Whether ZeRO-1 or ZeRO-2 trains a parameter, and the part of it that this process holds, None for none."""
+    """Whether ZeRO-1 or ZeRO-2 trains a parameter, and the mapping of the part that this process holds, or None."""
     return hasattr(parameter, "_hp_mapping"), getattr(parameter, "_hp_mapping", None)
 
 
@@ -402,7 +408,7 @@ def scorer_tokenizer(scorer: Any) -> Any:
 
 
 def lm_eval_command_runs() -> bool:
-    """Whether lm_eval's command has been imported, and so runs."""
+    """Whether lm_eval's command is running, which is the case if its module has been imported."""
     import sys
 
     return "lm_eval._cli.run" in sys.modules

@@ -1,9 +1,12 @@
-"""Batches: what counts as one row, and how lines are dealt out among the branches.
+"""The rows and lines of a batch, and the distribution of lines among the branches.
 
-The competition counts rows: the sequences of a padded batch [B, T], or the segments of a packed (padding-free) line of
-tokens [1, T], each a row of its own for the selector and the losses. A line is a row of a padded batch, or an example
-of a packed one, whole. Dealt out, each line goes to one branch, in equal shares and without a repeat: lines come out
-branch-major, and the smaller shares are filled up with lines that supervise nothing.
+A row is a sequence of a padded batch [B, T], or a segment of a packed (padding-free) batch [1, T]. The selector and
+the losses work on rows. A line is a row of a padded batch, or a whole example of a packed batch, which may have
+several rows.
+
+If rows are shared, [`deal`] gives each line to one branch. The result is branch-major: first the lines of the first
+branch, then those of the next. All branches get the same number of lines; lines without supervised tokens fill up the
+smaller shares.
 """
 
 from collections.abc import Sequence
@@ -19,14 +22,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a batch lie.
+    """The positions of the rows in a batch.
 
     Attributes:
-        index: row of every token, [B, T] int64.
+        index: the row of each token, int64 [B, T].
         real: bool [B, T], False on padding.
-        count: R.
-        longest: tokens of the longest row (an upper bound is enough).
-        packed: whether several rows share one line of tokens.
+        count: number of rows, R.
+        longest: number of tokens of the longest row, or an upper bound of it.
+        packed: whether the rows are segments of one packed line.
     """
 
     index: Tensor
@@ -37,7 +40,7 @@ class Rows:
 
     @classmethod
     def of(cls, inputs: dict[str, Tensor]) -> "Rows":
-        """Rows of a batch: from `attention_mask` or, packed, from `cu_seq_lens_q`, or else `position_ids`."""
+        """The rows of a batch: by `cu_seq_lens_q` or `position_ids` if it is packed, else by `attention_mask`."""
         tokens = inputs["input_ids"]
         batch, length = tokens.shape
         boundaries = inputs.get("cu_seq_lens_q")
@@ -48,7 +51,7 @@ class Rows:
             return cls(index, torch.ones_like(tokens, dtype=torch.bool), count, int(inputs["max_length_q"]), True)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is None and positions is not None and batch == 1:
-            # A flattened line without boundaries (`DataCollatorWithFlattening`): a sequence begins at position 0
+            # `DataCollatorWithFlattening` gives a packed line without boundaries: a sequence begins at each position 0
             starts = positions == 0
             lengths = torch.cat([starts[0].nonzero().flatten(), starts.new_tensor([length], dtype=torch.long)]).diff()
             if lengths.numel() > 1:
@@ -59,9 +62,14 @@ class Rows:
         return cls(index, real, batch, length, False)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Adds up `values` [..., B, T'] over each row's tokens, [..., R].
+        """Sums values over the tokens of each row.
 
-        T' is T, or T − 1 for values of the next-token prediction, which belong to the row of the predicted token.
+        Args:
+            values: [..., B, T'] with T' = T, or T' = T − 1 for values of the next-token prediction. Such a value
+                belongs to the row of the predicted token.
+
+        Returns:
+            the sums, [..., R].
         """
         if not self.packed:
             return values.sum(dim=-1)
@@ -71,14 +79,14 @@ class Rows:
         return total.index_add(-1, index, flat)
 
     def supervised_tokens(self, labels: Tensor) -> Tensor:
-        """m, the supervised tokens of each row after the shift, [R] int64."""
+        """m, the number of supervised tokens of each row after the shift by one token, int64 [R]."""
         return self.sum((labels[:, 1:] != IGNORE).long())
 
     def prompt(self, labels: Tensor) -> Tensor:
-        """bool [B, T], the tokens before each row's first supervised one; at least the row's first token."""
+        """bool [B, T], True on the tokens before a row's first supervised one, and always on a row's first token."""
         seen = (labels != IGNORE).long().cumsum(dim=-1)
         if self.packed:
-            # Tokens supervised before the row begins do not count
+            # The running count starts anew at each row
             begins = torch.searchsorted(self.index[0].contiguous(), torch.arange(self.count, device=labels.device))
             before = torch.cat([seen.new_zeros(1), seen[0]])[begins]
             seen = seen - before[self.index]
@@ -89,7 +97,16 @@ class Rows:
         return ((seen == 0) & self.real) | first
 
     def split(self, embeddings: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """One line per row: embeddings [R, T_row, d] and the mask [R, T_row] of the tokens in `keep` [B, T]."""
+        """Splits the embeddings of a batch by row.
+
+        Args:
+            embeddings: [B, T, d].
+            keep: bool [B, T], the tokens to read.
+
+        Returns:
+            the embeddings of each row, [R, T_row, d], and the mask of the tokens to read, bool [R, T_row]. T_row is
+            `longest`, or T if the batch is not packed.
+        """
         if not self.packed:
             return embeddings, keep
         begins = torch.searchsorted(self.index[0].contiguous(), torch.arange(self.count, device=keep.device))
@@ -101,13 +118,14 @@ class Rows:
 
 
 class Dealt(NamedTuple):
-    """A batch dealt out.
+    """A batch whose lines are distributed among the branches.
 
     Attributes:
-        inputs: the batch, [n·s, ...] for n branches that have lines and shares of s lines (packed: [n, T']).
+        inputs: the batch, branch-major: [n·s, ...] for the n branches that have lines, with shares of s lines each
+            (packed: [n, T'], one line for each branch).
         branches: indices of the n branches.
-        source: row of the original batch that each row comes from; -1 for what only fills up.
-        owner: branch of each row.
+        source: for each row, the row of the original batch that it comes from; -1 for a row that only fills up.
+        owner: for each row, its branch.
     """
 
     inputs: dict[str, Any]
@@ -117,16 +135,18 @@ class Dealt(NamedTuple):
 
 
 def indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [n] on a device, without waiting for what was launched there before."""
+    """Indices as a tensor on a device, int64 [n]. The copy does not wait for earlier work on the device."""
     return torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def deal(inputs: dict[str, Any], rows: Rows, owners: Sequence[int], rows_per_line: Sequence[int] | None) -> Dealt:
-    """Deals a batch's lines out.
+    """Distributes the lines of a batch among the branches.
 
     Args:
-        owners: the branch of each line; lines of -1 are left out.
-        rows_per_line: rows that each line of a packed batch has, None for one each.
+        inputs: the batch.
+        rows: the batch's rows.
+        owners: the branch of each line; lines with -1 are left out.
+        rows_per_line: number of rows of each line of a packed batch; None for one row each.
     """
     branches = sorted({owner for owner in owners if owner >= 0})
     if rows.packed:
@@ -151,7 +171,7 @@ def _deal_packed(
     inputs: dict[str, Any], rows: Rows, owners: Sequence[int], rows_per_line: Sequence[int], branches: list[int]
 ) -> Dealt:
     device = inputs["input_ids"].device
-    # Rows past those of the lines are padding
+    # Rows after those of the last line are padding
     row_owner = [owner for owner, count in zip(owners, rows_per_line, strict=True) for _ in range(count)]
     row_owner += [-1] * (rows.count - len(row_owner))
     lengths = torch.bincount(rows.index.flatten(), minlength=rows.count).tolist()

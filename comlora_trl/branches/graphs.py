@@ -1,16 +1,22 @@
-"""Decoder layers as CUDA graphs: each layer's forward and backward is captured once per shape and then replayed.
+"""Decoder layers as CUDA graphs: the forward and backward of each layer are captured once for each shape and replayed.
 
-A small model's step is bound by the host, which launches thousands of kernels; a replay launches a layer in one call.
-What is captured is the layer after regional compilation (one compilation serves all layers and shapes), where that
-works, or else the layer as it is.
+With a small model, the time of a step is limited by the host, which launches thousands of kernels. A replay launches
+a whole layer with one call. The layer is compiled before it is captured (one compilation serves all layers and
+shapes). If the compilation fails, the uncompiled layer is captured.
 
-The life of a shape, which is the key of everything here: its first pass runs as usual and is recorded (which layer
-gets which masks and positions); its second pass captures, checks every layer's output and gradients against the layer
-as it is, and replays; later passes replay. Whatever does not fit (another shape, a layer that gets other arguments,
-two forwards before a backward) runs as usual: a replayed layer is one autograd function, beside layers that run.
+Graphs are kept by the shape of the decoder layers' input:
 
-Memory: all graphs share one pool, for only one pass at a time lies between its forward and its backward. Buffers
-outside the pool hold what outlives a graph (hidden states between layers, gradients of weights), for all shapes.
+1. The first pass with a shape runs without graphs, and the arguments of each layer (masks, positions) are recorded.
+2. The second pass captures all layers. The outputs and gradients of some or all layers are compared with those of the
+   uncompiled layers. Then the pass replays the graphs.
+3. Later passes replay the graphs.
+
+Everything else runs without graphs: another shape, a layer that gets other arguments, a second forward before the
+backward. For autograd, a replayed layer is one function, so both kinds of layers can be mixed in a pass.
+
+All graphs share one memory pool. This is safe because only one pass at a time is between its forward and its backward.
+Hidden states between layers and gradients of weights must outlive a graph, so they are in buffers outside the pool,
+which all shapes share.
 """
 
 import gc
@@ -30,12 +36,13 @@ from comlora_trl.branches.kernels import BranchWeights
 from comlora_trl.branches.layers import ActivePass, CompetingBranches
 from comlora_trl.branches.static_weights import LayerWeights, StaticWeights
 
-# Shapes that are captured at most, and how many are remembered: lengths in buckets are few
+# The largest number of shapes that are captured, and that are recorded. Padding to multiples keeps lengths few
 MOST_SHAPES = 32
 _MOST_SEEN = 64
-# Relative errors (Frobenius) that are rounding's: of a layer's output, of its gradients together, of one gradient.
-# One gradient of half precision may be small for cancelling out, and its rounding errors large beside it; a wrong row,
-# a wrong branch or a factor left out is an error of 0.3 and more
+# Relative errors (Frobenius norm) up to these count as rounding: of a layer's output, of all its gradients together,
+# and of a single gradient. The last limit is high in half precision, because terms may cancel in a single gradient,
+# and the rounding error is then large relative to it. A real error (a wrong row or branch, a missing factor) is 0.3 or
+# more
 _ROUNDING = {torch.float64: (1e-9, 1e-9, 1e-7), torch.float32: (1e-3, 3e-3, 3e-2)}
 _HALF_ROUNDING = (2e-2, 3e-2, 0.15)
 _CHECKPOINTING = "gradient_checkpointing"  # a layer's own flag, in transformers
@@ -43,17 +50,17 @@ _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
 
 class Graph(Protocol):
-    """Records work once and repeats it."""
+    """Records the kernels of a function once and runs them again."""
 
     def capture(self, work: Callable[[], None]) -> None:
-        """Records what `work` launches; does not run it."""
+        """Records the kernels that `work` launches, without running them."""
 
     def replay(self) -> None:
-        """Runs what was recorded, on the memory that it was recorded with."""
+        """Runs the recorded kernels on the memory addresses of the capture."""
 
 
 class CudaGraphs:
-    """Makes CUDA graphs that share a pool of memory and are captured on one stream."""
+    """Makes CUDA graphs that share one memory pool and are captured on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -65,12 +72,15 @@ class CudaGraphs:
         return _CudaGraph(self)
 
     def release(self) -> None:
-        """Lets the pool go, once no other graph lives."""
+        """Frees the memory pool as soon as no graph uses it."""
         self._keeper = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, an operation that waits for the GPU is an error: a capture with one could not be undone."""
+        """Within the block, an operation that waits for the GPU raises an error.
+
+        Such an operation in a capture would leave the GPU unusable for the process, so it is searched for before.
+        """
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -79,7 +89,7 @@ class CudaGraphs:
             torch.cuda.set_sync_debug_mode(before)
 
     def check(self) -> None:
-        """After a capture that has failed: whether the process can go on.
+        """Checks after a failed capture that the process can still use the GPU.
 
         Raises:
             RuntimeError: if it can't.
@@ -95,16 +105,16 @@ class CudaGraphs:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Captures and what warms up for them lie inside, on a stream of their own."""
+        """The context of captures and of the runs that warm up for them, on a separate stream."""
         current = torch.cuda.current_stream()
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what passes without graphs have used: the pool can't use it
+        torch.cuda.empty_cache()  # the pool can't use memory that is cached for passes without graphs
         collecting = gc.isenabled()
-        gc.disable()  # a collection could free other graphs within a capture
+        gc.disable()  # a garbage collection during a capture could free other graphs
         try:
             with torch.cuda.stream(self.stream):
                 if self._keeper is None:
-                    # A pool whose last graph is gone can't be used again: this one stays
+                    # PyTorch can't use a pool again after its last graph was freed, so this empty graph is kept
                     self.pool, self._keeper = torch.cuda.graph_pool_handle(), _CudaGraph(self)
                     nothing = torch.zeros(1, device=self.device)
                     self._keeper.capture(nothing.zero_)
@@ -120,7 +130,7 @@ class _CudaGraph:
         self.owner, self.graph = owner, torch.cuda.CUDAGraph()
 
     def capture(self, work: Callable[[], None]) -> None:
-        # thread_local: what other threads do meanwhile (pinning memory, say) is none of the capture's business
+        # thread_local: calls of other threads, such as pinning memory, must not make the capture fail
         self.graph.capture_begin(pool=self.owner.pool, capture_error_mode="thread_local")
         try:
             work()
@@ -128,7 +138,7 @@ class _CudaGraph:
             try:
                 self.graph.capture_end()
             except RuntimeError:
-                pass  # of the capture that the error has spoilt
+                pass  # raised because the capture is invalid after the first error
             raise
         self.graph.capture_end()
 
@@ -137,18 +147,20 @@ class _CudaGraph:
 
 
 class LayerGraphs:
-    """Replays decoder layers in passes over branches; see the module's text.
+    """Replays decoder layers in passes over branches, see the text of this module.
 
     Args:
-        branches: the model's adapted layers.
-        layers: its decoder layers from the first adapted one on, in the order they run.
-        maker: makes graphs, `CudaGraphs` or a stand-in for tests.
-        report: takes one line for the user.
-        compiler: compiles a function, or None to capture the layers as they are.
+        branches: the state that the model's adapted layers share.
+        layers: the decoder layers from the first adapted one on, in the order in which they run.
+        maker: makes graphs: `CudaGraphs`, or a stand-in in tests.
+        report: shows a line to the user.
+        compiler: compiles a function; None to capture uncompiled layers.
 
     Attributes:
-        off: why nothing is captured any more, None while it is.
-        captures, replays, capture_seconds: shapes captured so far, layers replayed, and what the captures took.
+        off: the reason why graphs are no longer used; None while they are used.
+        captures: number of shapes captured so far.
+        replays: number of layers replayed so far.
+        capture_seconds: time that the captures took, in seconds.
     """
 
     def __init__(
@@ -173,18 +185,18 @@ class LayerGraphs:
         self._hooks = [hooks for layer in self.layers for hooks in _hooks(layer)]
         self.captures, self.replays, self.capture_seconds = 0, 0, 0.0
 
-    # ---- A pass's beginning and end ----
+    # ---- The start and the end of a pass ----
 
     def begin(self, one: ActivePass) -> None:
-        """Takes the layers' forwards over for a pass, where they may be replayed in it."""
+        """Replaces the forwards of the layers for a pass, if the pass may be recorded or replayed."""
         self._run = None
         if self.off or not one.differentiable or one.compiled or is_compiling():
             return
         if any("forward" in layer.__dict__ for layer in self.layers):
-            self.turn_off("a decoder layer has been given another forward")
+            self.turn_off("the forward of a decoder layer has been replaced")
             return
         if any(self._hooks) or compat.has_global_hooks():
-            self.turn_off("a hook watches what passes the decoder layers")
+            self.turn_off("there is a hook on a decoder layer or on all modules")
             return
         if not all(layer.training for layer in self.layers):
             return
@@ -196,7 +208,7 @@ class LayerGraphs:
             forward.begin()
 
     def end(self) -> None:
-        """Gives the layers their own forwards back."""
+        """Restores the forwards of the layers."""
         run, self._run = self._run, None
         if run is None:
             return
@@ -208,14 +220,14 @@ class LayerGraphs:
             self._seen[run.key] = run.recorded
 
     def turn_off(self, reason: str) -> None:
-        """Ends replaying for good, with a line that says why."""
+        """Stops using graphs for the rest of the run, frees them, and reports the reason."""
         self.off = reason
         self._forget_shapes()
         self.maker.release()
         self.report(f"comlora_graphs: decoder layers run without CUDA graphs from here on: {reason}.")
 
     def forget_more_than(self, k: int) -> None:
-        """Frees the graphs of passes over more than k branches: that many will not run again."""
+        """Frees the graphs of passes over more than k branches. Call it when fewer branches are left."""
         for key in [key for key in self._shapes if key[0] > k]:
             del self._shapes[key]
         for own in [own for own in self._weights if own > k]:
@@ -227,10 +239,10 @@ class LayerGraphs:
     def _forget_shapes(self) -> None:
         self._shapes, self._seen, self._weights, self._buffers = {}, {}, {}, {}
 
-    # ---- A layer's call ----
+    # ---- The call of a layer ----
 
     def call(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A decoder layer's forward within a pass."""
+        """Runs or replays the forward of decoder layer `index` in a pass."""
         run = self._run
         own = self._forwards[index].own
         if run is None or run.one is not self.branches.active or not torch.is_grad_enabled():
@@ -245,7 +257,7 @@ class LayerGraphs:
                 return output
         output = own(args, kwargs)
         if call is None:
-            run.unfit = f"{type(layer).__name__} takes arguments that a graph can't"
+            run.unfit = f"a graph can't take the arguments of {type(layer).__name__}"
         elif run.recorded is not None and index == len(run.recorded):
             if call.returned(output):
                 run.recorded.append(call.kept(run.slots))
@@ -254,7 +266,12 @@ class LayerGraphs:
         return output
 
     def _decide(self, run: "_Run", call: "_Call | None") -> None:
-        """Whether this pass replays, captures first, or runs as usual and is recorded."""
+        """Decides at the first layer whether a pass replays, captures and replays, is recorded, or none of these.
+
+        Args:
+            run: the state of the pass, which is changed.
+            call: the first layer's call; None if a graph can't take its arguments.
+        """
         if call is None:
             return
         names = run.one.names
@@ -262,10 +279,10 @@ class LayerGraphs:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (len(names), call.spec, autocast, self._checkpointing)
         if self._last is not None and (token := self._last()) is not None and not token.done:
-            return  # the memory of an earlier pass, whose backward may still come
+            return  # an earlier pass still needs the buffers, because its backward may come later
         shape = self._shapes.get(key)
         if shape is None:
-            recorded = self._seen.get(key[1:])  # with another number of branches, too
+            recorded = self._seen.get(key[1:])  # the number of branches does not matter here
             if recorded is None:
                 if len(self._seen) < _MOST_SEEN:
                     run.key, run.recorded = key[1:], []
@@ -283,7 +300,7 @@ class LayerGraphs:
 
     @property
     def _checkpointing(self) -> bool:
-        """Whether layers are checkpointed; asking transformers would walk through every module, at every pass."""
+        """Whether layers use gradient checkpointing. transformers' own property would visit every module each time."""
         return any(forward.checkpointing for forward in self._forwards)
 
     def _capture(
@@ -293,7 +310,7 @@ class LayerGraphs:
         if weights is None:
             weights = StaticWeights.of(self.branches.groups, self.layers, names)
             if weights is None:
-                self.turn_off("an adapted layer is none that the batched products compute")
+                self.turn_off("the batched products can't compute an adapted layer")
                 return None
             self._weights[len(names)] = weights
         recompute = self._checkpointing
@@ -305,7 +322,7 @@ class LayerGraphs:
                     shape.capture(call.hidden, names, check_all=self.captures == 0)
             except _Differs as error:
                 reason = str(error)
-            except Exception as error:  # whatever a capture, a compiler or an architecture raises
+            except Exception as error:  # captures, the compiler and model code may raise any error
                 text = (str(error).strip().splitlines() or ["no message"])[0][:200]
                 doing = "compiling" if way is not None else "capturing"
                 reason = f"{doing} a layer ended in {type(error).__name__} ({text})"
@@ -323,7 +340,7 @@ class LayerGraphs:
         return None
 
     def buffer(self, name: tuple[Any, ...], like: Tensor) -> Tensor:
-        """Memory for a tensor like another; the same memory for all shapes that need no more of it."""
+        """A tensor with the shape, dtype and device of `like`. All shapes share the memory of one name."""
         key = (*name, like.dtype, like.device)
         flat = self._buffers.get(key)
         if flat is None or flat.numel() < like.numel():
@@ -332,10 +349,10 @@ class LayerGraphs:
 
 
 class _Forward:
-    """A decoder layer's forward while a pass runs.
+    """Replaces the forward of a decoder layer during a pass.
 
-    Gradient checkpointing, which wraps a layer's call or its forward (transformers has done both), is then done in
-    here: a layer that is replayed does not need it, for its graph's backward runs it again by itself.
+    Gradient checkpointing is switched off in the layer and done here, for layers that are not replayed. A replayed
+    layer does not need it, because the graph of its backward contains the second forward.
     """
 
     def __init__(self, graphs: LayerGraphs, index: int, layer: nn.Module) -> None:
@@ -343,13 +360,13 @@ class _Forward:
         self.checkpointing: bool | None = None
 
     def begin(self) -> None:
-        """Takes the layer's place."""
+        """Replaces the layer's forward and switches its own gradient checkpointing off."""
         own = self.layer.__dict__
         self.checkpointing = own.get(_CHECKPOINTING)
         own["forward"], own[_CHECKPOINTING] = self, False
 
     def end(self) -> None:
-        """Gives the layer its own forward back."""
+        """Restores the layer's forward and its gradient checkpointing."""
         own = self.layer.__dict__
         own.pop("forward", None)
         own.pop(_CHECKPOINTING, None)
@@ -360,7 +377,7 @@ class _Forward:
         return self.graphs.call(self.index, self.layer, args, kwargs)
 
     def own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer as it is, checkpointed if it is to be."""
+        """Runs the layer without a graph, with gradient checkpointing if the layer uses it."""
         if self.checkpointing and torch.is_grad_enabled():
             run = partial(_run_once, self.layer, **kwargs)
             return compat.checkpoint(self.layer, run, *args)
@@ -368,20 +385,32 @@ class _Forward:
 
 
 def _run_once(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward without a checkpoint of its own, also when it runs again in the backward."""
+    """Runs a layer whose own gradient checkpointing is off, also when it runs again in the backward."""
     with _not_checkpointed(layer):
         return _run_layer(layer, args, kwargs)
 
 
 class _Token:
-    """A pass between its forward and its backward; gone with its autograd graph, which alone holds it."""
+    """Marks a pass between its forward and its backward. It is freed with the pass's autograd graph."""
 
     def __init__(self) -> None:
         self.done, self.reference = False, weakref.ref(self)
 
 
 class _Run:
-    """A pass's way through the layers."""
+    """The state of one pass over the layers.
+
+    Attributes:
+        one: the pass.
+        key: the key under which the recorded calls are stored.
+        unfit: why a graph can't run these layers; None if it can as far as is known.
+        recorded: the calls recorded so far; None if the pass is not recorded.
+        slots: the different tensors among the recorded arguments.
+        shape: the graphs to replay; None if the pass does not replay.
+        filled: the weights for the graphs.
+        copied: the arguments that were copied to the graphs' memory, by slot.
+        token: marks the pass for its backward; None if the pass does not replay.
+    """
 
     def __init__(self, one: ActivePass) -> None:
         self.one = one
@@ -396,17 +425,18 @@ class _Run:
 
 
 class _Differs(Exception):
-    """A captured layer does not compute what the layer computes."""
+    """Raised if a compiled or captured layer gives other numbers than the layer itself."""
 
 
 class _Call:
-    """The arguments of a decoder layer.
+    """One call of a decoder layer.
 
     Attributes:
-        hidden: the hidden states, its first argument.
-        tensors: the other tensors (masks, positions), in order.
-        spec: everything else about the arguments, to compare.
-        is_tuple: whether the layer returns a tuple of one.
+        hidden: the hidden states, the layer's first argument.
+        tensors: the other tensors among the arguments (masks, positions), in order.
+        spec: shapes, dtypes and all values that are not tensors. Two calls with the same spec can use the same graph.
+        slots: for each of `tensors`, its index among the different tensors of all layers.
+        is_tuple: whether the layer returns a tuple with one item.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -421,7 +451,7 @@ class _Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call | None":
-        """The call, None if it has an argument that a graph can't take."""
+        """The call with these arguments; None if a graph can't take one of them."""
         try:
             call = cls(args, kwargs)
         except (KeyError, TypeError):
@@ -429,13 +459,13 @@ class _Call:
         return call if isinstance(call.hidden, Tensor) and call.hidden.dim() == 3 else None
 
     def returned(self, output: Any) -> bool:
-        """Notes what the layer returned; False if a graph can't return that."""
+        """Notes whether the layer returned a tuple. Returns False if a graph can't return this output."""
         self.is_tuple = type(output) is tuple and len(output) == 1
         output = output[0] if self.is_tuple else output
         return isinstance(output, Tensor) and output.shape == self.hidden.shape and output.dtype == self.hidden.dtype
 
     def kept(self, slots: list[Tensor]) -> "_Call":
-        """The call to keep, without its hidden states; tensors that several layers get are kept once, in `slots`."""
+        """Removes the tensors from the call, stores each different one once in `slots`, and returns the call."""
         for tensor in self.tensors:
             place = next((place for place, one in enumerate(slots) if one is tensor), None)
             if place is None:
@@ -449,7 +479,7 @@ class _Call:
         return self
 
     def with_tensors(self, hidden: Tensor, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with other tensors in the place of these."""
+        """The positional and keyword arguments, with the given hidden states and tensors."""
         left = iter(tensors)
         named = {**dict(enumerate(self.args)), **self.kwargs}
         first = 0 if self.args else "hidden_states"
@@ -484,13 +514,14 @@ def _replaced(value: Any, left: Iterator[Tensor]) -> Any:
 
 
 class _Shape:
-    """The graphs of all layers for one shape of their input.
+    """The graphs of all layers for one input shape and number of branches.
 
     Args:
-        recorded: the layers' calls in a pass of this shape.
-        weights: the weights of as many branches, in memory that stays.
-        recompute: whether a layer's backward runs its forward again (gradient checkpointing).
-        run_layer: runs a layer compiled; None for the layer as it is.
+        graphs: the owner.
+        recorded: the calls of all layers in a pass with this shape.
+        weights: the fixed memory for the weights of that many branches.
+        recompute: whether the backward of a layer runs its forward again (gradient checkpointing).
+        run_layer: runs a compiled layer; None to capture the uncompiled layer.
     """
 
     def __init__(
@@ -507,7 +538,16 @@ class _Shape:
         self.layers: list[_Layer] = []
 
     def capture(self, hidden: Tensor, names: tuple[str, ...], check_all: bool) -> None:
-        """Captures all layers, and compares some or all of them with the layers as they are."""
+        """Captures all layers and compares them with the uncompiled layers.
+
+        Args:
+            hidden: the hidden states, as an example of the shape.
+            names: adapter names of the branches.
+            check_all: whether all layers are compared, or only the first, the middle and the last one.
+
+        Raises:
+            _Differs: if the numbers differ by more than rounding.
+        """
         graphs, count = self.graphs, len(self.graphs.layers)
         self.weights.fill(names)
         like = hidden.detach()
@@ -521,7 +561,7 @@ class _Shape:
             if index in checked:
                 expected[index] = layer.figures(None)
             if self.run_layer is not None and index in checked:
-                found = layer.figures(self.run_layer)  # compiles, and loads what a capture must not load
+                found = layer.figures(self.run_layer)  # compiles and loads kernels, which a capture must not do
                 expected[index].compare(found, f"compiled, decoder layer {index}")
             elif index not in checked and check_all:
                 layer.figures(None)
@@ -535,7 +575,7 @@ class _Shape:
             self.layers.append(layer)
         for layer in reversed(self.layers):
             layer.capture_backward()
-        # All forwards, then all backwards: the order of a pass, on which the sharing of memory relies
+        # All forwards, then all backwards, as in a pass: the graphs share memory on the assumption of this order
         for layer in self.layers:
             layer.forward.replay()
         for layer in reversed(self.layers):
@@ -546,7 +586,7 @@ class _Shape:
                 expected[layer.index].compare_gradients(found, f"captured, decoder layer {layer.index}")
 
     def replay(self, run: _Run, index: int, call: _Call) -> Any:
-        """A layer's output; None where the call is another than the one captured."""
+        """Replays a layer and returns its output; None if the call differs from the captured one."""
         known = self.calls[index]
         if call.spec != known.spec:
             return None
@@ -562,7 +602,7 @@ class _Shape:
 
 
 class _Figures:
-    """A layer's output and gradients, as far as they are kept to compare with."""
+    """The output and the gradients of a layer, to compare a compiled or captured layer with."""
 
     def __init__(self, output: Tensor, gradients: Sequence[Tensor]) -> None:
         self.output, self.gradients = output, list(gradients)
@@ -586,7 +626,17 @@ class _Figures:
 def _compare(
     found: Sequence[Tensor], expected: Sequence[Tensor], limit: float, what: str, single: float | None = None
 ) -> None:
-    """Raises [`_Differs`] if tensors are too far from others, all together or a single one of them."""
+    """Compares tensors with expected ones.
+
+    Args:
+        found, expected: the tensors.
+        limit: the largest relative error of all tensors together (Frobenius norm).
+        what: what is compared, for the message.
+        single: the largest relative error of each tensor; None for no such limit.
+
+    Raises:
+        _Differs: if an error is larger than its limit.
+    """
     wide = torch.float64 if expected[0].dtype == torch.float64 else torch.float32
     errors = torch.stack([(a.to(wide) - b.to(wide)).norm() for a, b in zip(found, expected, strict=True)])
     scales = torch.stack([one.norm(dtype=wide) for one in expected])
@@ -601,13 +651,13 @@ def _compare(
 
 
 class _Layer:
-    """One decoder layer's graphs for one shape.
+    """The graphs of one decoder layer for one shape.
 
     Attributes:
-        input, output: hidden states, in memory that stays.
-        grad_output, grad_input: their gradients.
-        weight_grads: the gradients of the layer's stacked weights.
-        owner: the pass whose forward was the last, until its backward.
+        input, output: hidden states in fixed memory, [K·B, T, d].
+        grad_output, grad_input: gradients of the output and the input, in fixed memory.
+        weight_grads: gradients of the layer's stacked weights, in fixed memory.
+        owner: the token of the pass that ran the last forward; None after its backward.
     """
 
     def __init__(
@@ -628,7 +678,7 @@ class _Layer:
         self._kept: tuple[Tensor, list[Tensor]] | None = None
 
     def figures(self, way: Callable | None) -> _Figures:
-        """The layer's output and gradients, by its own forward or a compiled one."""
+        """Runs forward and backward without a graph, by the compiled forward `way` or by the layer itself if None."""
         output, leaves = self._run(way)
         grad, dx = torch.empty_like(self.output), torch.empty_like(self.input)
         self.draw_grad(grad)
@@ -636,13 +686,15 @@ class _Layer:
         return _Figures(output.detach(), [dx, *(one.clone() for one in self.weight_grads)])
 
     def draw_grad(self, into: Tensor) -> None:
-        """Fills a gradient with random numbers that are the same each time."""
+        """Fills a gradient with random numbers that are the same for each call."""
         into.normal_(generator=torch.Generator(into.device).manual_seed(self.index))
 
     def capture_forward(self) -> None:
+        """Captures the forward."""
         self.forward.capture(self._forward)
 
     def capture_backward(self) -> None:
+        """Captures the backward; the forward must have been captured."""
         self.backward.capture(self._backward)
         self._kept = None
 
@@ -658,7 +710,7 @@ class _Layer:
         self._write_gradients(output, leaves, self.grad_output, self.grad_input)
 
     def _write_gradients(self, output: Tensor, leaves: list[Tensor], grad: Tensor, dx: Tensor) -> None:
-        """Writes dx and the gradients of the weights, those that a compiled layer has not written already."""
+        """Writes the gradients of input and weights. A compiled layer writes those of the weights itself."""
         gradients = torch.autograd.grad(output, leaves, grad, allow_unused=True)
         for target, gradient in zip([dx, *self.weight_grads], gradients, strict=False):
             if gradient is None:
@@ -667,10 +719,13 @@ class _Layer:
                 target.copy_(gradient)
 
     def _run(self, way: Callable | None) -> tuple[Tensor, list[Tensor]]:
-        """The layer's output on `input`, and the leaves that gradients are wanted of: the input and, where the layer
-        runs as it is, its weights."""
+        """Runs the layer on `input`.
+
+        Returns:
+            the output, and the leaves whose gradients are needed: the input and, for an uncompiled layer, the weights.
+        """
         with torch.enable_grad():
-            # The first layer's too, which nobody asks for: without, it would be compiled by itself
+            # The first layer's input too, although its gradient is not used: otherwise it needs its own compilation
             hidden = self.input.detach().requires_grad_()
             args, kwargs = self.call.with_tensors(hidden, self.tensors)
             weights = [] if way is not None else [weight.detach().requires_grad_() for weight in self.weights]
@@ -694,8 +749,11 @@ class _Layer:
 
 
 def _mark_lengths(hidden: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Tells a compiler that the length of rows varies. It finds out by itself what else does, by another compilation:
-    more symbols than are needed make each one take several times as long."""
+    """Tells the compiler that the length of the rows varies.
+
+    The compiler finds other sizes that vary by itself, with another compilation. Marking them all would make each
+    compilation several times slower.
+    """
     length = hidden.size(1)
     for tensor in (hidden, *tensors):
         for dimension, size in enumerate(tensor.shape):
@@ -708,7 +766,7 @@ def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 class _Replay(torch.autograd.Function):
-    """A layer's replay as one node of autograd's graph."""
+    """The autograd function that replays a layer."""
 
     @staticmethod
     def forward(ctx: Any, layer: _Layer, token: _Token, hidden: Tensor, *weights: Tensor) -> Tensor:
@@ -724,8 +782,8 @@ class _Replay(torch.autograd.Function):
         layer = ctx.layer
         if layer.owner is not ctx.token.reference:
             raise RuntimeError(
-                "the backward of a pass whose decoder layers have run again since, or that has had its backward: call "
-                "backward() once, after each forward, or set comlora_graphs=False."
+                "backward() was called twice for a pass, or after the decoder layers have run again: call backward() "
+                "once after each forward, or set comlora_graphs=False."
             )
         layer.owner = None
         if grad.data_ptr() != layer.grad_output.data_ptr():
@@ -739,7 +797,7 @@ class _Replay(torch.autograd.Function):
 
 @contextmanager
 def _not_checkpointed(layer: nn.Module) -> Iterator[None]:
-    """Inside, a layer does not checkpoint itself: a graph's backward runs its layer again by itself."""
+    """Within the block, a layer's own gradient checkpointing is off."""
     own = layer.__dict__
     kept = own.get(_CHECKPOINTING)
     own[_CHECKPOINTING] = False
@@ -754,7 +812,7 @@ def _not_checkpointed(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Inside, autocast casts weights anew each time: a cast that it kept would lie outside the graph."""
+    """Within the block, autocast does not cache the weights that it casts. A cached one would be outside the graph."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -764,7 +822,7 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 def _hooks(layer: nn.Module) -> Iterator[Mapping[int, Any]]:
-    """All hooks that somebody may put on a layer's modules, but for those on the layer's own call."""
+    """The dicts of hooks on a layer's modules, except for forward hooks on the layer itself, which still run."""
     for module in layer.modules():
         of_the_call, of_the_backward = compat.hooks_of(module)
         yield from of_the_backward

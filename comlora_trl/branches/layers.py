@@ -1,11 +1,15 @@
 """The K-branch forward of PEFT's LoRA layers.
 
-PEFT makes the layers and owns their parameters; `make_branch_layers` gives them a second way to run. While branches
-compete, a layer's input holds the rows of several branches one after the other (branch-major), and each group of rows
-must meet its own adapter. Plain linear LoRA does that with batched products, together with the layers that read the
-same input ([`LayerGroup`]: q, k and v of an attention block, gate and up of an MLP). Any other kind (DoRA, embeddings,
-convolutions, biased LoRA, experts' fused weights) runs PEFT's own forward branch by branch. Outside a pass the layer
-is PEFT's, untouched.
+PEFT makes the layers and owns their parameters. [`make_branch_layers`] gives them a second forward. In a pass over
+several branches, a layer's input holds the rows of the branches one after the other (branch-major), and the rows of
+each branch go through the adapter of that branch.
+
+- Plain linear LoRA layers use batched products. Layers that read the same input are computed together in a
+  [`LayerGroup`]: q, k and v of an attention block, gate and up of an MLP.
+- All other layers (DoRA, embeddings, convolutions, LoRA with bias, fused weights of experts) run PEFT's own forward
+  branch by branch.
+
+Outside a pass, a layer runs PEFT's own forward.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,16 +27,23 @@ from comlora_trl.branches import kernels
 from comlora_trl.branches.kernels import BranchWeights
 from comlora_trl.branches.kernels.ops import traceable_linears
 
-# Names of layers that read the same input where they are children of one module, in the order they are called
+# Names of layers that read the same input if they are children of one module, in the order of their calls
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 
 
 class LayerGroup:
-    """Linear LoRA layers that read the same input, alike in rank, scaling and dropout; often just one.
+    """Linear LoRA layers that read the same input and have the same rank, scaling and dropout; often a single layer.
 
     Args:
-        layers: the layers, in the order they are called.
-        adapter: name of an adapter; its settings are those of every branch.
+        layers: the layers, in the order of their calls.
+        adapter: name of an adapter. All branches have the same settings as this one.
+
+    Attributes:
+        shapes: for each layer the shapes of A and B.
+        weights: stacked weights of the branches of the active pass; None outside a pass, or if they can't be stacked.
+        kept: while a layer is compiled for a CUDA graph, what [`traceable_linears`] needs to find the weights: number,
+            n·r and dtype.
+        broken: whether the layers turned out to read different inputs, so that the group must be split.
     """
 
     def __init__(self, layers: Sequence[LoraLayer], adapter: str) -> None:
@@ -50,26 +61,28 @@ class LayerGroup:
         self._linears: dict[str, list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which never hold anything of a pass, nor another model's parameters."""
+        """Leaves out everything that belongs to a pass or refers to parameters, for copies and pickles."""
         return {**self.__dict__, "weights": None, "kept": None, "_waiting": None, "_traced": None, "_linears": {}}
 
     def drop(self, name: str) -> None:
-        """Forgets a branch that is gone for good."""
+        """Forgets a branch that has been deleted."""
         self._linears.pop(name, None)
         if self.adapter == name:
             self.adapter = next(other for other in self.layers[0].lora_A if other != name)
 
     def forget(self) -> None:
-        """Forgets a pass that is over: its weights, and outputs that nobody asked for."""
+        """Frees the weights and the remaining outputs of a pass that has ended."""
         self.weights = self.kept = self._waiting = self._traced = None
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
-        """The output of one layer; those of the others wait for their own call with the same x.
+        """The output of one layer. The first call computes all layers of the group; the other outputs are kept until
+        their layers are called with the same x.
 
         Args:
+            layer: the layer.
             x: [K·B, ..., d], branch-major, for the K branches of `weights`.
         """
-        if is_compiling():  # outputs that wait are state, which the compiler refuses under checkpointing
+        if is_compiling():  # kept outputs are state, which the compiler does not allow under checkpointing
             return self._compute([layer], x, self._part(self.weights, layer))[0]
         source, waiting = self._waiting or (None, {})
         if source is x and layer in waiting:
@@ -77,7 +90,7 @@ class LayerGroup:
             if not waiting:
                 self._waiting = None
             return result
-        if waiting:  # with another input than its siblings', or without any call of theirs
+        if waiting:  # this layer got another input than its siblings, or a sibling was not called
             self.broken = True
             if layer in waiting:
                 return self._compute([layer], x, self._part(self.weights, layer))[0]
@@ -87,34 +100,36 @@ class LayerGroup:
         return result
 
     def traced_output(self, place: int, x: Tensor) -> Tensor:
-        """[`output`] in a decoder layer that is compiled as one region, with weights that `kept` names.
+        """[`output`] in a decoder layer that is compiled as a whole, with the weights that `kept` refers to.
 
         Args:
-            place: the layer's place in the group; layers are called in that order, with the same x.
+            place: the layer's index in the group. The layers must be called in this order and with the same x.
+            x: as for [`output`].
         """
         outputs = self._traced
         if place == 0:
             bases = [layer.base_layer for layer in self.layers]
             outputs = traceable_linears(x, [base.weight for base in bases], [base.bias for base in bases], *self.kept)
-        # None once the last has been handed out: what is left in an attribute, a compiler has to keep
+        # None after the last layer: a compiler must keep whatever is left in an attribute
         self._traced = outputs if place < len(self.layers) - 1 else None
         return outputs[place]
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but plain linear products without dropout is computed here."""
+        """Whether the group only computes plain linear products, without dropout."""
         dropout = isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0
         return not dropout and all(_is_plain_linear(layer.base_layer) for layer in self.layers)
 
     def masters(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
-        """The layers' A and B of a branch, or None if they are not at hand: sharded, or on their way (FSDP, ZeRO-3).
+        """The parameters A and B of a branch in each layer; None if they are wrapped or sharded (FSDP, ZeRO-3).
 
-        The modules are looked up once and their weights read past `__getattr__`: a pass asks for thousands of them.
+        The modules are looked up once and their weights are read without `__getattr__`, which is slow: a pass reads
+        thousands of weights.
         """
         if name not in self._linears:
             pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in self.layers]
             if not all(type(linear) is nn.Linear for pair in pairs for linear in pair):
-                return None  # wrapped
+                return None  # a wrapper has replaced the module
             self._linears[name] = [(compat.parameters_of(a), compat.parameters_of(b)) for a, b in pairs]
         found = [(a.get("weight"), b.get("weight")) for a, b in self._linears[name]]
         for weights, shapes in zip(found, self.shapes, strict=True):
@@ -126,14 +141,14 @@ class LayerGroup:
     def _compute(self, layers: Sequence[LoraLayer], x: Tensor, weights: BranchWeights) -> Sequence[Tensor]:
         p = self.dropout.p if layers[0].training and isinstance(self.dropout, nn.Dropout) else 0.0
         bases = [layer.base_layer for layer in layers]
-        if not is_compiling() and all(map(_is_plain_linear, bases)):  # a compiler fuses what it is shown by itself
+        if not is_compiling() and all(map(_is_plain_linear, bases)):  # a compiler fuses the plain operations below
             frozen, biases = [base.weight for base in bases], [base.bias for base in bases]
             return kernels.branch_linears(x, frozen, biases, weights.a, weights.b, p)
         outputs = []
         for layer, base in zip(layers, bases, strict=True):
             a, (b,) = weights if len(layers) == 1 else self._part(weights, layer)
             output = base(x)
-            seen = _is_watched(base)  # a hook may have kept the frozen output, which must stay as it is
+            seen = _is_watched(base)  # a hook may have kept the frozen output, which must not be overwritten then
             outputs.append(kernels.branch_delta(x, output, a.to(output.dtype), b.to(output.dtype), p, not seen))
         return outputs
 
@@ -143,14 +158,14 @@ class LayerGroup:
 
 
 def form_groups(layers: Iterable[tuple[nn.Module, str, LoraLayer]], adapter: str) -> dict[LoraLayer, LayerGroup]:
-    """Puts layers that read the same input into one group, each other one into a group of its own.
+    """Puts layers that read the same input into one group, and each other layer into a group by itself.
 
     Args:
-        layers: (parent, name in it, layer) of linear LoRA layers.
-        adapter: name of an adapter that all have.
+        layers: linear LoRA layers, as (parent module, name in the parent, layer).
+        adapter: name of an adapter that all layers have.
 
     Returns:
-        the group of every layer.
+        the group of each layer.
     """
     families: dict[tuple[object, ...], list[tuple[int, LoraLayer]]] = {}
     for parent, name, layer in layers:
@@ -168,10 +183,10 @@ def form_groups(layers: Iterable[tuple[nn.Module, str, LoraLayer]], adapter: str
 
 
 def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> None:
-    """Gives groups the weights of the named branches for a pass; groups that are alike get theirs in a few launches.
+    """Stacks the weights of the named branches for a pass, and stores them in `group.weights`.
 
-    They come in the type that the frozen product computes in: autocast's, or the frozen weight's own. A group whose
-    weights are not at hand stays without.
+    The weights of groups with equal shapes are stacked together, in few kernel launches. The dtype is that of the
+    frozen product, see [`compute_dtype`]. A group with sharded or wrapped weights gets none.
     """
     kinds: dict[tuple[object, ...], list[tuple[LayerGroup, list[list[tuple[Tensor, Tensor]]]]]] = {}
     for group in groups:
@@ -190,7 +205,7 @@ def stack_weights(groups: Iterable[LayerGroup], names: Sequence[str]) -> None:
 
 
 def compute_dtype(group: LayerGroup, master: Tensor) -> torch.dtype:
-    """The type that a group's frozen product computes in: autocast's, or the frozen weight's own."""
+    """The dtype of a group's frozen product: that of autocast, or else that of the frozen weight."""
     base = group.layers[0].base_layer.weight
     return _autocast_dtype(master.device.type) or (base if base.is_floating_point() else master).dtype
 
@@ -200,7 +215,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
-    """A frozen `nn.Linear` itself, without hooks, whose product may be fused with the branches' deltas."""
+    """Whether a layer is a frozen `nn.Linear` without hooks, whose product may be fused with the branches' deltas."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight.data) is Tensor
@@ -210,24 +225,24 @@ def _is_plain_linear(layer: nn.Module) -> bool:
 
 
 def _is_watched(layer: nn.Module) -> bool:
-    """Whether somebody sees or changes what passes a layer: a hook of any kind, its own or one for all modules, or a
-    forward put in the place of its own (accelerate's offloading)."""
+    """Whether other code may see or change a layer's input or output: by a hook, or by a replaced forward, as
+    accelerate's offloading does it."""
     return compat.has_hooks(layer) or "forward" in layer.__dict__
 
 
-# Groups whose weights are stacked together: those of some five decoder layers with the default targets
+# Number of groups whose weights are stacked together: about five decoder layers with the default targets
 _GROUPS_AT_A_TIME = 16
 
 
 class ActivePass(Protocol):
-    """What the layers read of a pass ([`comlora_trl.branches.passes.Pass`]).
+    """The part of a pass that the layers read ([`comlora_trl.branches.passes.Pass`]).
 
     Attributes:
-        names: adapters whose rows are in the batch, in order, in equal shares.
+        names: the adapters whose rows are in the batch, in order and with equal shares.
         compiled: whether `torch.compile` runs the model.
-        differentiable: whether gradients are wanted of the pass.
-        weights: the groups' stacked weights, from its forward on.
-        is_over: whether its backward has failed.
+        differentiable: whether the pass needs gradients.
+        weights: the stacked weights of the groups; None before the forward has ended.
+        is_over: whether the backward of the pass has failed.
     """
 
     names: tuple[str, ...]
@@ -240,7 +255,7 @@ class ActivePass(Protocol):
 
 
 class Replays(Protocol):
-    """What the layers ask of graphs that replay them ([`comlora_trl.branches.graphs.LayerGraphs`])."""
+    """The part of the CUDA graphs' interface that the layers use ([`comlora_trl.branches.graphs.LayerGraphs`])."""
 
     def begin(self, one: Any) -> None: ...
 
@@ -250,16 +265,16 @@ class Replays(Protocol):
 
 
 class CompetingBranches:
-    """What the adapted layers of a model share: the pass that is active, if any, and their groups.
+    """The state that all adapted layers of a model share: the active pass and the groups.
 
     Attributes:
         model: the base model.
-        first: name in it of the first adapted layer.
-        groups: the groups of layers with batched products, in the order they run.
-        active: the pass whose forward or backward is running.
-        names: adapter names of the branches whose rows are in the batch, in order; empty without a pass.
-        branches: adapter names of all branches; what trains in them PEFT's switches leave as it was.
-        graphs: replays decoder layers, None where they run as they are.
+        first: name of the first adapted layer in the base model.
+        groups: the groups of layers with batched products, in the order in which they run.
+        active: the pass whose forward or backward is running; None outside a pass.
+        names: adapter names of the branches whose rows are in the batch, in order; empty outside a pass.
+        branches: adapter names of all branches. PEFT's switches do not change which of their parameters train.
+        graphs: replays decoder layers as CUDA graphs; None without graphs.
     """
 
     def __init__(self, model: nn.Module, first: str) -> None:
@@ -271,7 +286,7 @@ class CompetingBranches:
         self.graphs: Replays | None = None
 
     def begin(self, one: ActivePass) -> None:
-        """Makes a pass active: at its forward's beginning, or again when its backward begins."""
+        """Makes a pass active, at the start of its forward or of its backward."""
         self.abandon()
         self.active, self.names = one, one.names
         if one.weights is not None:
@@ -281,13 +296,13 @@ class CompetingBranches:
         if any(group.broken for group in self.groups):
             self.groups = [one for group in self.groups for one in (self._alone(group) if group.broken else [group])]
         if one.compiled or self._compiled():
-            # A compiled layer that finds its weights and one that has to stack them would be two graphs
+            # Stacked now, because a compiled layer that stacks its own weights would be compiled a second time
             stack_weights(self.groups, one.names)
         elif self.graphs is not None:
             self.graphs.begin(one)
 
     def end(self, one: ActivePass) -> None:
-        """Ends the forward or the backward of a pass; its weights are its own, for layers that run again."""
+        """Ends the forward or the backward of a pass. The pass keeps its stacked weights for layers that run again."""
         if self.active is not one:
             return
         one.weights = [(group, group.weights) for group in self.groups]
@@ -298,7 +313,7 @@ class CompetingBranches:
             group.forget()
 
     def current(self) -> ActivePass | None:
-        """The active pass, but for one whose backward has failed, out of memory say: that one ends here."""
+        """The active pass. A pass whose backward has failed, for example out of memory, ends here."""
         if self.active is not None and not is_compiling() and self.active.is_over:
             self.abandon()
         return self.active
@@ -309,31 +324,32 @@ class CompetingBranches:
             self.end(self.active)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which never hold a pass."""
+        """Leaves out the active pass and the graphs, for copies and pickles."""
         return {**self.__dict__, "active": None, "names": (), "graphs": None}
 
     @property
     def checkpointing(self) -> bool:
-        """Whether layers run again during the backward pass."""
-        newer = "is_activation_checkpointing"  # transformers renamed it
+        """Whether gradient checkpointing is on, so that layers run again during the backward pass."""
+        newer = "is_activation_checkpointing"  # transformers has renamed this attribute
         name = newer if hasattr(self.model, newer) else "is_gradient_checkpointing"
         return bool(getattr(self.model, name, False))
 
     def stack_weights(self, group: LayerGroup) -> None:
-        """Stacks and casts the weights of a group, and of the next ones with it.
+        """Stacks and casts the weights of a group and of the groups after it.
 
-        All layers at once would keep the GPU waiting at the pass's beginning and at its end; layer by layer costs
-        launches for every matrix.
+        Stacking all groups at once would make the GPU wait at the start and at the end of a pass. Stacking each group
+        separately would cost too many kernel launches.
         """
         first = self.groups.index(group)
-        with torch.set_grad_enabled(self.active.differentiable):  # all runs of a layer share its weights
+        # A layer may run without gradients first and with them later, and both runs use the same stacked weights
+        with torch.set_grad_enabled(self.active.differentiable):
             stack_weights(self.groups[first : first + _GROUPS_AT_A_TIME], self.names)
 
     def _compiled(self) -> bool:
-        """Whether `torch.compile` runs a module of the model around the first adapted layer."""
+        """Whether `torch.compile` runs a module that contains the first adapted layer."""
         module, compiled = self.model, False
         for part in self.first.split("."):
-            # Module.compile() leaves no other trace
+            # A module on which Module.compile() was called is not an OptimizedModule
             compiled = compiled or is_compiled_module(module) or compat.is_compiled_in_place(module)
             module = getattr(module, part)
         return compiled
@@ -345,37 +361,41 @@ class CompetingBranches:
         return [layer.group for layer in group.layers]
 
 
-# What a layer with branches has besides PEFT's
+# The attributes that a layer with branches has in addition to PEFT's
 _OWN_ATTRIBUTES = ("competing", "group", "place", "_trained_when_on", "_trained_before_inference", "_merged_when_on")
 
 
 class BranchRowsError(RuntimeError):
-    """A layer got rows that can't be dealt out to the branches."""
+    """Raised if a layer gets a number of rows that can't be divided equally among the branches."""
 
 
 class SwitchedOffError(RuntimeError):
-    """Branches were asked to run while PEFT has switched their adapters off, or merged one into the base."""
+    """Raised if branches shall run while PEFT's adapters are disabled, or one is merged into the base model."""
 
 
 class BranchLayer:
-    """Mixin over a PEFT LoRA layer class: with competing branches, each group of rows meets its own adapter.
+    """Mixin for PEFT's LoRA layer classes. In a pass, the rows of each branch go through the adapter of that branch.
 
-    PEFT's switches (`set_adapter`, `enable_adapters`, and all that is made of them, `disable_adapter()` say) let one
-    adapter train at most. Here they leave what trains in each branch as they found it; while the adapters are switched
-    off, or in inference mode, nothing trains, as in PEFT.
+    PEFT's switches (`set_adapter`, `enable_adapters`, and methods that use them, such as `disable_adapter()`) let at
+    most one adapter train. Here they do not change which parameters of a branch train. While the adapters are switched
+    off or in inference mode, nothing trains, as in PEFT.
+
+    Raises:
+        BranchRowsError: in a forward, if the rows can't be divided equally among the branches.
+        SwitchedOffError: in a forward over branches, if the adapters are disabled or merged.
     """
 
     competing: CompetingBranches
     group: LayerGroup | None
-    # What trained, by place, before the adapters were switched off, and before they were set to inference mode; and
-    # which adapters were merged into the base when they were switched off
+    # Which parameters trained before the adapters were switched off, and before inference mode was set
     _trained_when_on: dict[str, bool] | None = None
     _trained_before_inference: dict[str, bool] | None = None
+    # Which adapters were merged into the base model when the adapters were switched off
     _merged_when_on: tuple[str, ...] = ()
-    place: int  # in the group
+    place: int  # index in the group
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        """Copies and pickles by PEFT's class, for the layer's own is made at run time."""
+        """Copies and pickles refer to PEFT's class, because the layer's own class is made at run time."""
         return _new_layer, (plain_class(self),), self.__dict__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -395,12 +415,12 @@ class BranchLayer:
             return self.forward_one_by_one(x, names, *args, **kwargs)
         if self.group.weights is None:
             self.competing.stack_weights(self.group)
-        if self.group.weights is None:  # sharded, wrapped or on their way (FSDP, ZeRO-3)
+        if self.group.weights is None:  # the weights are sharded or wrapped (FSDP, ZeRO-3)
             return self.forward_one_by_one(x, names)
         return self.group.output(self, x)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Chooses the adapters of ordinary forwards; in inference mode nothing trains until one is chosen again."""
+        """Sets the adapters of ordinary forwards. In inference mode nothing trains until adapters are set again."""
         found = self._trained_before_inference or self._trained()
         super().set_adapter(adapter_names, inference_mode)
         self._trained_before_inference = found if inference_mode else None
@@ -408,7 +428,7 @@ class BranchLayer:
         self._let_train(dict.fromkeys(found, False) if off else found)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switches the adapters on or off; what trained before they were switched off trains again."""
+        """Switches the adapters on or off. Switching on restores which parameters trained before."""
         if not enabled:
             found = self._trained()
             super().enable_adapters(False)
@@ -419,14 +439,14 @@ class BranchLayer:
         merged, self._merged_when_on = self._merged_when_on, ()
         inference = self._trained_before_inference
         super().enable_adapters(True)
-        if merged and not self.merged_adapters:  # a forward without adapters takes them out of the base
+        if merged and not self.merged_adapters:  # PEFT unmerges adapters in a forward without adapters
             self.merge(adapter_names=list(merged))
         if found is not None:
             self._let_train(found)
             self._trained_before_inference = inference
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """PEFT's: what is asked for by name holds, whatever trained before."""
+        """PEFT's method. It decides which parameters train from now on, also after inference mode."""
         self._trained_before_inference = None
         super().set_requires_grad(adapter_names, requires_grad)
 
@@ -453,9 +473,9 @@ class BranchLayer:
         )
 
     def forward_one_by_one(self, x: Tensor, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-        """Each branch through PEFT's own forward, with that branch as the active adapter.
+        """Runs PEFT's own forward for each branch, with that branch as the active adapter.
 
-        Tensors among the arguments with as many rows as x (the experts that a router chose) are dealt out like it.
+        Arguments with as many rows as x, such as a router's choice of experts, are split among the branches like x.
         """
         competing, rows = self.competing, x.size(0) // len(names)
         own, all_names = self._active_adapter, competing.names
@@ -463,7 +483,7 @@ class BranchLayer:
         try:
             for branch, name in enumerate(names):
                 part = lambda value, first=branch * rows: _rows_of(value, x.size(0), first, rows)
-                # PEFT nests the wrappers of a module's parameters: those inside get this branch's rows alone
+                # PEFT may nest wrappers of a module's parameters. An inner wrapper gets the rows of this branch only
                 self._active_adapter, competing.names = [name], (name,)
                 given = {key: part(value) for key, value in kwargs.items()}
                 outputs.append(super().forward(part(x), *map(part, args), **given))
@@ -473,14 +493,14 @@ class BranchLayer:
 
 
 def _rows_of(value: Any, size: int, first: int, rows: int) -> Any:
-    """Some rows of a tensor that has `size` of them; anything else as it is."""
+    """The given rows of a tensor with `size` rows; any other value unchanged."""
     if size == rows or not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:
         return value
     return value[first : first + rows]
 
 
 def _joined(outputs: list[Any]) -> Any:
-    """The branches' outputs, tensors or tuples of tensors, as one."""
+    """Concatenates the outputs of the branches, which are tensors or tuples of tensors."""
     if len(outputs) == 1:
         return outputs[0]
     if isinstance(outputs[0], tuple):
@@ -491,15 +511,18 @@ def _joined(outputs: list[Any]) -> Any:
 def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLayer], CompetingBranches]:
     """Gives every PEFT LoRA layer of a model the K-branch forward, in place.
 
-    A layer's class becomes a subclass of its own with [`BranchLayer`] in front, whatever PEFT chose for the base layer
-    (plain, 4-bit, 8-bit, GPTQ, …). A dispatch by base-layer class would have to repeat PEFT's choice.
+    The class of each layer is replaced by a subclass with [`BranchLayer`] before PEFT's class. So this works for every
+    class that PEFT chooses (plain, 4-bit, 8-bit, GPTQ, …), without repeating PEFT's choice.
 
     Args:
-        model: the base model with all branches' adapters in it.
-        adapter: name of one of them; its settings are those of every branch.
+        model: the base model with the adapters of all branches.
+        adapter: name of one of these adapters. All branches have the same settings as this one.
 
     Returns:
         the adapted layers by name, and the state that they share.
+
+    Raises:
+        ValueError: if the model has no LoRA layer.
     """
     adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     if not adapted:
@@ -522,7 +545,7 @@ def make_branch_layers(model: nn.Module, adapter: str) -> tuple[dict[str, LoraLa
 
 
 def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
-    """Gives layers PEFT's own classes back."""
+    """Restores PEFT's classes of the layers."""
     for layer in layers:
         if isinstance(layer, BranchLayer):
             layer.__class__ = plain_class(layer)
@@ -538,8 +561,8 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
 
 
 def layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """An adapter's parameters in a layer, by their places in it."""
-    # a set: PEFT's DoRA layers name their magnitudes twice
+    """The parameters of an adapter in a layer, with their names in the layer."""
+    # A set, because PEFT's DoRA layers list their magnitudes twice
     for kind in sorted({*layer.adapter_layer_names}):
         container = getattr(layer, kind)
         if name in container:
@@ -551,7 +574,7 @@ def layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Para
 
 
 def plain_class(layer: BranchLayer) -> type[LoraLayer]:
-    """PEFT's class of a layer."""
+    """PEFT's original class of a layer."""
     return next(kind for kind, own in _BRANCH_CLASSES.items() if own is type(layer))
 
 
@@ -561,7 +584,7 @@ def _new_layer(kind: type[LoraLayer]) -> LoraLayer:
 
 
 def _has_batched_path(layer: LoraLayer, adapter: str) -> bool:
-    """Whether the layer is a plain linear LoRA, which the batched products compute."""
+    """Whether the layer is a plain linear LoRA layer, which the batched products can compute."""
     linear: Mapping[str, nn.Module] = layer.lora_A
     return (
         not isinstance(layer, ParamWrapper)

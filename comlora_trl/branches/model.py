@@ -33,18 +33,20 @@ from comlora_trl.branches.views import ViewPass, run_view_pass
 
 @dataclass
 class BranchOutput(ModelOutput):
-    """Output of a run over branches; the first five fields are those TRL's SFT loss and metrics read.
+    """Output of a pass over branches. TRL's SFT loss and metrics read the first five fields.
 
     Attributes:
-        log_probs: log-probabilities times their row's weight; [n·B, T−1] for the n branches that ran, or a single sum
-            when they ran in chunks.
-        entropy, is_top1, label_mask: as TRL's fused LM head gives them, [n·B, T−1].
-        aux_loss: load-balancing loss of a mixture-of-experts base: the mean of the branches' own, or their weighted
-            sum.
-        nll: S[k, b], summed negative log-likelihood of each row, [K, R], without gradient; 0 where a row has not run.
+        log_probs: log-probabilities times the weight of their row; [n·B, T−1] for the n branches that ran, or a single
+            sum if they ran in chunks.
+        entropy, is_top1, label_mask: as from TRL's fused LM head, [n·B, T−1].
+        aux_loss: load-balancing loss of a mixture-of-experts base, a scalar: the mean over the branches, or their sum
+            weighted by `router_weights`.
+        nll: S[k, b], the summed negative log-likelihood of each row, [K, R], without gradient; 0 if the row did not
+            run through the branch.
         ran: whether a row has run through a branch, bool [K, R].
-        correct: supervised tokens of each row that were the likeliest, [K, R] like `nll`; without gradients only.
-        tokens: m, supervised tokens of each row, [R].
+        correct: number of supervised tokens of each row that were predicted as the most likely token, [K, R]; None if
+            gradients are enabled.
+        tokens: m, the number of supervised tokens of each row, [R].
     """
 
     log_probs: Tensor | None = None
@@ -59,30 +61,31 @@ class BranchOutput(ModelOutput):
 
 
 class BranchModel(PeftModelForCausalLM):
-    """K LoRA adapters of one configuration, `branch_0` … `branch_{K-1}`, that can run at once.
+    """K LoRA adapters with the same configuration, `branch_0` … `branch_{K-1}`, that can run in one pass.
 
-    Branch 0 is initialised exactly as PEFT initialises a single LoRA adapter with the same random state; the others
-    draw their own A after it. Called as usual the model is an ordinary `PeftModel` with one active adapter;
-    [`run_branches`] runs several, each on its own copy of the batch.
+    An ordinary call runs the active adapter, as in any `PeftModel`. [`run_branches`] runs several branches, each on
+    its own copy of the batch. Branch 0 starts with exactly the weights that PEFT gives a single LoRA adapter for the
+    same random state. The other branches draw their weights after it.
+
+    Args:
+        model: the base model. It needs TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) before branches
+            run.
+        peft_config: the adapters' configuration, which is copied for each branch.
+        k: number of branches.
+        kwargs: as for `PeftModelForCausalLM`.
 
     Attributes:
         adapted_layers: PEFT's LoRA layers, in the order of the model's modules.
-        saved_modules: modules of which each of several branches trains a copy of its own.
-        splits_loss: whether the base model's own loss can be had branch by branch of one pass, as far as is known.
-
-    Args:
-        model: the base model, with TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) before branches run.
-        peft_config: the adapters' configuration; copied for each branch.
-        k: number of branches.
-        kwargs: as for `PeftModelForCausalLM`.
+        saved_modules: the `modules_to_save`, of which each branch trains a copy; empty for a single branch.
+        splits_loss: False after a pass has shown that the base model's own loss can't be computed for each branch.
     """
 
     def __init__(self, model: PreTrainedModel, peft_config: LoraConfig, k: int, **kwargs: Any) -> None:
         peft_config = copy.deepcopy(peft_config)
-        # Known from the beginning: PEFT compares this base's vocabulary with the model's when it saves
+        # Set now, because PEFT compares the vocabulary of the named base with the model's when it saves
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or model.name_or_path or None
         if not hasattr(model, "prepare_inputs_for_generation"):
-            model.prepare_inputs_for_generation = None  # PEFT looks for it, and a classifier has none
+            model.prepare_inputs_for_generation = None  # PEFT reads this attribute, and a classifier does not have it
         super().__init__(model, copy.deepcopy(peft_config), adapter_name=branch_name(0), **kwargs)
         self.k = k
         for name in self.branch_names[1:]:
@@ -109,10 +112,10 @@ class BranchModel(PeftModelForCausalLM):
         return [branch_name(branch) for branch in range(self.k)]
 
     def branch_parameters(self, branch: int) -> list[nn.Parameter]:
-        """The parameters of one branch.
+        """The parameters of one branch; an empty list for a branch that was dropped.
 
-        They are looked up once, for the trainer asks at every step and the model has thousands of modules; and again
-        when FSDP has put others in their place.
+        The result is cached, because the trainer asks at every step and the model has thousands of modules. The
+        parameters are looked up again if FSDP has replaced them.
         """
         name, known = branch_name(branch), self._known_parameters.get(branch)
         if name not in self.peft_config:
@@ -123,7 +126,7 @@ class BranchModel(PeftModelForCausalLM):
         return known
 
     def named_branch_parameters(self, branch: int) -> dict[str, nn.Parameter]:
-        """[`branch_parameters`] by the names they have in the model."""
+        """The parameters of one branch by their names in the model."""
         name = branch_name(branch)
         if name not in self.peft_config:
             return {}
@@ -137,9 +140,10 @@ class BranchModel(PeftModelForCausalLM):
         }
 
     def _trained_beside_layers(self) -> list[tuple[str, nn.Module, str]]:
-        """What is trained beside LoRA layers: each with its module and the names of both.
+        """The trained parameters outside the LoRA layers, as (name of the module, module, name of the parameter).
 
-        Of a single branch it is all that PEFT knows (`modules_to_save`, tokens, biases), of several `modules_to_save`.
+        A single branch may have any that PEFT supports (`modules_to_save`, trained tokens, biases). Several branches
+        have `modules_to_save` only.
         """
         adapters = {
             id(p)
@@ -155,9 +159,9 @@ class BranchModel(PeftModelForCausalLM):
         ]
 
     def drop_branch(self, branch: int) -> None:
-        """Deletes a branch's adapter and frees its weights; the others keep their names.
+        """Deletes a branch's adapter and frees its weights. The other branches keep their names.
 
-        As PEFT's `delete_adapter`, of the adapted layers alone: its own walks through every module of the model.
+        This does the same as PEFT's `delete_adapter`, but does not visit every module of the model.
         """
         name = branch_name(branch)
         if self.active_adapter == name:
@@ -177,20 +181,20 @@ class BranchModel(PeftModelForCausalLM):
             self.competing.graphs.forget_more_than(len(self.peft_config))
 
     def restore_branch(self, branch: int) -> None:
-        """Adds an adapter for a branch that was dropped, with new weights."""
+        """Adds an adapter with new weights for a branch that was dropped."""
         name = branch_name(branch)
         self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
-        self.set_requires_grad(name, True)  # PEFT's new adapters train once they are active
+        self.set_requires_grad(name, True)  # in PEFT, a new adapter trains only once it is active
         if self.saved_modules:
             self._beside_layers = self._trained_beside_layers()
         self._modules_in_mode = []
 
     def add_reference(self, name: str, weights: dict[str, Tensor]) -> None:
-        """Adds an adapter of the branches' shape that never trains, for a reference beside the base model.
+        """Adds an adapter that never trains, with the configuration of the branches, to serve as a reference model.
 
         Args:
             name: the adapter's name.
-            weights: under the names PEFT saves them by.
+            weights: the adapter's weights, by their names in PEFT's files.
         """
         self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
         set_peft_model_state_dict(self, weights, adapter_name=name)
@@ -198,11 +202,11 @@ class BranchModel(PeftModelForCausalLM):
         self._modules_in_mode = []
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """All that a run trains."""
+        """All parameters that a run trains."""
         return [parameter for branch in range(self.k) for parameter in self.branch_parameters(branch)]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, of what has any; PyTorch's own walks through the frozen modules too, at every step."""
+        """Removes the gradients of the trained parameters. PyTorch's method would visit the frozen modules too."""
         if not set_to_none:
             super().zero_grad(set_to_none=False)
             return
@@ -210,10 +214,10 @@ class BranchModel(PeftModelForCausalLM):
             parameter.grad = None
 
     def train(self, mode: bool = True) -> "BranchModel":
-        """Sets training or evaluation mode, of what is not in it already.
+        """Sets training or evaluation mode, if some module is not in it already.
 
-        The Trainer asks for training mode before every step, and PyTorch's own walk through the tree of modules costs
-        milliseconds each time; reading a flag of each known module does not.
+        The Trainer sets training mode before every step. PyTorch's method takes milliseconds for each call, because it
+        visits the tree of modules. Reading the flag of each known module is faster.
         """
         self._modules_in_mode = self._modules_in_mode or list(self.modules())
         if not all(module.training is mode for module in self._modules_in_mode):
@@ -222,29 +226,30 @@ class BranchModel(PeftModelForCausalLM):
 
     @property
     def is_switched_off(self) -> bool:
-        """Whether the model runs without its adapters, as within `disable_adapter()`."""
+        """Whether the adapters are disabled, as within `disable_adapter()`."""
         return compat.adapters_disabled(self) or self.adapted_layers[0].disable_adapters
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: only reentrant checkpointing needs inputs that require gradients, and the frozen layers below
-        the first adapter would pay for them."""
+        """Does nothing. Only reentrant checkpointing needs inputs that require gradients, and with them the frozen
+        layers below the first adapter would need a backward pass too."""
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Checkpoints the base model's layers; the inputs require gradients for the reentrant kind alone."""
+        """Turns on gradient checkpointing in the base model. Inputs require gradients for the reentrant kind only."""
         base = self.get_base_model()
         base.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
         if not (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             base.disable_input_require_grads()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """[`activation_checkpointing_enable`] by its older name."""
+        """The older name of [`activation_checkpointing_enable`] in transformers."""
         base = self.get_base_model()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
         if not (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             base.disable_input_require_grads()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BranchModel":
-        """A model of its own; TRL's fused forward is a closure over the base model's, and would run the original's."""
+        """Copies the model. TRL's fused forward is a closure over the base model and is bound to the copied one here,
+        because the copy would otherwise run the original base model."""
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         own = new.get_base_model()
@@ -253,12 +258,12 @@ class BranchModel(PeftModelForCausalLM):
         return new
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base model with the active adapter merged into it, and nothing of the branches left."""
+        """Merges the active adapter into the base model and returns it, without any branches."""
         self._release_base()
         return self.base_model.merge_and_unload(*args, **kwargs)
 
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base model as it was before the branches."""
+        """Removes the branches and returns the base model."""
         self._release_base()
         return self.base_model.unload(*args, **kwargs)
 
@@ -282,18 +287,22 @@ class BranchModel(PeftModelForCausalLM):
         rows_per_line: Sequence[int] | None = None,
         router_weights: Tensor | None = None,
     ) -> BranchOutput:
-        """One forward over branches, each on the whole batch or, with `owners`, on its own lines of it.
+        """Runs several branches on a batch: each on the whole batch or, with `owners`, each on its own lines.
 
         Args:
-            inputs: a batch of TRL's collators, with `fused_lm_head=True`.
+            inputs: a batch from TRL's collators, with `fused_lm_head=True`.
             rows: the batch's rows.
-            weights: weight of each row of each branch, [K, R]; lines of branches that do not run are not read.
-            branches: indices of those that run, None for all.
-            chunk: branches at a time, None for all at once. In chunks each one's backward runs within this forward.
+            weights: weight of each row in each branch's loss, [K, R]. Entries of branches that do not run are ignored.
+            branches: indices of the branches that run; None for all.
+            chunk: number of branches that run at a time; None for all at once. In chunks, the backward of each chunk
+                runs within this forward.
             compiled: whether `torch.compile` runs the model.
-            owners: the branch that each line of the batch goes to, None to run each line through all of them.
-            rows_per_line: rows that each line of a packed batch has, None for one each.
-            router_weights: [K], with `owners`: `aux_loss` is the sum of the branches' own, so weighted.
+            owners: the branch of each line of the batch; None to run every line through all branches.
+            rows_per_line: number of rows of each line of a packed batch; None for one row each.
+            router_weights: weights of the branches' load-balancing losses in `aux_loss`, [K]; only with `owners`.
+
+        Returns:
+            the output, see [`BranchOutput`].
         """
         self.competing.abandon()
         branches = list(range(self.k)) if branches is None else list(branches)
@@ -316,7 +325,7 @@ class BranchModel(PeftModelForCausalLM):
         return BranchOutput(**output, tokens=rows.supervised_tokens(inputs["labels"]))
 
     def _of_all_branches(self, output: dict[str, Tensor], branches: list[int], rows: Rows) -> dict[str, Tensor]:
-        """Figures [n, R] of the branches that ran as [K, R], zero for the others, and which ones ran."""
+        """Expands figures of the n branches that ran from [n, R] to [K, R], with zeros, and adds `ran`."""
         nll = output["nll"]
         ran = torch.ones(self.k, rows.count, dtype=torch.bool, device=nll.device)
         if len(branches) == self.k:
@@ -327,7 +336,7 @@ class BranchModel(PeftModelForCausalLM):
         return {**full, "ran": torch.zeros_like(ran).index_fill(0, places, True)}
 
     def forward(self, *args: Any, view_pass: ViewPass | None = None, **kwargs: Any) -> Any:
-        """An ordinary PEFT forward with the active adapter, or with `view_pass` one over branches for their views."""
+        """An ordinary PEFT forward with the active adapter, or with `view_pass` a forward for several branches."""
         self.competing.abandon()
         if view_pass is not None:
             return self._run_views(view_pass, kwargs, is_compiling())
@@ -338,7 +347,7 @@ class BranchModel(PeftModelForCausalLM):
         return self._touching_others(run_view_pass(self, view_pass, inputs, compiled), view_pass.branches)
 
     def _touching_others(self, output: Any, branches: Sequence[int]) -> Any:
-        """The output, with the branches that have not run in its graph: DDP looks here for what is not used."""
+        """Adds parameters of branches that did not run to the output's autograd graph, because DDP waits for them."""
         name = next((n for n in ("log_probs", "logits") if getattr(output, n, None) is not None), None)
         if name is not None:
             idle = [p for branch in range(self.k) if branch not in branches for p in self.branch_parameters(branch)]
@@ -361,7 +370,7 @@ def branch_name(branch: int) -> str:
 
 
 def _rebound(function: Callable, old: nn.Module, new: nn.Module) -> Callable:
-    """A function whose closure has methods of one module, with another module in their place."""
+    """Copies a function and replaces, in its closure, methods of the module `old` by those of `new`."""
     cells = []
     for cell in getattr(function, "__closure__", None) or ():
         held = cell.cell_contents

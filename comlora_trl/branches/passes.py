@@ -1,13 +1,16 @@
-"""A pass: one run of the base model over some branches, from its forward's beginning to its backward's end.
+"""A pass: one run of the base model over some branches, from the start of the forward to the end of the backward.
 
-Which branches run, how often the batch is repeated, stacked weights, outputs that wait: all of it belongs to a
-[`Pass`]. Outside its forward and its backward the layers are PEFT's own, whoever calls them.
+A [`Pass`] holds everything that belongs to one run: the branches that run, the number of copies of the batch, the
+stacked weights. Outside the forward and the backward of a pass, the adapted layers run PEFT's own forward.
 
-- [`BranchExpansion`] is the one place where B rows become K·B: the first decoder layer with an adapter, or else the
-  model's inputs.
-- [`run_batched`] runs all branches at once, [`run_in_chunks`] each chunk forward and backward before the next,
-  [`run_dealt`] each line through one branch. They give the same losses and gradients: the row weights are known before
-  the language model runs, so that no graph has to be kept across branches.
+- [`BranchExpansion`] repeats the batch, so that B rows become K·B rows: before the first decoder layer with an
+  adapter, or else at the model's inputs.
+- [`run_batched`] runs all branches at once.
+- [`run_in_chunks`] runs the branches in chunks, each chunk forward and backward before the next.
+- [`run_dealt`] runs each line of the batch through one branch.
+
+Running in chunks gives the same losses and gradients as running all branches at once. This is possible because the
+weights of the rows are known before the language model runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +28,7 @@ from comlora_trl.branches.layers import CompetingBranches
 
 
 class RunsBranches(Protocol):
-    """What a pass reads of the model ([`comlora_trl.branches.model.BranchModel`])."""
+    """The part of the model that a pass uses ([`comlora_trl.branches.model.BranchModel`])."""
 
     branch_names: list[str]
     competing: CompetingBranches
@@ -37,21 +40,24 @@ class RunsBranches(Protocol):
 
 
 class Pass:
-    """One run over the named branches; a context manager around its forward.
+    """One run over the named branches; a context manager around the forward.
 
-    Gradient checkpointing runs layers again during the backward pass, which must then find what their forward found:
-    after [`resume_in_backward`] the pass is active again from the first gradient to the last.
+    Gradient checkpointing runs layers again during the backward pass, and these layers need the same branches and
+    weights as in the forward. After [`resume_in_backward`], the pass is active again during the backward.
 
     Args:
-        branches: the model's layers, which ask for the active pass.
-        names: adapters whose rows are in the batch, in order, in equal shares.
-        copies: how often a batch is repeated; 1 for rows that are dealt out among the branches already.
-        rows: lines of tokens in the batch before it is repeated.
-        inputs_are_wide: whether the model's inputs are repeated, and not those of its layers.
+        branches: the state that the adapted layers share.
+        names: the adapters whose rows are in the batch, in order and with equal shares.
+        copies: number of copies of the batch; 1 if its lines are distributed among the branches already.
+        rows: number of lines in the batch before it is repeated.
+        inputs_are_wide: whether the batch is repeated at the model's inputs, and not before the first adapted layer.
         compiled: whether `torch.compile` runs the model.
 
     Attributes:
-        differentiable: whether gradients are wanted of the pass; a model may run layers without them meanwhile.
+        differentiable: whether the pass needs gradients. A model may still run some of its layers without gradients.
+        weights: stacked weights of the groups, from the end of the forward on.
+        expanded: repeated arguments of the decoder layers, by the id of the original.
+        router_logits: router logits of all branches; None for a model without routers.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class Pass:
         self.branches.end(self)
 
     def resume_in_backward(self, *outputs: Tensor | None) -> None:
-        """Makes the pass active while gradients of these outputs are computed, and no longer."""
+        """Makes the pass active during the backward passes that start from these outputs."""
         for output in outputs:
             if output is not None and output.requires_grad:
                 output.register_hook(self._resume)
@@ -87,12 +93,12 @@ class Pass:
     def _resume(self, _: Tensor) -> None:
         active = self.branches.current()
         if active is self:
-            return  # by another of its outputs
+            return  # the gradient of another output came first
         if active is not None and active._backward == compat.running_backward() and self._runs_like(active):
-            return  # layers that run again find the same branches, weights and rows
+            return  # layers that run again find the same branches, weights and number of rows
         if active is not None and self.branches.checkpointing:
             raise RuntimeError(
-                "one backward pass runs through two passes of other branches or rows, which gradient checkpointing "
+                "one backward runs through two passes with different branches or rows, which gradient checkpointing "
                 "can't tell apart: call backward() after each forward, or switch gradient checkpointing off."
             )
         self.branches.begin(self)
@@ -105,34 +111,38 @@ class Pass:
 
     @property
     def is_over(self) -> bool:
-        """Whether the backward that the pass became active for has failed, so that its end was never announced."""
+        """Whether the backward of the pass has failed, so that the pass was not ended at its end."""
         return self._backward is not None and self._backward != compat.running_backward()
 
 
-# Boundaries of a packed line's segments, as transformers names them: shifted from copy to copy, not repeated
+# transformers' names for the boundaries of a packed line's segments. They are shifted for each copy and not repeated
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 LAYERS, INPUTS, SEPARATELY = "at the first adapted layer", "at the inputs", "branch by branch"
 PLACES = (LAYERS, INPUTS, SEPARATELY)
 
-# A tensor's place among a layer's arguments: names and indices, outermost first
+# The position of a tensor among a layer's arguments: names and indices, the outermost first
 Path = tuple[str | int, ...]
 
 
 def expand(value: Any, copies: int, rows: int, batched: frozenset[Path] | None = None, path: Path = ()) -> Any:
-    """Repeats every tensor [rows, ...] of two or more dimensions `copies` times; containers element by element.
+    """Repeats tensors along the batch dimension: [rows, ...] becomes [copies·rows, ...].
+
+    Tensors with one dimension, and those with another first dimension, are returned unchanged. The boundaries of
+    packed segments (`cu_seq_lens_q`, `cu_seq_lens_k`) are extended for the copies.
 
     Args:
-        value: a tensor, a container of tensors, or anything else, which is returned as it is.
+        value: a tensor, a mapping, tuple or list, whose items are treated one by one, or any other value, which is
+            returned unchanged.
         copies: number of branches.
-        rows: size of the batch dimension before the expansion.
-        batched: places of the tensors with a batch dimension, None for all whose first dimension is `rows`.
-        path: the value's own place.
+        rows: size of the batch dimension.
+        batched: paths of the tensors with a batch dimension; None for all tensors whose first dimension is `rows`.
+        path: the path of `value` itself.
     """
     if isinstance(value, Tensor):
         if path and path[-1] in _BOUNDARIES:
             starts = torch.arange(copies, device=value.device, dtype=value.dtype)[:, None] * value[-1]
             return torch.cat([value[:1], (value[1:] + starts).flatten()])
-        # One dimension is a position or a length, whatever its size; a leading 1 broadcasts over the batch
+        # A tensor with one dimension holds positions or lengths; a first dimension of 1 broadcasts over the batch
         known = batched is None or path in batched
         if value.dim() < 2 or value.size(0) != rows or not known:
             return value
@@ -145,7 +155,7 @@ def expand(value: Any, copies: int, rows: int, batched: frozenset[Path] | None =
 
 
 def tensors_of_size(value: Any, size: int, path: Path = ()) -> set[Path]:
-    """Places of the tensors of two or more dimensions whose first is of a given size."""
+    """The paths of the tensors with at least two dimensions whose first dimension has the given size."""
     if isinstance(value, Tensor):
         return {path} if value.dim() > 1 and value.size(0) == size else set()
     items: Iterable[tuple[Any, Any]] = ()
@@ -157,18 +167,19 @@ def tensors_of_size(value: Any, size: int, path: Path = ()) -> set[Path]:
 
 
 class BranchExpansion:
-    """Expands the batch where `place` says.
+    """Repeats the batch for the branches of a pass.
 
     Args:
-        branches: the model's layers, which know the active pass.
-        adapted: names of the adapted modules within the model.
+        branches: the state that the adapted layers share, with the active pass.
+        adapted: names of the adapted modules in the model.
 
     Attributes:
-        place: one of `PLACES`.
-        start: the first decoder layer with an adapter; None where adapters lie outside one stack of layers.
-        layers: the decoder layers from there on.
-        batched: places of the batched tensors among a layer's arguments, None before they are known.
-        ignores_padding: whether the model computes the same without a mask over padding on the right.
+        place: where the batch is repeated, one of `PLACES`. `SEPARATELY` means that each branch needs its own pass.
+        start: index of the first decoder layer with an adapter; None if adapters are outside one list of layers.
+        layers: the decoder layers from `start` on.
+        batched: paths of the tensors with a batch dimension among a layer's arguments; None if not known.
+        seen: while a trial runs, the paths of the tensors whose first dimension has the batch's size; else None.
+        ignores_padding: whether the model gives the same result without a mask if padding is on the right.
     """
 
     def __init__(self, branches: CompetingBranches, adapted: list[str]) -> None:
@@ -196,17 +207,17 @@ class BranchExpansion:
             self.seen |= tensors_of_size({**dict(enumerate(args)), **kwargs}, one.rows)
         if one.copies == 1:
             return None
-        # Layers past the first get hidden states that are expanded already; their masks and positions are not
+        # Layers after the first get repeated hidden states, but masks and positions that are not repeated
         positional = tuple(self._expand(value, index) for index, value in enumerate(args))
         return positional, {name: self._expand_once(name, kwargs[name]) for name in kwargs}
 
     def _expand_once(self, name: str, value: Any) -> Any:
-        """Every layer gets the same masks and positions: they are expanded for the first one and kept for the pass."""
+        """Expands an argument once for each pass, because all layers get the same masks and positions."""
         if torch.compiler.is_compiling() or name == "hidden_states":
             return self._expand(value, name)
         known = self.branches.active.expanded
         if id(value) not in known:
-            # with the value itself, whose id would otherwise be another's before long
+            # The value is kept too: if it were freed, another tensor could get its id
             known[id(value)] = (value, self._expand(value, name))
         return known[id(value)][1]
 
@@ -216,7 +227,10 @@ class BranchExpansion:
 
 
 def _stack(model: nn.Module, adapted: list[str]) -> tuple[nn.ModuleList, int | None]:
-    """The list of layers that all adapted modules lie in, and the index of the first with one."""
+    """The list of layers that contains all adapted modules, and the index of the first layer with one.
+
+    Returns an empty list and None if there is no such list.
+    """
     places = [_first_list(model, name) for name in adapted]
     lists = {id(place[0]) for place in places if place}
     if len(lists) != 1 or not all(places):
@@ -234,10 +248,14 @@ def _first_list(model: nn.Module, name: str) -> tuple[nn.ModuleList, int] | None
 
 
 def keep_router_logits(output: Any, one: Pass) -> None:
-    """The pass keeps the routers' logits of all branches, from the backbone's output.
+    """Stores the router logits of all branches in the pass.
 
-    Where the batch widened inside the backbone the first branch's alone go on to the LM head, whose own loss would not
-    fit them to the attention mask of one.
+    If the batch was repeated inside the backbone, only the first branch's logits stay in the output. The model's own
+    router loss would not fit the others to the attention mask, which has the size of one batch.
+
+    Args:
+        output: the output of the backbone.
+        one: the pass.
     """
     logits = getattr(output, "router_logits", None)
     if not logits:
@@ -249,10 +267,15 @@ def keep_router_logits(output: Any, one: Pass) -> None:
 
 
 def router_losses(model: PreTrainedModel, one: Pass, inputs: dict[str, Any]) -> Tensor | None:
-    """The load-balancing loss of each of the pass's n branches, [n], or None for a model without routers.
+    """The load-balancing loss of each of the n branches of a pass, by transformers' `load_balancing_loss_func`.
 
     Args:
-        inputs: the batch before it was widened.
+        model: the base model.
+        one: the pass.
+        inputs: the batch before it was repeated.
+
+    Returns:
+        the losses, [n]; None for a model without routers.
     """
     logits, one.router_logits = one.router_logits, None
     if logits is None:
@@ -260,7 +283,7 @@ def router_losses(model: PreTrainedModel, one: Pass, inputs: dict[str, Any]) -> 
     config, branches = model.config.get_text_config(), len(one.names)
     masks = [inputs.get("attention_mask")] * branches
     if one.copies < branches and masks[0] is not None:
-        masks = masks[0].chunk(branches)  # rows dealt out among the branches
+        masks = masks[0].chunk(branches)  # the lines are distributed among the branches
     wide = max(layer.size(0) for layer in logits)
     # Layers below the first adapter run once for all branches
     by_branch = [layer.chunk(branches) if layer.size(0) == wide else [layer] * branches for layer in logits]
@@ -271,16 +294,16 @@ def router_losses(model: PreTrainedModel, one: Pass, inputs: dict[str, Any]) -> 
     return torch.stack(losses)
 
 
-# Batches are padded to multiples of this length on a GPU, so that lengths, and with them graphs and plans, are few
+# On a GPU, batches are padded to multiples of this length. So there are few different lengths, and few CUDA graphs
 LENGTHS = 64
-# Up to this length another kernel than cuDNN's computes attention: cuDNN builds a plan for each new shape, which takes
-# seconds, and attention over short rows is a small part of a step
+# Up to this length, cuDNN's attention is not used: it builds a plan for each new shape, which takes seconds, and
+# attention over short rows is only a small part of a step
 _LONGEST_WITHOUT_PLANS = 1024
 
 
 @contextmanager
 def without_plans(tokens: Tensor) -> Iterator[None]:
-    """Inside, PyTorch's attention leaves cuDNN out where its plans cost more than they gain.
+    """Within the block, PyTorch's attention does not use cuDNN if the rows are short.
 
     Args:
         tokens: the batch, [B, T].
@@ -297,7 +320,7 @@ def without_plans(tokens: Tensor) -> Iterator[None]:
 
 
 def is_padded_right(mask: Tensor | None) -> bool:
-    """Whether a mask [B, T] has its padding behind each row's tokens, if it has any."""
+    """Whether all padding of a mask [B, T] is on the right; False for None and for masks of other dimensions."""
     if mask is None or mask.dim() != 2:
         return False
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
@@ -318,15 +341,16 @@ def run_batched(
     """Runs branches in one forward of the base model.
 
     Args:
-        inputs: the batch, [B, T] tensors and flags for TRL's fused LM head.
+        model: the model with its branches.
+        inputs: the batch, with tensors [B, T] and flags for TRL's fused LM head.
         rows: the batch's rows.
-        weights: w[k, b], [n, R] for the n branches that run; [1, R] for rows that are dealt out.
-        branches: their indices.
+        weights: weights of the rows, [n, R] for the n branches that run; [1, R] if `dealt`.
+        branches: indices of the n branches.
         compiled: whether `torch.compile` runs the model.
-        dealt: whether the batch's lines are dealt out among the branches, instead of repeated for each.
+        dealt: whether the lines of the batch are distributed among the branches, so that the batch is not repeated.
 
     Returns:
-        fields of [`BranchOutput`], `nll` like the weights and `aux_loss` [n].
+        fields of [`BranchOutput`]. `nll` has the shape of the weights, and `aux_loss` is [n].
     """
     lines = inputs["input_ids"].size(0)
     names = tuple(model.branch_names[branch] for branch in branches)
@@ -338,10 +362,10 @@ def run_batched(
     elif at_inputs:
         widened = {name: expand(value, copies, lines, None, (name,)) for name, value in inputs.items()}
     else:
-        # The labels meet the hidden states after the decoder layers, where the batch is expanded already
+        # The labels are used after the decoder layers, together with hidden states that are repeated already
         widened["labels"] = expand(inputs["labels"], copies, lines)
     if model.expansion.ignores_padding and is_padded_right(inputs.get("attention_mask")):
-        widened["attention_mask"] = None  # causal attention by itself keeps padding out of what comes before it
+        widened["attention_mask"] = None  # with causal attention, tokens do not see padding to their right
     with without_plans(inputs["input_ids"]), Pass(model.competing, names, copies, lines, at_inputs, compiled) as one:
         output = base(**widened)
         losses = router_losses(base, one, inputs)
@@ -349,7 +373,7 @@ def run_batched(
     weighted, nll = _weigh(output.log_probs, rows, weights)
     result = {"log_probs": weighted, "nll": nll, "aux_loss": losses}
     per_token = {name: value for name in _PER_TOKEN if (value := getattr(output, name)) is not None}
-    if not torch.is_grad_enabled() and "is_top1" in per_token:  # not every trainer of TRL's asks for it
+    if not torch.is_grad_enabled() and "is_top1" in per_token:  # not every TRL trainer computes is_top1
         by_branch = output.is_top1.view(len(weights), -1, output.is_top1.size(-1))
         result["correct"] = rows.sum(by_branch.to(nll.dtype))
     return result | per_token
@@ -364,9 +388,10 @@ def run_in_chunks(
     chunk: int,
     compiled: bool,
 ) -> dict[str, Tensor]:
-    """Runs `chunk` branches at a time, each chunk forward and backward before the next; see [`run_batched`].
+    """Runs `chunk` branches at a time, each chunk forward and backward before the next.
 
-    The log-probabilities come back as one weighted sum, whose backward hands out the gradients found already.
+    Arguments and result are those of [`run_batched`], but the log-probabilities are one weighted sum. Its gradients
+    are computed already, and its backward passes them on.
     """
     chunks = _Chunks(model)
     for first in range(0, len(branches), chunk):
@@ -386,15 +411,18 @@ def run_dealt(
     chunk: int,
     compiled: bool,
 ) -> dict[str, Tensor]:
-    """Runs each line of a batch through one branch; see [`run_batched`].
+    """Runs each line of a batch through one branch.
 
     Args:
-        weights: [K, R], of which a row's weight under its own branch counts.
+        model, inputs, rows, compiled: as for [`run_batched`].
+        weights: weights of the rows, [K, R]. Only a row's weight for its own branch is used.
         owners, rows_per_line: as for [`deal`].
-        router_weights: [K], of the branches' load-balancing losses.
+        router_weights: weights of the branches' load-balancing losses, [K]; None for their mean.
+        chunk: number of branches that run at a time.
 
     Returns:
-        as [`run_batched`]; `nll` [K, R], zero where a row has not run, and `ran`, bool [K, R].
+        as for [`run_batched`], but `nll` is [K, R], with zeros for rows that did not run through a branch, and there
+        is `ran`, bool [K, R].
     """
     running = sorted(set(owners))
     chunks, parts = _Chunks(model), [running[first : first + chunk] for first in range(0, len(running), chunk)]
@@ -411,7 +439,7 @@ def run_dealt(
         weight[0, place] = weights[owner, row]
         piece = run_batched(model, dealt.inputs, Rows.of(dealt.inputs), weight, dealt.branches, compiled, dealt=True)
         if router_weights is not None and piece["aux_loss"] is not None:
-            # the caller takes the mean over those that run
+            # The caller takes the mean over the branches that run, so the factor turns it into a sum
             piece["aux_loss"] = piece["aux_loss"] * len(running) * router_weights[list(dealt.branches)].to(weights)
         own = piece.pop("nll")
         nll = own.new_zeros(weights.shape) if nll is None else nll
@@ -419,13 +447,13 @@ def run_dealt(
         ran[owner, row] = True
         if len(parts) == 1:
             return {"nll": nll, "ran": ran, **piece}
-        # Chunks differ in length: only sums over their tokens are read
+        # Chunks differ in length, so the tokens are put into one dimension; only sums over them are used
         chunks.add({name: value.flatten() if name in _PER_TOKEN else value for name, value in piece.items()}, part)
     return {"nll": nll, "ran": ran, **chunks.result()}
 
 
 class _Chunks:
-    """The outputs of chunks, each one's backward done before the next runs."""
+    """Collects the outputs of chunks and computes the gradients of each chunk before the next one runs."""
 
     def __init__(self, model: RunsBranches) -> None:
         self.model = model
@@ -434,7 +462,7 @@ class _Chunks:
         self.log_probs, self.aux_loss = _Found(), _Found()
 
     def add(self, piece: dict[str, Tensor], branches: Sequence[int]) -> None:
-        """Takes the output of [`run_batched`] over some branches, and their gradients out of it."""
+        """Adds the output of [`run_batched`] over some branches and computes the gradients of these branches."""
         parameters = list(_trainable(self.model, branches)) if torch.is_grad_enabled() else []
         router = piece.pop("aux_loss")
         self.log_probs.add(piece.pop("log_probs").sum(), parameters, again=router is not None)
@@ -444,18 +472,19 @@ class _Chunks:
         self.pieces.append({name: value.detach() for name, value in piece.items()})
 
     def result(self) -> dict[str, Tensor]:
-        """All chunks as one output."""
+        """The outputs of all chunks as one."""
         result = {name: torch.cat([piece[name] for piece in self.pieces]) for name in self.pieces[0]}
         router = None
         if self.routers:
-            # each branch's own value, and the gradient of their sum, which the caller takes a mean of
+            # The value is that of each branch. The caller takes the mean, whose gradient is that of the sum divided
+            # by the number of branches
             router, total = torch.cat(self.routers), self.aux_loss.with_gradients()
             router = router + (total - total.detach()) / len(router)
         return {"log_probs": self.log_probs.with_gradients(), "aux_loss": router, **result}
 
 
 class _Found:
-    """A sum, and its gradients as far as they are known."""
+    """A sum of values together with its gradients."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
@@ -474,17 +503,32 @@ class _Found:
 
 
 def known_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """A scalar without a graph that hands out these gradients of these parameters in its backward."""
+    """A scalar whose backward gives the parameters the given gradients, times the incoming gradient.
+
+    Args:
+        value: the scalar, without an autograd graph.
+        parameters: the parameters that receive gradients.
+        gradients: one gradient for each parameter.
+    """
     return _KnownGradients.apply(value, len(parameters), *parameters, *gradients) if parameters else value
 
 
 def _weigh(log_probs: Tensor, rows: Rows, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n·B, T−1] times their row's weight [n, R], and the rows' S [n, R] without gradient."""
+    """Multiplies log-probabilities by the weight of their row.
+
+    Args:
+        log_probs: [n·B, T−1].
+        rows: the batch's rows.
+        weights: [n, R].
+
+    Returns:
+        the weighted log-probabilities, [n·B, T−1], and S of each row without gradient, [n, R].
+    """
     branches = weights.size(0)
     by_branch = log_probs.view(branches, -1, log_probs.size(-1))
     nll = -rows.sum(by_branch.detach())
     weight = weights[:, rows.index[:, 1:]].to(log_probs.dtype)
-    # Selected, not multiplied: a diverged branch's nan stays out of the sum and of its own gradient
+    # Selected, not multiplied, because 0 * nan is nan: a diverged branch does not change the sum or the gradients
     usable = (weight != 0) & by_branch.detach().isfinite()
     weighted = torch.where(usable, by_branch, torch.zeros_like(by_branch)) * weight
     return weighted.view_as(log_probs), nll
@@ -507,16 +551,16 @@ def _is_distributed() -> bool:
 
 
 def is_whole(parameter: Tensor) -> bool:
-    """Whether a process holds a parameter whole and by itself, as under DDP, and not in shards (FSDP, DeepSpeed).
+    """Whether a process holds a whole, plain parameter, as under DDP, and not a shard of it (FSDP, DeepSpeed).
 
-    Those who shard ask for no gradient of what has not run, and DeepSpeed fails on one that is missing.
+    Sharded parameters need no gradient if they did not run, and DeepSpeed fails if a gradient is None.
     """
     marks = ("ds_id", "_hp_mapping", "_fsdp_flattened")
     return type(parameter) is nn.Parameter and not any(hasattr(parameter, mark) for mark in marks)
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A scalar whose gradients with respect to some parameters are known already."""
+    """The autograd function of [`known_gradients`]."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:

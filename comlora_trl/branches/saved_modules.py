@@ -1,7 +1,7 @@
-"""Modules that each branch trains whole (PEFT's `modules_to_save`), such as the score head of a reward model.
+"""Modules that each branch trains as a whole (PEFT's `modules_to_save`), such as the score head of a reward model.
 
-PEFT keeps a copy of such a module for each adapter and runs that of the active one. While branches compete, each
-branch's rows meet the branch's own copy.
+PEFT keeps a copy of such a module for each adapter and runs the copy of the active adapter. In a pass over several
+branches, the rows of each branch go through the copy of that branch.
 """
 
 from typing import Any
@@ -14,7 +14,10 @@ from comlora_trl.branches.layers import CompetingBranches
 
 
 class BranchSavedModule(ModulesToSaveWrapper):
-    """PEFT's wrapper, with competing branches. As in [`BranchLayer`], its switches leave what trains as it was."""
+    """PEFT's wrapper, which runs the copies of several branches in a pass.
+
+    As in [`BranchLayer`], PEFT's switches do not change which parameters train.
+    """
 
     competing: CompetingBranches
 
@@ -26,14 +29,14 @@ class BranchSavedModule(ModulesToSaveWrapper):
         return torch.cat([self.modules_to_save[name](part, *args, **kwargs) for name, part in parts])
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Chooses the adapter of ordinary forwards; in inference mode its copy does not train."""
+        """Sets the adapter of ordinary forwards. In inference mode its copy does not train."""
         found = [(parameter, parameter.requires_grad) for parameter in self.modules_to_save.parameters()]
         super().set_adapter(adapter_names, inference_mode)
         if not inference_mode:
             _let_train(found)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switches the copies on or off; what trained before they were switched off trains again."""
+        """Switches the copies on or off. Parameters that trained before they were switched off train again later."""
         known = self.__dict__.pop("_trained", None)
         if not enabled:
             found = [(parameter, parameter.requires_grad) for parameter in self.modules_to_save.parameters()]
@@ -52,7 +55,7 @@ class BranchSavedModule(ModulesToSaveWrapper):
 
 
 def make_branch_modules(model: nn.Module, competing: CompetingBranches) -> list[BranchSavedModule]:
-    """Gives the modules that branches save the K-branch forward, in place."""
+    """Gives a model's `modules_to_save` the forward over several branches, in place, and returns them."""
     found = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     for module in found:
         module.__class__ = BranchSavedModule
@@ -61,7 +64,7 @@ def make_branch_modules(model: nn.Module, competing: CompetingBranches) -> list[
 
 
 def make_plain_modules(modules: list[BranchSavedModule]) -> None:
-    """Gives the modules PEFT's own class back."""
+    """Restores PEFT's class of the modules."""
     for module in modules:
         module.__class__ = ModulesToSaveWrapper
         for own in ("competing", "_trained"):

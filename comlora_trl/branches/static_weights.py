@@ -1,8 +1,11 @@
-"""The stacked weights of K branches in memory that stays where it is, for graphs that read them.
+"""The stacked weights of K branches at fixed memory addresses, for CUDA graphs that read them.
 
-A pass fills the memory from PEFT's own parameters, a few layers at a time, in a few launches; the gradients that the
-graphs leave go back to the parameters the same way. In autograd's eyes the filling is a function of the parameters, so
-whatever waits for their gradients (DDP, accumulation, `torch.autograd.grad`) works as ever.
+A pass copies PEFT's parameters into this memory, a few layers at a time, with few kernel launches. The graphs write
+the gradients into fixed memory too, and the backward pass hands these to the parameters. For autograd the copying is a
+differentiable function of the parameters, so DDP, gradient accumulation and `torch.autograd.grad` work as usual.
+
+In shapes, n is the number of layers in a group (layers that read the same input), r the rank, d the input width and
+l_i the output width of layer i.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +18,7 @@ from comlora_trl import compat
 from comlora_trl.branches.kernels.ops import KeptWeights, keep_weights
 from comlora_trl.branches.layers import LayerGroup, compute_dtype
 
-# Decoder layers that are filled together: all at once would keep the GPU waiting for the first layer's weights
+# Number of decoder layers that are filled together. If all were, the GPU would wait long for the first layer's weights
 _LAYERS_AT_A_TIME = 6
 
 
@@ -23,8 +26,9 @@ class StaticWeights:
     """The weights of K branches on all groups of adapted layers.
 
     Attributes:
-        k: K.
-        groups: the groups of each decoder layer, in the order of its modules.
+        k: number of branches, K.
+        groups: for each decoder layer its groups, in the order of its modules.
+        sections: the decoder layers in sections that are filled together.
     """
 
     def __init__(self, k: int, groups: list[list[LayerGroup]], sections: "list[_Section]") -> None:
@@ -37,7 +41,12 @@ class StaticWeights:
     def of(
         cls, groups: Sequence[LayerGroup], layers: Sequence[nn.Module], names: tuple[str, ...]
     ) -> "StaticWeights | None":
-        """Memory for the weights of the named branches; None if some adapted layer of theirs is in no group."""
+        """Allocates the memory for the weights of the named branches.
+
+        Returns:
+            None if an adapted layer is in no group, or if a group lies outside the decoder layers or its weights can't
+            be read.
+        """
         known = {id(layer): group for group in groups for layer in group.layers}
         by_layer = []
         for layer in layers:
@@ -56,30 +65,36 @@ class StaticWeights:
         return cls(k, by_layer, [_Section(k, own, [by_layer[index] for index in own], names) for own in cut])
 
     def of_layer(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
-        """A decoder layer's weights and the memory for their gradients: for each group A, [K·n·r, d], and n of B,
-        [K·l_i, r]."""
+        """The weights of a decoder layer, and the memory for their gradients.
+
+        Both are lists with A, [K·n·r, d], and then n matrices B, [K·l_i, r], for each group.
+        """
         section = self._section_of[index]
         first, last = section.range_of(index)
         return section.weights[first:last], section.grads[first:last]
 
     def kept(self, index: int) -> list[KeptWeights]:
-        """A decoder layer's weights, group by group, as operators find them."""
-        return self._section_of[index]._groups_of[index]
+        """The weights of a decoder layer's groups in the form that the custom operators look up."""
+        return self._section_of[index]._kept_of[index]
 
     def begin(self, names: tuple[str, ...]) -> "LayerWeights | None":
-        """The weights for a pass over the named branches, filled as layers ask for them."""
+        """The weights for a pass over the named branches. They are filled when layers ask for them.
+
+        Returns:
+            None if parameters are wrapped, or have been replaced since the last pass.
+        """
         if not self._is_current(names):
             return None
         return LayerWeights(self, names)
 
     @torch.no_grad()
     def fill(self, names: tuple[str, ...]) -> None:
-        """Fills all of it."""
+        """Fills all sections with the weights of the named branches, outside autograd."""
         for section in self.sections:
             section.fill(section.parameters(names))
 
     def _is_current(self, names: tuple[str, ...]) -> bool:
-        """Whether the parameters are those that were found first: they may be replaced, by whoever wraps the model."""
+        """Whether the parameters are the same objects as before. A wrapper around the model may replace them."""
         known = self._parameters.get(names)
         if known is None:
             known = [pair for section in self.sections for pair in section.containers(names)]
@@ -95,14 +110,14 @@ class StaticWeights:
 
 
 class LayerWeights:
-    """The weights of one pass: tensors of autograd's graph over the memory that stays."""
+    """The weights of one pass: tensors in the fixed memory that belong to the pass's autograd graph."""
 
     def __init__(self, weights: StaticWeights, names: tuple[str, ...]) -> None:
         self._weights, self._names = weights, names
         self._filled: dict[int, tuple[Tensor, ...]] = {}
 
     def of_layer(self, index: int) -> Sequence[Tensor]:
-        """A decoder layer's weights, see [`StaticWeights.of_layer`]."""
+        """The weights of a decoder layer, see [`StaticWeights.of_layer`]."""
         section = self._weights._section_of[index]
         key = section.layers[0]
         if key not in self._filled:
@@ -112,12 +127,12 @@ class LayerWeights:
 
 
 class _Kind:
-    """Groups that are alike, whose matrices are stacked in one launch.
+    """G groups of equal shapes and scaling, whose matrices are stacked in one launch.
 
     Attributes:
-        places: their places among the section's groups.
+        places: indices of these groups among the section's groups.
         a, b: the stacked weights, [G, K·n·r, d] and n of [G, K·l_i, r].
-        grad_a, grad_b: like them.
+        grad_a, grad_b: the gradients, of the same shapes.
     """
 
     def __init__(self, k: int, groups: list[LayerGroup], places: list[int], names: tuple[str, ...]) -> None:
@@ -138,23 +153,27 @@ class _Kind:
 
     @property
     def stacks(self) -> list[Tensor]:
-        """A and the n of B."""
+        """A and the n matrices B."""
         return [self.a, *self.b]
 
     def fill(self, matrices: Sequence[Sequence[Tensor]]) -> None:
-        """Fills A and each B from [1 + n] lists of the branches' matrices, group by group."""
+        """Fills A and each B.
+
+        Args:
+            matrices: 1 + n lists, of A and of each B: the matrices of the branches, group by group.
+        """
         for index, (stack, own) in enumerate(zip(self.stacks, matrices, strict=True)):
             target = self.staging[index] if self.staging else stack
             torch.stack(own, out=target.view(len(own), *own[0].shape))
             scaling = self.scaling if index == 0 else 1
             if self.staging:
-                # as the masters' type times the scaling, rounded once
+                # Scaled in the dtype of the parameters, so that the result is rounded only once
                 torch.mul(target, scaling, out=stack) if scaling != 1 else stack.copy_(target)
             elif scaling != 1:
                 stack.mul_(scaling)
 
     def gradients(self) -> list[Sequence[Tensor]]:
-        """The matrices' gradients, [1 + n] lists in the order of [`fill`]; memory of their own."""
+        """The gradients of the matrices as copies, in 1 + n lists in the order of [`fill`]."""
         found = []
         for index, grad in enumerate((self.grad_a, *self.grad_b)):
             scaling = self.scaling if index == 0 else 1
@@ -166,11 +185,11 @@ class _Kind:
 
 
 class _Section:
-    """The weights of some decoder layers that follow each other.
+    """The weights of some consecutive decoder layers.
 
     Attributes:
-        layers: their indices.
-        weights, grads: for each group A and its B, in the layers' order.
+        layers: indices of the decoder layers.
+        weights, grads: for each group its A and then its matrices B, in the order of the layers.
     """
 
     def __init__(self, k: int, layers: list[int], groups: list[list[LayerGroup]], names: tuple[str, ...]) -> None:
@@ -187,10 +206,10 @@ class _Section:
                 grads[place] = [kind.grad_a[row], *(b[row] for b in kind.grad_b)]
         self.kept = [keep_weights(_kept(k, *both)) for both in zip(weights, grads, strict=True)]
         self.weights, self.grads = ([one for own in both for one in own] for both in (weights, grads))
-        ends, self._ranges, self._groups_of = 0, {}, {}
+        ends, self._ranges, self._kept_of = 0, {}, {}
         for layer, own in zip(layers, groups, strict=True):
             first = sum(map(len, groups[: layers.index(layer)]))
-            self._groups_of[layer] = self.kept[first : first + len(own)]
+            self._kept_of[layer] = self.kept[first : first + len(own)]
         for layer, own in zip(layers, groups, strict=True):
             size = sum(1 + len(group.layers) for group in own)
             self._ranges[layer] = (ends, ends + size)
@@ -198,11 +217,11 @@ class _Section:
         self._known: dict[tuple[str, ...], list[Tensor]] = {}
 
     def range_of(self, layer: int) -> tuple[int, int]:
-        """Which of the weights are a layer's."""
+        """The first and the last index (exclusive) of a layer's weights in `weights`."""
         return self._ranges[layer]
 
     def containers(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], nn.Parameter]]:
-        """Where the parameters are kept, and each of them, in the order of [`fill`]."""
+        """The parameters of the named branches in the order of [`fill`], each with the dict of its module."""
         found = []
         for kind in self.kinds:
             linears = {
@@ -223,16 +242,16 @@ class _Section:
         return self._known[names]
 
     def forget(self) -> None:
-        """Forgets the parameters that were found."""
+        """Clears the cached parameters."""
         self._known = {}
 
     def fill(self, parameters: Sequence[Tensor]) -> None:
-        """Fills the weights."""
+        """Fills the weights of all groups from the parameters, in the order of [`parameters`]."""
         for kind, matrices in self._by_kind(parameters):
             kind.fill(matrices)
 
     def gradients(self) -> Iterable[Tensor]:
-        """The parameters' gradients, in the order of [`fill`]."""
+        """The gradients of the parameters, in the order of [`parameters`]."""
         for kind in self.kinds:
             for own in kind.gradients():
                 yield from own
@@ -248,13 +267,13 @@ class _Section:
 
 
 def _kept(k: int, weights: list[Tensor], grads: list[Tensor]) -> KeptWeights:
-    """A group's A and B, and the memory for their gradients, by branch."""
+    """A group's weights and gradients, viewed by branch."""
     (a, *b), (grad_a, *grad_b) = ([one.view(k, -1, one.size(-1)) for one in own] for own in (weights, grads))
     return KeptWeights(a, b, grad_a, grad_b)
 
 
 class _Fill(torch.autograd.Function):
-    """A section's weights as a function of the parameters."""
+    """The autograd function from the parameters to a section's weights."""
 
     @staticmethod
     def forward(ctx: Any, section: _Section, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -267,7 +286,7 @@ class _Fill(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         section = ctx.section
         for grad, own in zip(grads, section.grads, strict=True):
-            if grad is None:  # a layer that did not run as a graph in this pass
+            if grad is None:  # this layer did not run as a graph in the pass
                 own.zero_()
             elif grad.data_ptr() != own.data_ptr():
                 own.copy_(grad)

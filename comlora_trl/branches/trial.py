@@ -1,8 +1,8 @@
-"""Where does this architecture's batch widen? Tried once, on made-up tokens, before training.
+"""Finds out before training where a model's batch can be repeated for the K branches ("where the batch widens").
 
-Two branches with random weights run together and one by one; where the numbers agree the batch widens. No list of
-model names could know it: a layer may take tensors whose first dimension is batch times heads, or keep the batch in
-its second.
+Two branches with random weights run on random tokens, together and one by one. The batch is repeated at the first
+place where both give the same numbers. A list of model names is not enough, because a layer may take tensors whose
+first dimension is batch times heads, or have the batch in the second dimension.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,22 +17,26 @@ from comlora_trl.branches.model import BranchModel
 from comlora_trl.branches.passes import INPUTS, LAYERS, SEPARATELY, is_padded_right
 from comlora_trl.branches.views import ViewPass
 
-# Errors relative to the largest value that are rounding's; float32 may be TF32 on a GPU
+# Errors up to this, relative to the largest value, count as rounding; float32 may be TF32 on a GPU
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_ROUNDING = 2e-2
 
 
 def settle_expansion(model: BranchModel, batches: Sequence[dict[str, Any]]) -> str:
-    """Decides where the model's batch widens, and leaves the model, its modes and random states as they were.
+    """Decides where the model's batch is repeated for the K branches, and sets `model.expansion.place`.
+
+    The weights, the training modes and the random states are restored at the end.
 
     Args:
-        batches: made-up batches as training will have them, of different numbers of lines where they are padded.
+        model: the model with its branches.
+        batches: batches of random tokens in the form that training uses. Padded batches have different numbers of
+            lines.
 
     Returns:
-        one of `expansion.PLACES`, which is set on the model too.
+        one of `passes.PLACES`.
 
     Raises:
-        ValueError: in one line, if the model can't run as branches at all.
+        ValueError: if the model can't run with branches.
     """
     with _undisturbed(model), torch.no_grad():
         calls = _Calls(model)
@@ -53,10 +57,15 @@ def settle_expansion(model: BranchModel, batches: Sequence[dict[str, Any]]) -> s
 
 
 def ignores_padding(model: BranchModel, batches: Sequence[dict[str, Any]]) -> bool:
-    """Whether the model computes the same without a mask over padding that lies right of each row's tokens.
+    """Whether the model gives the same result without an attention mask if the padding is on the right.
 
-    It does if without a mask nothing of the padding reaches a row's tokens (other padding, the very same numbers), and
-    the mask changes nothing but rounding: so causal attention does, and no bidirectional one.
+    This is so with causal attention, and not with bidirectional attention. Two things are tested. Without a mask, the
+    result must stay exactly the same with other padding tokens. With and without a mask, the results must agree up to
+    rounding.
+
+    Args:
+        model: the model with its branches.
+        batches: batches of random tokens; only those with padding on the right are used.
     """
     padded = [batch for batch in batches if is_padded_right(batch.get("attention_mask"))]
     padded = [batch for batch in padded if not bool(batch["attention_mask"].all())]
@@ -66,7 +75,7 @@ def ignores_padding(model: BranchModel, batches: Sequence[dict[str, Any]]) -> bo
     try:
         with _undisturbed(model), torch.no_grad():
             return all(_ignores_padding(model, batch) for batch in padded)
-    except Exception:  # an architecture may insist on its mask
+    except Exception:  # some architectures need a mask
         model.competing.abandon()
         return False
     finally:
@@ -85,7 +94,7 @@ def _ignores_padding(model: BranchModel, batch: dict[str, Any]) -> bool:
 
 
 def _log_probs(model: BranchModel, batch: dict[str, Any]) -> Tensor:
-    """Each token's log-probability under one branch."""
+    """The log-probability of each token under branch 0, [B, T − 1]."""
     inputs = {**batch, "fused_lm_head": True, "use_cache": False}
     rows = Rows.of(inputs)
     weights = torch.ones(model.k, rows.count, device=batch["input_ids"].device)
@@ -95,7 +104,7 @@ def _log_probs(model: BranchModel, batch: dict[str, Any]) -> Tensor:
 def _first_place(
     model: BranchModel, batches: Sequence[dict[str, Any]], alone: list[tuple[Tensor, ...]], routed: bool
 ) -> str:
-    if not routed:  # such layers' shares could come out even by chance
+    if not routed:  # a router may by chance send both branches equally many tokens, and the test would pass
         for place in (LAYERS, INPUTS) if model.expansion.start is not None else (INPUTS,):
             if _agrees(model, batches, alone, place):
                 return place
@@ -103,7 +112,7 @@ def _first_place(
 
 
 class _Calls:
-    """Which adapted layers run in a pass, and whether some see a share of the tokens only (routed experts)."""
+    """Records which adapted layers run in a pass, and whether one gets only some of the tokens (routed experts)."""
 
     def __init__(self, model: BranchModel) -> None:
         adapted = set(model.adapted_layers)
@@ -124,7 +133,11 @@ class _Calls:
             hook.remove()
 
     def check(self) -> None:
-        """Refuses targets whose weights the model reads past their layers, so that no adapter on them would train."""
+        """Checks that the model calls every adapted layer. An adapter on another layer would not train.
+
+        Raises:
+            ValueError: if the model does not call some of the `target_modules`.
+        """
         called = {self.names[layer].rpartition(".")[2] for layer in self.called}
         missed = {name.rpartition(".")[2] for name in self.names.values()} - called
         if missed:
@@ -135,7 +148,7 @@ class _Calls:
 
 
 def _figures_alone(model: BranchModel, batch: dict[str, Any], calls: _Calls) -> tuple[Tensor, ...]:
-    """Figures of each branch by itself; the layers' arguments are noted on the way."""
+    """The figures of each branch in its own pass ([`_figures`]). Records which arguments have a batch dimension."""
     expansion, lines = model.expansion, batch["input_ids"].size(0)
     expansion.seen, calls.tokens = set(), batch["input_ids"].numel()
     try:
@@ -159,7 +172,7 @@ def _agrees(
     for batch, expected in zip(batches, alone, strict=True):
         try:
             together = _figures(model, batch, chunk=2)
-        except Exception:  # whatever an architecture raises when its batch does not fit
+        except Exception:  # an architecture may raise any error if the size of the batch does not fit
             model.competing.abandon()
             return False
         for figure, own in zip(together, expected, strict=True):
@@ -169,7 +182,7 @@ def _agrees(
 
 
 def _figures(model: BranchModel, batch: dict[str, Any], chunk: int) -> tuple[Tensor, ...]:
-    """S of two branches, [2, R], and the routers' loss if there is one."""
+    """S of the first two branches, [2, R], and the routers' loss if there is one."""
     branches = list(range(min(model.k, 2)))
     if model.get_base_model().get_output_embeddings() is None:
         return (_scores(model, batch, branches, chunk),)
@@ -181,11 +194,11 @@ def _figures(model: BranchModel, batch: dict[str, Any], chunk: int) -> tuple[Ten
 
 
 def _scores(model: BranchModel, batch: dict[str, Any], branches: list[int], chunk: int) -> Tensor:
-    """What a model with another head than a language model's, a classifier, says of two branches, [2, B·labels]."""
+    """The logits of a classifier for each of some branches, [n, B·labels]."""
     inputs = {name: value for name, value in batch.items() if name != "labels"} | {"use_cache": False}
     parts = [branches[first : first + chunk] for first in range(0, len(branches), chunk)]
     dtype, device = model.get_base_model().dtype, batch["input_ids"].device
-    # PEFT keeps the head's copies in float32, and a run over a base in half precision is autocast
+    # PEFT keeps the copies of the head in float32, so a base in half precision needs autocast
     half = dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
         logits = [model(view_pass=ViewPass(tuple(part)), **inputs).logits for part in parts]
@@ -194,7 +207,7 @@ def _scores(model: BranchModel, batch: dict[str, Any], branches: list[int], chun
 
 @contextmanager
 def _undisturbed(model: BranchModel) -> Iterator[None]:
-    """Two branches that differ, no dropout; everything as it was at the end."""
+    """Within the block, the first two branches differ and there is no dropout. Afterwards, everything is restored."""
     parameters = [p for branch in range(min(model.k, 2)) for p in model.branch_parameters(branch)]
     kept = [parameter.detach().clone() for parameter in parameters]
     modes = [(module, module.training) for module in model.modules()]
@@ -206,8 +219,8 @@ def _undisturbed(model: BranchModel) -> Iterator[None]:
             model.eval()
             with torch.no_grad():
                 for parameter in parameters:
-                    # B is zero as yet, and with it the branches would all be the base model; much larger weights
-                    # would make every rounding count
+                    # B is still zero, so all branches equal the base model. Much larger weights would make rounding
+                    # errors large
                     parameter += torch.randn_like(parameter) * (0.3 / parameter.size(-1) ** 0.5)
             yield
         finally:
@@ -219,5 +232,5 @@ def _undisturbed(model: BranchModel) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message, for a line of ours."""
+    """The first line of an error's message, at most 200 characters."""
     return (str(error).strip().splitlines() or ["no message"])[0][:200]

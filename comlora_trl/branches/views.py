@@ -1,8 +1,8 @@
-"""Views: stand-ins for the model, one a branch, for a loss that is computed from `model(**inputs)`.
+"""Views: one stand-in for the model for each branch, for losses that are computed from `model(**inputs)`.
 
-A view's forward returns one branch's slice of one pass of all branches over the batch. Whatever computes a loss from a
-model and a batch (TRL's own trainers, a user's `compute_loss`) is called once per view, and gets what it would get of
-a model with this branch alone: outputs, loss and gradients. [`branch_losses`] does so for all branches.
+The forward of a view returns its branch's slice of one pass over all branches. A function that computes a loss from a
+model and a batch, such as `compute_loss` of a TRL trainer or of a user, is called once with each view. Outputs, loss
+and gradients are then those of a model with only this branch. [`branch_losses`] does this for all branches.
 """
 
 import inspect
@@ -28,12 +28,12 @@ from comlora_trl.branches.passes import (
     touch,
 )
 
-# They meet the hidden states after the decoder layers, where the batch is expanded already
+# Labels are used after the decoder layers, together with hidden states that are repeated already
 _LABELS = ("labels", "shift_labels")
 
 
 class ViewedModel(RunsBranches, Protocol):
-    """What views read of the model ([`comlora_trl.branches.model.BranchModel`])."""
+    """The part of the model that views use ([`comlora_trl.branches.model.BranchModel`])."""
 
     k: int
     active_adapter: str
@@ -44,11 +44,12 @@ class ViewedModel(RunsBranches, Protocol):
 
 
 class ViewPass(NamedTuple):
-    """How a forward over views is to run.
+    """The settings of one forward over views.
 
     Attributes:
-        branches: the branches that run.
-        dealt: whether the batch's lines are dealt out among them, in equal shares, instead of repeated for each.
+        branches: indices of the branches that run.
+        dealt: whether the batch's lines are distributed among the branches in equal shares, so that the batch is not
+            repeated.
     """
 
     branches: tuple[int, ...]
@@ -56,14 +57,14 @@ class ViewPass(NamedTuple):
 
 
 class BranchView:
-    """A stand-in for the model in which one branch is all there is.
+    """A stand-in for the model that runs one branch.
 
-    Calls run the branch (see [`BranchViews`]), and `generate` has it as the active adapter. All else is the model's
-    own: attributes, parameters, mode, `disable_adapter()`, within which a call is the base model's.
+    A call runs the branch (see [`BranchViews`]), and `generate` uses it as the active adapter. Everything else is the
+    model's: attributes, parameters, training mode. Within `disable_adapter()` a call runs the base model.
 
     Args:
-        views: the views that it belongs to.
-        place: its place among them.
+        views: the views that this one belongs to.
+        place: index of this view among them.
     """
 
     def __init__(self, views: "BranchViews", place: int) -> None:
@@ -72,7 +73,7 @@ class BranchView:
 
     @property
     def __class__(self) -> type:
-        """The model's own, for `isinstance` decides much in TRL and PEFT."""
+        """The model's class, because TRL and PEFT test the model with `isinstance`."""
         return type(self._views.model)
 
     @property
@@ -82,17 +83,17 @@ class BranchView:
 
     @property
     def place(self) -> int:
-        """Its place among the views."""
+        """Index of this view among the views."""
         return self._place
 
     @property
     def views(self) -> "BranchViews":
-        """The views that it belongs to."""
+        """The views that this one belongs to."""
         return self._views
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The batch for this branch, in a new dict: the whole of it or, where rows are dealt out, its own lines."""
+        """A new dict with this branch's batch: the whole batch or, if lines are distributed, the branch's lines."""
         return dict(self._views.inputs[self._place])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,13 +119,13 @@ class BranchView:
 
 @dataclass
 class _Call:
-    """One forward that every view asks for, in its turn.
+    """The n-th call of all views, which one forward serves.
 
     Attributes:
-        kwargs: the arguments of the view that asked first.
-        place: that view's.
-        grad: whether gradients were wanted.
-        outputs: of each view, None where each runs by itself.
+        kwargs: the arguments of the view that called first.
+        place: index of that view.
+        grad: whether gradients were enabled in that call.
+        outputs: the output for each view; None if each view runs by itself.
     """
 
     kwargs: dict[str, Any]
@@ -137,27 +138,27 @@ class _Call:
 class BranchViews:
     """The views of some branches on one batch.
 
-    The n-th call of each view is one forward of all branches: the view that comes first runs it, the others get their
-    slices. A view that asks for something else than the first one did (other tensors, say by a random mask) runs by
-    itself, and so do all where one pass can't serve them: models that run branch by branch, and those whose loss
-    can't be had branch by branch.
+    One forward over all branches serves the n-th call of every view. The view that calls first runs it, and the others
+    get their slices. A view whose arguments differ from those of the first view, for example by a random mask, runs by
+    itself. All views run by themselves if the model can only run branch by branch, or if its loss can't be computed
+    for each branch.
 
     Args:
-        model: the branches' model.
-        branches: those that are viewed, in order.
-        batch: a batch of TRL's collators; needed with `owners`.
-        wrapped: the model as DDP, FSDP or DeepSpeed wrapped it, whose forward runs; the model itself by default.
-        owners: the branch that each line of the batch goes to: a view sees its own lines. Lines of branches that are
-            not viewed are left out. None where every view sees all.
-        rows_per_line: rows that each line of a packed batch has, None for one each.
-        stacked: rows that each line has in a batch whose tensors are stacked: the first row of every line, then the
-            second of every line, as TRL's collators stack chosen and rejected completions.
-        made: tensors that the loss makes of the batch for the model, e.g. labels, so that they are known where lines
-            are dealt out; no view has them among its inputs.
+        model: the model with its branches.
+        branches: indices of the branches to view, in order.
+        batch: a batch from TRL's collators; needed with `owners`.
+        wrapped: the model in its DDP, FSDP or DeepSpeed wrapper, whose forward is called; None for `model`.
+        owners: the branch of each line of the batch, and a view sees only its lines. Lines of other branches are left
+            out. None if every view sees the whole batch.
+        rows_per_line: number of rows of each line of a packed batch; None for one row each.
+        stacked: number of rows of each line in a batch that holds the first row of every line, then the second row of
+            every line, and so on, as TRL's collators stack chosen and rejected completions.
+        made: tensors that the loss derives from the batch and passes to the model, such as labels. They are needed to
+            recognise these arguments if lines are distributed. They are not among a view's inputs.
 
     Attributes:
         inputs: the batch of each view.
-        passes: passes of one branch over its rows, with gradients, that have run.
+        passes: number of passes of one branch over its rows, with gradients, that have run.
     """
 
     model: ViewedModel
@@ -201,7 +202,7 @@ class BranchViews:
         self._widths = [own["input_ids"].size(1) for own in self.inputs]
 
     def _once_a_line(self, branch: int, owners: list[int]) -> dict[str, Tensor]:
-        """A branch's part of the tensors that have one entry for each line, in a stacked batch."""
+        """A branch's part of those tensors in a stacked batch that have one entry for each line."""
         own = indices([line for line, owner in enumerate(owners) if owner == branch], self.batch["input_ids"].device)
         return {
             name: value.index_select(0, own)
@@ -219,7 +220,15 @@ class BranchViews:
         return BranchView(self, range(len(self))[place])
 
     def call(self, place: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A view's forward."""
+        """The forward of a view.
+
+        Args:
+            place: index of the view.
+            args, kwargs: the arguments of the model's forward.
+
+        Raises:
+            RuntimeError: if the view must run by itself and gradient checkpointing is on.
+        """
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         turn, self._asked[place] = self._asked[place], self._asked[place] + 1
         if turn == len(self._calls):
@@ -233,7 +242,7 @@ class BranchViews:
     def _run(self, place: int, kwargs: dict[str, Any]) -> _Call:
         call = _Call(kwargs, place, torch.is_grad_enabled())
         if not self.branches_answer:
-            if self._dealt is None:  # the base model is the same for all
+            if self._dealt is None:  # the base model's output is the same for all views
                 output = self._forward(**kwargs)
                 call.outputs = [_copy(output) for _ in self.branches]
             return call
@@ -267,11 +276,11 @@ class BranchViews:
 
     @property
     def branches_answer(self) -> bool:
-        """Whether a forward is the branches', not that of the base model or of another adapter (a reference)."""
+        """Whether a forward runs the branches, and not the base model or another adapter such as a reference."""
         return not self.model.is_switched_off and self.model.active_adapter in self.model.branch_names
 
     def _widened(self, place: int, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments of a pass of all branches, given one view's; None if they can't be told."""
+        """The arguments of a pass over all branches, from those of one view; None if they can't be determined."""
         if self._dealt is None:
             return kwargs
         wide, lines = {}, _lines(kwargs)
@@ -280,7 +289,7 @@ class BranchViews:
             if source is not None:
                 wide[name] = self._dealt.inputs[source]
             elif isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == lines:
-                return None  # made of this view's lines by the caller
+                return None  # the caller made this tensor from the view's lines
             else:
                 wide[name] = self._dealt.inputs.get(name, value)
         return wide
@@ -299,9 +308,10 @@ class BranchViews:
         )
 
     def _source(self, place: int, name: str, value: Any) -> str | None:
-        """The name in the batch, or among what is made of it, of an argument that a view's caller passes; None if new.
+        """The name of an argument's value in the view's batch or in `made`; None if it is not there.
 
-        A tensor may be a copy, of which an entry of the argument's own name is taken first.
+        A value is found by identity, or a tensor by equality. Of several equal tensors, the one with the argument's
+        own name is taken.
         """
         for known, own in self.inputs[place].items():
             if own is value:
@@ -334,19 +344,20 @@ def branch_losses(
     model: ViewedModel,
     chunk: int | None = None,
 ) -> tuple[dict[int, Tensor], int]:
-    """A loss of each branch, which one pass of all of them serves.
+    """Computes a loss for each branch from one pass over all branches.
 
     Args:
-        views: makes the views of some branches.
-        branches: those to run.
-        loss_of: computes a branch's loss, given its view; called once for each branch, in order.
-        model: the branches' model.
-        chunk: branches at a time, None for all at once. In chunks each one's gradients are found before the next one
-            runs, and come back with the loss; only those of the branches' own parameters.
+        views: makes the views of the given branches.
+        branches: indices of the branches to run.
+        loss_of: computes a branch's loss from its view; called once for each branch, in order.
+        model: the model with its branches.
+        chunk: number of branches that run at a time; None for all at once. In chunks, the gradients of each chunk are
+            computed before the next chunk runs, with respect to the branches' parameters only. The loss passes them on
+            in its backward.
 
     Returns:
-        the losses by branch (those alone that have lines, where rows are dealt out), and the passes of one branch over
-        its rows, with gradients, that have run.
+        the losses by branch, only of branches that have lines; and the number of passes of one branch over its rows,
+        with gradients, that have run.
     """
     chunk = 1 if model.expansion.place == SEPARATELY else min(chunk or len(branches), len(branches))
     losses: dict[int, Tensor] = {}
@@ -367,13 +378,13 @@ def branch_losses(
 
 
 def _with_known_gradients(losses: dict[int, Tensor], model: ViewedModel) -> dict[int, Tensor]:
-    """The losses of one chunk, with their gradients and without their graph."""
+    """The losses of one chunk with their gradients computed and their autograd graph freed."""
     own = {branch: [p for p in model.branch_parameters(branch) if p.requires_grad] for branch in losses}
     parameters = [parameter for some in own.values() for parameter in some]
     differentiable = [loss for loss in losses.values() if loss.requires_grad]
     if not (parameters and differentiable):
         return losses
-    # Rows of other branches have no part in a branch's gradients: those of the sum are each one's own
+    # A branch's gradients depend only on its own loss, so the gradients of the sum are those of each loss
     found = torch.autograd.grad(differentiable, parameters, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
     result, first = {}, 0
@@ -385,16 +396,20 @@ def _with_known_gradients(losses: dict[int, Tensor], model: ViewedModel) -> dict
 
 
 def run_view_pass(model: ViewedModel, view_pass: ViewPass, inputs: dict[str, Any], compiled: bool) -> Any:
-    """One forward of the base model over branches, with whatever arguments it takes; without a cache, with which the
-    rows of a packed line would see each other.
+    """Runs one forward of the base model over branches.
+
+    There is no key-value cache, because with a cache the segments of a packed line would attend to each other.
 
     Args:
-        inputs: the base model's arguments, by name.
+        model: the model with its branches.
+        view_pass: the branches that run.
+        inputs: the arguments of the base model, by name.
         compiled: whether `torch.compile` runs the model.
 
     Returns:
-        the base model's output, its tensors [n·B, ...] for the n branches, branch-major, and [B, ...] of layers below
-        the first adapter; `loss` and `aux_loss` [n]. None if the model's own loss of each branch can't be had.
+        the base model's output. Its tensors are [n·B, ...] for the n branches, branch-major, or [B, ...] for layers
+        below the first adapter; `loss` and `aux_loss` are [n]. None if the model's own loss can't be computed for each
+        branch.
 
     Raises:
         ValueError: if a cache is asked for.
@@ -447,9 +462,12 @@ def run_view_pass(model: ViewedModel, view_pass: ViewPass, inputs: dict[str, Any
 
 
 class _LossPerBranch:
-    """Stands in for a transformers model's loss function during a pass, and takes each branch's loss by itself.
+    """Replaces the loss function of a transformers model during a pass, and computes the loss of each branch.
 
-    The model calls it with logits and labels of all branches, and its own further arguments.
+    The model calls it with the logits and labels of all branches, and with the model's other arguments.
+
+    Attributes:
+        found: the loss of each branch, [n]; None if the model did not call the loss function.
     """
 
     def __init__(self, base: nn.Module, count: int) -> None:
@@ -486,7 +504,7 @@ class _LossPerBranch:
 
 
 class _Pieces:
-    """Each tensor of a pass split once for all views: the gradient of its pieces is put together once."""
+    """Splits each tensor of a pass only once for all views, so that autograd concatenates the gradients only once."""
 
     def __init__(self, count: int, lines: int) -> None:
         self.count, self.lines = count, lines
@@ -507,14 +525,16 @@ def _sliced(
     share: int | None = None,
     pieces: _Pieces | None = None,
 ) -> Any:
-    """One branch's part of a pass's output.
+    """One branch's part of the output of a pass.
 
     Args:
-        place: the branch's place among the pass's.
-        count: branches of the pass.
-        lines: lines of each.
-        cut: tokens at the end of packed lines that only fill up.
-        share: lines that are the branch's own, the others fill up; None for all.
+        output: the output of the pass.
+        place: index of the branch among the branches of the pass.
+        count: number of branches of the pass.
+        lines: number of lines of each branch.
+        cut: number of tokens at the end of a packed line that only fill it up; None for none.
+        share: number of lines that belong to the branch, while the others only fill up; None for all lines.
+        pieces: the split tensors, shared by all views.
     """
     if count == 1:
         return output
@@ -561,7 +581,7 @@ def _lines(inputs: Mapping[str, Any]) -> int:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a model's output."""
+    """All tensors in a model's output, also those in nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -576,7 +596,7 @@ def _equal(first: Any, second: Any) -> bool:
     if first is second:
         return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        # cpu and cpu:0 are one device, and not equal
+        # cpu and cpu:0 are the same device but do not compare equal
         alike = first.shape == second.shape and first.dtype == second.dtype and first.device.type == second.device.type
         return alike and bool(torch.equal(first, second))
     if isinstance(first, Tensor) or isinstance(second, Tensor):

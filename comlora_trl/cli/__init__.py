@@ -1,1 +1,1 @@
-"""The commands that an installation brings: comlora-sft, -export, -eval, -tables and -plot."""
+"""The installed commands: comlora-sft, -dpo, -kto, -reward, -export, -eval, -tables and -plot."""

@@ -1,16 +1,16 @@
-"""Train a competition of K LoRA branches by DPO; the winner leaves as an ordinary PEFT adapter.
+"""Train K competing LoRA branches with DPO and export the winner as an ordinary PEFT adapter.
 
-The embedded default (a small model and preferences, offline):
+With the embedded model and preferences (small, offline):
 
     comlora-dpo
 
-A model and data of your own; every flag of TRL's own dpo.py works:
+With your own model and data. Every flag of TRL's dpo.py works:
 
     comlora-dpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_preferences.json \\
         --comlora_tournament true --lora_r 16
 
---dataset_name takes demo, a hub id, or a local JSON file with prompt, chosen and rejected. The winner is left
-in ./winner.
+--dataset_name takes demo, a hub id, or a local JSON file with the columns prompt, chosen and rejected. The winner is
+exported to ./winner.
 """
 
 from comlora_trl import ComLoRADPOConfig, ComLoRADPOTrainer
@@ -21,7 +21,7 @@ ComLoRADPOScriptConfig = script_config(ComLoRADPOConfig, __name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command `comlora-dpo`. Without `argv`, the process's arguments."""
+    """Runs the command `comlora-dpo` with the flags in `argv`, or with the process's arguments if it is None."""
     run("dpo", ComLoRADPOTrainer, ComLoRADPOScriptConfig, __doc__, argv)
 
 

@@ -1,8 +1,8 @@
-"""`comlora-eval`: lm_eval's own command line, with our tasks and adapters, independent of the .pth file."""
+"""`comlora-eval`: lm_eval's command line with this package's tasks and adapters. It does not need the .pth file."""
 
 
 def main() -> None:
-    """Runs lm_eval with the same arguments."""
+    """Runs lm_eval with the process's arguments."""
     import comlora_lm_eval_hook
 
     comlora_lm_eval_hook.install()

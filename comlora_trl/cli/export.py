@@ -4,7 +4,7 @@
     comlora-export comlora-output/checkpoint-500 --branch 1 --output branch-1
     comlora-export comlora-output/checkpoint-500 --branch all --output branches
 
-No model is loaded. With "all" each branch gets a folder of its own below --output.
+No model is loaded. With --branch all, each branch is exported to a folder below --output.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from comlora_trl.training.export import export_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command `comlora-export`."""
+    """Runs the command `comlora-export` with the flags in `argv`, or with the process's arguments if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint-N folder")
     parser.add_argument("--branch", default="winner", help="winner (default), all, or a branch's number 0..K-1")
@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def exports(checkpoint: str, branch: str, output: Path) -> list[tuple[int | None, Path]]:
-    """The branches to export and their folders; None stands for the winner."""
+    """The branches to export and their target folders, from the flags. The branch None means the winner.
+
+    Raises:
+        ValueError: if `branch` is not "winner", "all" or a number.
+    """
     if branch == "winner":
         return [(None, output)]
     if branch == "all":

@@ -1,4 +1,4 @@
-"""What the commands of the preference trainers share: the embedded default and the data.
+"""Code shared by comlora-dpo, -kto and -reward: the embedded default and the loading of data.
 
 `--dataset_name` takes `demo` (the embedded preferences), a hub id, or a local JSON or JSON lines file with the columns
 that TRL's trainer reads.
@@ -20,7 +20,13 @@ from comlora_trl.demo import demo_preferences_path, demo_preferences_recipe_path
 
 
 def demo_preferences(split: str, paired: bool = True) -> Dataset:
-    """The embedded preferences: prompt, chosen and rejected or, not paired, prompt, completion and label by turns."""
+    """The embedded preferences.
+
+    Args:
+        split: "train" or "validation".
+        paired: True for the columns prompt, chosen and rejected. False for prompt, completion and label, where the
+            completion is the chosen one and the rejected one in turn.
+    """
     rows = json.loads(demo_preferences_path(split).read_text(encoding="utf-8"))
     examples = []
     for number, row in enumerate(rows):
@@ -32,7 +38,17 @@ def demo_preferences(split: str, paired: bool = True) -> Dataset:
 
 
 def parse_arguments(name: str, config: type, description: str, argv: list[str]) -> tuple[Any, ...]:
-    """Parses flags and --config; with neither a model nor data given, the embedded default's recipe comes first."""
+    """Parses flags and --config. Without a model and data, the defaults are those of the embedded recipe.
+
+    Args:
+        name: the command's section in the recipe: "dpo", "kto" or "reward".
+        config: the class of the trainer's configuration.
+        description: the text of --help.
+        argv: the flags.
+
+    Returns:
+        the script, training, model and dataset arguments.
+    """
     parser = TrlParser((ScriptArguments, config, training.ComLoRAModelConfig, DatasetMixtureConfig))
     parser.description = description
     if not {"model_name_or_path", "dataset_name", "datasets"} & training.given_options(argv):
@@ -43,7 +59,7 @@ def parse_arguments(name: str, config: type, description: str, argv: list[str]) 
 
 
 def load_preferences(name: str, script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
-    """The training set, and an evaluation set where the data brings one (else the trainer holds examples out)."""
+    """The training set, and the data's evaluation set if there is one. Otherwise the trainer holds examples out."""
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
         return dataset["train"], dataset.get("test")
@@ -62,12 +78,13 @@ def load_preferences(name: str, script_args: Any, training_args: Any, dataset_ar
 
 
 def run(name: str, trainer: type, config: type, description: str, argv: list[str] | None) -> None:
-    """Trains, and leaves the winner's folder.
+    """Trains and exports the winner.
 
     Args:
-        name: the trainer's section of the embedded recipe.
-        trainer, config: ours.
-        argv: flags, None for the process's arguments.
+        name: the trainer's section in the embedded recipe: "dpo", "kto" or "reward".
+        trainer, config: the classes of the trainer and of its configuration.
+        description: the text of --help.
+        argv: the flags; None for the process's arguments.
     """
 
     def build(own: list[str]) -> Any:

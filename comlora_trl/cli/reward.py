@@ -1,16 +1,16 @@
-"""Train a competition of K LoRA branches as reward models; the winner leaves as an ordinary PEFT adapter.
+"""Train K competing LoRA branches as reward models and export the winner as an ordinary PEFT adapter.
 
-The embedded default (a small model and preferences, offline):
+With the embedded model and preferences (small, offline):
 
     comlora-reward
 
-A model and data of your own; every flag of TRL's own reward.py works:
+With your own model and data. Every flag of TRL's reward.py works:
 
     comlora-reward --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_preferences.json \\
         --comlora_tournament true --lora_r 16
 
---dataset_name takes demo, a hub id, or a local JSON file with chosen and rejected. The winner is left
-in ./winner.
+--dataset_name takes demo, a hub id, or a local JSON file with the columns chosen and rejected. The winner is exported
+to ./winner.
 """
 
 from comlora_trl import ComLoRARewardConfig, ComLoRARewardTrainer
@@ -21,7 +21,7 @@ ComLoRARewardScriptConfig = script_config(ComLoRARewardConfig, __name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command `comlora-reward`. Without `argv`, the process's arguments."""
+    """Runs the command `comlora-reward` with the flags in `argv`, or with the process's arguments if it is None."""
     run("reward", ComLoRARewardTrainer, ComLoRARewardScriptConfig, __doc__, argv)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a command: a trainer's, with folders below the working directory."""
+"""The configuration of a command: that of its trainer, with default folders in the working directory."""
 
 from dataclasses import field, make_dataclass
 from typing import Any
@@ -18,14 +18,15 @@ _FOLDERS: list[tuple[str, Any, Any]] = [
 
 
 def script_config(config: type, module: str) -> type:
-    """A trainer's configuration, with `comlora-output` and `winner` as its folders unless others are given.
+    """Makes a subclass of a trainer's configuration whose default folders are `comlora-output` and `winner`.
 
     Args:
-        module: the name of the module that has it, as `ComLoRA...ScriptConfig`: pickles find it there.
+        config: the configuration, `ComLoRA...Config`.
+        module: name of the module that stores the result as `ComLoRA...ScriptConfig`. Unpickling looks for it there.
     """
     name = config.__name__.replace("Config", "ScriptConfig")
     namespace = {
         "__module__": module,
-        "__doc__": "The trainer's configuration, with folders below the working directory.",
+        "__doc__": "The trainer's configuration, with default folders in the working directory.",
     }
     return make_dataclass(name, _FOLDERS, bases=(config,), namespace=namespace)

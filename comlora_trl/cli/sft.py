@@ -1,16 +1,17 @@
-"""Fine-tune a language model with ComLoRA: K LoRA branches compete, the winner leaves as an ordinary PEFT adapter.
+"""Fine-tune a language model with K competing LoRA branches and export the winner as an ordinary PEFT adapter.
 
-The embedded default (a small model and data set, offline, about two minutes on two CPU cores):
+With the embedded model and data (small, offline, about two minutes on two CPU cores):
 
     comlora-sft --comlora_k 2
 
-A model and data of your own; every flag of TRL's own sft.py works:
+With your own model and data. Every flag of TRL's sft.py works:
 
     comlora-sft --model_name_or_path meta-llama/Meta-Llama-3-8B --dtype bfloat16 \
         --dataset_name commonsense_170k --comlora_k 2 --lora_r 8 --per_device_train_batch_size 16
 
 --dataset_name takes a preset (commonsense_170k, mmlu, convai2, demo), a hub id, or a local file or folder. Flags may
-come from a YAML file (--config recipe.yaml); those on the command line win. The winner is left in ./winner.
+come from a YAML file (--config recipe.yaml); flags on the command line override it. The winner is exported to
+./winner.
 """
 
 from functools import partial
@@ -33,7 +34,11 @@ ComLoRAScriptConfig = script_config(ComLoRAConfig, __name__)
 
 
 def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
-    """Parses flags and --config; with neither a model nor data given, the embedded default's recipe comes first."""
+    """Parses flags and --config. Without a model and data, the defaults are those of the embedded recipe.
+
+    Returns:
+        the script, training, model and dataset arguments.
+    """
     parser = TrlParser((ScriptArguments, ComLoRAScriptConfig, ComLoRAModelConfig, DatasetMixtureConfig))
     parser.description = __doc__
     given = given_options(argv)
@@ -43,7 +48,7 @@ def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
     tournament = recipe.pop("tournament")
     unknown = parser.set_defaults_with_config(**recipe)
     arguments = parser.parse_args_and_config(args=argv)
-    # The section fits only the plain --comlora_tournament, not rungs, rows or branches that the user gives
+    # The recipe's tournament settings only fit the default branches, rungs and rows
     own = {"comlora_k", "comlora_rungs", "comlora_rows", "comlora_branch_learning_rates", "comlora_selector"} & given
     if arguments[1].comlora_tournament and not own:
         unknown += parser.set_defaults_with_config(**tournament)
@@ -53,10 +58,10 @@ def parse_arguments(argv: list[str]) -> tuple[Any, ...]:
 
 
 def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Refuses flags that would have no effect.
+    """Checks that every given flag has an effect.
 
     Raises:
-        ValueError: names the flag and the reason.
+        ValueError: if a flag has none; the message names the flag and the reason.
     """
     single = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
     mixture = {"streaming", "test_split_size"}
@@ -77,9 +82,15 @@ def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args
 
 
 def load_data(given: set[str], script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
-    """Loads the training set, and an evaluation set if the data has one; else the trainer holds examples out.
+    """Loads the training set, and the data's evaluation set if there is one.
 
-    Sets `comlora_prompt` to the template of the prompts, or to None if the data has prompts of its own.
+    Sets `training_args.comlora_prompt` to the prompt template, or to None if the data's prompts use no template.
+
+    Returns:
+        the training set and the evaluation set. The second is None if the trainer holds examples out instead.
+
+    Raises:
+        ValueError: if the data can't be loaded, or a given flag has no effect on it.
     """
     template = training_args.comlora_prompt or DEFAULT_TEMPLATE
     if dataset_args.datasets:
@@ -112,10 +123,12 @@ def load_data(given: set[str], script_args: Any, training_args: Any, dataset_arg
 
 
 def load_validation(name: str, given: set[str], script_args: Any, training_args: Any, options: dict) -> Any:
-    """Loads the split that --dataset_test_split names; without the flag, the split that TRL would evaluate on.
+    """Loads the split that --dataset_test_split names. Without the flag, loads the split that TRL would evaluate on.
 
-    Returns None if the trainer shall hold examples out of the training set. The test set of a preset is used only if
-    the user names it, because the winner will be scored on it.
+    The test set of a preset is used only if the flag names it, because the winner is scored on it later.
+
+    Returns:
+        the evaluation set, or None if the trainer holds examples out of the training set.
     """
     split = script_args.dataset_test_split
     if "dataset_test_split" in given:
@@ -129,7 +142,7 @@ def load_validation(name: str, given: set[str], script_args: Any, training_args:
     try:
         validation = load_training_dataset(name, split=split, **options)
     except ValueError:
-        return None  # it has no such split
+        return None  # the data has no such split
     print(f"validation: the split {split!r} of {name}, which also chooses the winner (--dataset_test_split)")
     return validation
 
@@ -143,7 +156,7 @@ def build_trainer(given: set[str], arguments: tuple[Any, ...]) -> ComLoRASFTTrai
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command `comlora-sft`: trains, and leaves the winner's folder. Without `argv`, the process's arguments."""
+    """Runs the command `comlora-sft` with the flags in `argv`, or with the process's arguments if it is None."""
     training.run(lambda own: build_trainer(given_options(own), parse_arguments(own)), argv)
 
 

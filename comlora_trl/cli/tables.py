@@ -1,4 +1,4 @@
-"""`comlora-tables`: prints the paper's Tables 2 to 10 with the figures that lm_eval measured beside the paper's."""
+"""`comlora-tables`: prints the paper's Tables 2 to 10 with lm_eval's results beside the paper's figures."""
 
 import argparse
 import sys
@@ -10,24 +10,24 @@ from comlora_trl.evaluation.tables import MEASURED, build_tables, read_runs
 from comlora_trl.evaluation.tables_render import FORMATS
 
 _DESCRIPTION = """\
-Prints the paper's Table 2 (MMLU), 3 (commonsense), 4 (CONVAI2) or an ablation (5 to 10) from lm_eval's result files:
-under each method of the paper its figures (LLaMA-3-8B, means of 5 seeds) and the measured ones,
-mean ± standard deviation over seeds, the best of each column bold and the second underlined."""
+Prints the paper's Table 2 (MMLU), 3 (commonsense), 4 (CONVAI2) or an ablation (5 to 10) from lm_eval's result files.
+Each method has the paper's figures (LLaMA-3-8B, means of 5 seeds) and below them the measured ones (mean ± standard
+deviation over seeds). The best value of a column is bold and the second best underlined."""
 
 _EPILOG = """\
 Rows:
-  The method is NAME where it is given. Else the adapter tells, if its folder is still there: rank from
-  adapter_config.json, K from competition.json ("ComLoRA K=2 r=8", "LoRA r=8"). Else it is the model's name.
-  A method called as the paper calls it stands beside the paper's row; others follow below.
-  An adapter is known by the hash of its weights. Adapters of one method that were trained and measured in the same
-  way but for the seed make one row; every other difference (prompt, decoding, chat template, rows, data, base,
-  settings, BERTScore's model) keeps rows apart and is named below the table, as is which adapters a row is of.
-  Result files of one adapter are put together; the newer one counts where two measured the same in the same way.
+  The method's name is NAME if given. Otherwise it comes from the adapter's folder, if that still exists: the rank from
+  adapter_config.json and K from competition.json ("ComLoRA K=2 r=8", "LoRA r=8"). Otherwise it is the model's name.
+  A method with the same name as in the paper stands next to the paper's row. The others follow at the end.
+  An adapter is identified by the hash of its weights. Adapters that differ only in the seed make one row. Adapters
+  that differ in anything else (prompt, decoding, chat template, rows, data, base, settings, BERTScore's model) get
+  separate rows. The notes below the table name the difference, and the adapters of each row.
+  Several result files of one adapter are merged. If two of them measured the same thing, the newer one counts.
 
 Cells and notes:
-  A cell that was not measured is "–". The average of Table 3 is that of all eight tasks, else "–".
-  Differences from the paper's conditions (--limit, part of the data, another prompt, beams, sampling, a chat
-  template, another BERTScore model than roberta-large) are named below the table.
+  "–" means not measured. Table 3 has an average only if all eight tasks were measured.
+  The notes name every difference from the paper's conditions (--limit, part of the data, another prompt, beams,
+  sampling, a chat template, another BERTScore model than roberta-large).
 
 Examples:
   lm_eval --model hf --model_args peft=seed1/winner/ --tasks comlora_commonsense --output_path results/
@@ -50,35 +50,37 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=["."],
         metavar="RESULTS",
-        help="a result file of lm_eval, a folder searched for them (what --output_path named) or a quoted pattern; "
+        help="a result file of lm_eval, a folder with result files (lm_eval's --output_path) or a quoted pattern; "
         "NAME=RESULTS names the method (default: the current folder)",
     )
     parser.add_argument(
         "--card",
         metavar="ADAPTER",
-        help="instead of tables: write the results of this adapter's weights on its card, ADAPTER/README.md",
+        help="print no table; write this adapter's results into its model card, ADAPTER/README.md",
     )
     parser.add_argument(
         "--table",
         choices=[*paper()["tables"], "all"],
         default="all",
-        help="which table (default: all three of the results: 2, 3 and 4; 5 to 10 are the ablations)",
+        help="which table (default: all, which means the three tables of results 2, 3 and 4; 5 to 10 are ablations)",
     )
     parser.add_argument(
         "--format",
         choices=list(FORMATS),
         default="markdown",
-        help="markdown (default), latex (for the booktabs package) or csv (one unrounded figure a line)",
+        help="markdown (default), latex (needs the booktabs package) or csv (one unrounded figure per line)",
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write to FILE (replaced) instead of the screen")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="write to FILE, replacing it, and not to the screen"
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command `comlora-tables`.
+    """Runs the command `comlora-tables` with the given arguments, or with the process's arguments if they are None.
 
     Returns:
-        0, or 1 after one line on stderr if the results can't be read.
+        the exit status: 0, or 1 after a line on stderr if the results can't be read.
     """
     options = _parser().parse_args(arguments)
     numbers = list(MEASURED) if options.table == "all" else [options.table]

@@ -1,4 +1,4 @@
-"""What the training commands share: the model's flags, a trainer made of parsed flags, and the run itself."""
+"""Code shared by the training commands: the model's flags, building a trainer from parsed flags, and the run."""
 
 import sys
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from comlora_trl.training.initial_adapter import adapter_config
 
 @dataclass
 class ComLoRAModelConfig(ModelConfig):
-    """TRL's model configuration, with an adapter by default, of the paper's shape."""
+    """TRL's `ModelConfig` whose default is a LoRA adapter with the paper's rank, alpha and target modules."""
 
     use_peft: bool = field(default=True, metadata={"help": "Always on: the branches are LoRA adapters."})
     lora_r: int = field(default=DEFAULT_RANK, metadata={"help": "Rank of each branch."})
@@ -29,7 +29,7 @@ class ComLoRAModelConfig(ModelConfig):
 
 
 def given_options(argv: list[str]) -> set[str]:
-    """Names of the options given on the command line or in the --config file."""
+    """Names of the options that are given on the command line or in the --config file, with underscores."""
     names = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
     if "--config" in argv[:-1]:
         with open(argv[argv.index("--config") + 1]) as file:
@@ -46,7 +46,10 @@ def data_name(script_args: Any, dataset_args: Any) -> str:
 
 
 def lora_config(given: set[str], model_args: ModelConfig) -> LoraConfig:
-    """The branches' configuration; target modules that nobody asked for give way to others on a model without them."""
+    """The branches' LoRA configuration.
+
+    Target modules that are not in `given` are only a proposal: other modules are used if the model does not have them.
+    """
     config = get_peft_config(model_args)
     if "lora_target_modules" not in given:
         config.target_modules = ProposedTargets(config.target_modules)
@@ -56,16 +59,17 @@ def lora_config(given: set[str], model_args: ModelConfig) -> LoraConfig:
 def build_trainer(
     trainer: type, given: set[str], arguments: tuple[Any, ...], load_data: Callable[[], tuple[Any, Any]]
 ) -> Any:
-    """Builds a trainer of ours, ready to start.
+    """Builds a trainer from parsed flags.
 
     Args:
-        trainer: its class.
-        given: of [`given_options`].
+        trainer: the trainer's class.
+        given: the result of [`given_options`].
         arguments: the parsed script, training, model and dataset arguments.
-        load_data: loads the training set and the evaluation set, None for examples held out.
+        load_data: returns the training set and the evaluation set. The second may be None, and the trainer then holds
+            examples out of the training set.
 
     Raises:
-        ValueError: if a flag can't be followed.
+        ValueError: if a flag has a value that is not possible.
     """
     script_args, training_args, model_args, dataset_args = arguments
     if not model_args.use_peft:
@@ -75,7 +79,8 @@ def build_trainer(
     resumed = training_args.resume_from_checkpoint
     if resumed and not Path(resumed).is_dir():
         raise ValueError(
-            f"--resume_from_checkpoint {resumed} is no folder: give one of {training_args.output_dir}/checkpoint-STEP."
+            f"--resume_from_checkpoint {resumed} is not a folder: give one of "
+            f"{training_args.output_dir}/checkpoint-STEP."
         )
     model = model_args.model_name_or_path or str(demo_model_path())
     training_args.model_init_kwargs = {
@@ -85,7 +90,7 @@ def build_trainer(
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
     train_dataset, eval_dataset = load_data()
-    # The adapter that training starts from sets the shape; flags may only repeat it
+    # If training starts from an adapter, that adapter's configuration holds; flags may only repeat it
     shape = {name for name in given if name.startswith("lora_")} | {"use_dora", "use_rslora"} & given
     starts = not shape and adapter_config(model, model_args.model_revision) is not None
     built = trainer(
@@ -101,21 +106,21 @@ def build_trainer(
 
 
 def run(build: Callable[[list[str]], Any], argv: list[str] | None) -> None:
-    """Builds a trainer and trains; an error before training ends the command in one line.
+    """Builds a trainer, trains and saves the winner. An error before training ends the process with one line.
 
     Args:
-        build: makes the trainer out of the command line.
-        argv: flags, None for the process's arguments.
+        build: builds the trainer from the flags.
+        argv: the flags; None for the process's arguments.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         trainer = build(argv)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        # Errors before training come from the input, and their messages say what to do
+        # Such an error comes from the user's input, and its message says what to do: no traceback is needed
         sys.exit(f"error: {error}")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    if hasattr(trainer, "end"):  # transformers 5.20 and later close their trackers there
+    if hasattr(trainer, "end"):  # transformers 5.20 and later close their trackers in this method
         trainer.end()

@@ -1,6 +1,9 @@
-"""Weights, rungs and the winner of a competition: pure functions and small state, without a model.
+"""The competition's losses, rungs and winner, as pure functions and small state without a model.
 
-`losses` has eq. 4–9, `annealing` eq. 13–14, `selector` eq. 1–3, `standings` the tallies and the winner (eq. 11–12).
+- `losses`: row weights, pairwise loss and annealing (eq. 4–9 and 13–14).
+- `selector`: the network that scores the branches (eq. 1–3).
+- `rungs`: the points of training at which branches are retired.
+- `standings`: the state of a competition, validation sums and the winner (eq. 11–12).
 """
 
 from comlora_trl.competition.losses import (

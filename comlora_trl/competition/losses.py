@@ -1,10 +1,8 @@
-"""The losses of ComLoRA as pure functions: annealing, selection probabilities, row weights, pairwise loss.
+"""The losses of ComLoRA as pure functions (eq. 4–9 and 13–14): annealing, probabilities, row weights, pairwise loss.
 
-Eq. 4-9 and 13-14.
-
-Nothing here knows a model, a Trainer or PEFT. Shapes use K (branches) and R (rows: sequences, or the segments of a
-packed sequence). Equation numbers are those of *ComLoRA: A Competitive Learning Approach for Enhancing LoRA*
-(ICLR 2025).
+The functions take tensors and need no model, Trainer or PEFT. In shapes, K is the number of branches and R the number
+of rows. A row is a sequence, or one segment of a packed sequence. Equation numbers are those of *ComLoRA: A
+Competitive Learning Approach for Enhancing LoRA* (ICLR 2025).
 """
 
 import math
@@ -22,7 +20,7 @@ def annealing(progress: float, schedule: str = "exponential", rate: float = 5.0)
     """η(t), the weight of the alignment loss (eq. 13–14).
 
     Args:
-        progress: t/T, optimizer steps done over all optimizer steps, in [0, 1].
+        progress: t/T, the finished optimizer steps divided by all optimizer steps, in [0, 1].
         schedule: one of `ANNEALING_SCHEDULES`.
         rate: γ of the exponential schedule.
 
@@ -45,18 +43,19 @@ EQUATION_SIGNS = ("as_described", "as_printed")
 
 @dataclass(frozen=True)
 class CompetitionSettings:
-    """Settings of the competition that are constant during a run; see [`ComLoRAConfig`] for their meaning.
+    """Settings of the competition that are constant during a run.
 
-    `ComLoRAConfig.__post_init__` checks the ranges.
+    [`ComLoRAConfig`] documents the settings that are not listed here, and checks all ranges.
 
     Attributes:
-        independent: whether each branch trains as it would alone, by a loss of its own.
+        independent: whether each branch trains by its own loss, as it would in a run with one branch.
+        rungs: the points of training at which branches are retired.
         winner_by: the criterion of rungs and winner: "selector", "validation_loss" or "validation_accuracy".
-        rates: peak learning rate of each branch; None if all have the same.
-        betas: β of each branch's loss; None if all have the same or the loss has none.
+        rates: peak learning rate of each branch; None if all branches have the same rate.
+        betas: β of each branch's loss; None if all branches have the same β or the loss has no β.
         measured: the names of the loss and of the accuracy that validation measures.
-        learning_rate: that one, for messages; None if it is not known.
-        seed: of the noise of eq. 6.
+        learning_rate: the run's `learning_rate`, which only error messages use; None if it is not known.
+        seed: seed of the noise in eq. 6.
     """
 
     k: int = 2
@@ -80,12 +79,12 @@ class CompetitionSettings:
 
     @property
     def comparable(self) -> bool:
-        """Whether the branches' losses can be compared: those of different β can't."""
+        """Whether the branches' losses can be compared with each other; losses of different β can't."""
         return self.betas is None or len(set(self.betas)) == 1
 
     @property
     def sign(self) -> float:
-        """+1 when L in eq. 5–9 is read as a log-likelihood (as the text describes), -1 for the printed equations."""
+        """The sign of L in eq. 5–9: +1 for L as a log-likelihood, as the paper's text says, -1 for L as printed."""
         return 1.0 if self.equation_signs == "as_described" else -1.0
 
 
@@ -95,10 +94,11 @@ def selection_probabilities(scores: Tensor, top_n: int | None = None, alive: Ten
     Args:
         scores: sim, [R, K].
         top_n: N; None means all branches.
-        alive: bool [K], False for a disqualified branch, which takes no part; None means all take part.
+        alive: bool [K], False for a branch that is retired or disqualified, which gets probability 0; None means that
+            all branches take part.
 
     Returns:
-        [R, K], each row sums to 1.
+        p, [R, K]; each row sums to 1.
     """
     scores = scores.detach()
     if alive is not None:
@@ -121,21 +121,22 @@ def row_weights(
     dtype: torch.dtype = torch.float32,
     remaining: int | None = None,
 ) -> Tensor:
-    """w[k, b] = 1/K + η(t)·p[b, k]: eq. 4 and eq. 5 as one weight on every row of every branch.
+    """The weight of each row in each branch's loss, w[k, b] = 1/K + η(t)·p[b, k] (eq. 4 and eq. 5).
 
-    The weights are known before the language model runs, because p comes from embeddings alone.
+    The weights are known before the language model runs, because p depends only on the token embeddings.
 
     Args:
-        probabilities: p, [R, K], or None without a selector (then eq. 4 alone is left).
+        probabilities: p, [R, K]; None without a selector, which leaves eq. 4 only.
         rows: R.
         eta: η(t).
-        alive: bool [K]; a branch that is out gets weight 0.
-        dtype: of the result, the log-probabilities' own.
-        remaining: the branches that eq. 4 takes the mean over, None for all K. Independent branches have no such
-            mean: each trains as it would alone.
+        settings: the loss weights of the competition.
+        alive: bool [K]; a branch that is retired or disqualified gets weight 0.
+        dtype: dtype of the weights, the same as that of the log-probabilities.
+        remaining: number of branches that eq. 4 takes the mean over; None means K. Independent branches are summed,
+            so this number is not used for them.
 
     Returns:
-        [K, R]
+        w, [K, R].
     """
     share = settings.lm_weight / (1 if settings.independent else remaining or settings.k)
     weights = torch.full((settings.k, rows), share, device=alive.device, dtype=dtype)
@@ -147,21 +148,23 @@ def row_weights(
 def pairwise_losses(
     scores: Tensor, mean_nll: Tensor, noise: Tensor, settings: CompetitionSettings, alive: Tensor
 ) -> Tensor:
-    """‖log_softmax(Δsim) − log_softmax(Δperf)‖₁ of every row (eq. 6–9), over the ordered pairs of living branches.
+    """‖log_softmax(Δsim) − log_softmax(Δperf)‖₁ of each row (eq. 6–9).
 
-    One softmax runs over all K(K−1) ordered pairs of a row: row by row, softmax_j(sim_i − sim_j) would lose i.
+    One softmax runs over all K(K−1) ordered pairs of a row. A softmax over j alone would cancel sim_i, because
+    softmax_j(sim_i − sim_j) does not depend on i.
 
     Args:
-        scores: sim, [R, K]; the only input that receives a gradient.
-        mean_nll: L, the rows' mean negative log-likelihood in nats per token, [K, R].
+        scores: sim, [R, K]; only this input receives a gradient.
+        mean_nll: L, the mean negative log-likelihood of each row in nats per token, [K, R].
         noise: ε, standard normal draws, [R, K].
-        alive: bool [K]; pairs with a disqualified branch are left out.
+        settings: the noise intensity and the sign of the equations.
+        alive: bool [K]; pairs with a retired or disqualified branch are left out.
 
     Returns:
-        [R], zero when no pair is left.
+        the loss of each row, [R]; zero if no pair is left.
     """
     noisy = mean_nll.detach().T.to(scores.dtype) + settings.noise * noise.to(scores.dtype)  # eq. 6
-    # A non-finite loss belongs to a disqualified branch. It must be removed first, because 0 * nan is nan
+    # A branch with a non-finite loss is not alive. Its loss must be removed first, because 0 * nan is nan
     noisy = torch.where(alive, noisy, torch.zeros_like(noisy))
     difference = _pairs(scores)
     performance = -settings.sign * _pairs(noisy)  # eq. 7
@@ -183,12 +186,13 @@ def pairwise_loss(
     """L_pair (eq. 9): the mean of [`pairwise_losses`] over the rows with supervised tokens.
 
     Args:
-        supervised: bool [R], whether the row has a supervised token; others add nothing.
-        num_rows: such rows in the whole optimizer step (all micro-batches and processes), so that gradient
-            accumulation and data parallelism leave the mean unchanged.
+        scores, mean_nll, noise, settings, alive: as for [`pairwise_losses`].
+        supervised: bool [R], whether the row has a supervised token. Rows without one add nothing.
+        num_rows: number of rows with a supervised token in the whole optimizer step (all micro-batches and processes).
+            With it, gradient accumulation and data parallelism do not change the mean.
 
     Returns:
-        this micro-batch's share of the mean, a scalar.
+        the sum over this micro-batch's rows divided by `num_rows`, a scalar.
     """
     losses = pairwise_losses(scores, mean_nll, noise, settings, alive)
     total = torch.where(supervised, losses, torch.zeros_like(losses)).sum()
@@ -196,30 +200,34 @@ def pairwise_loss(
 
 
 def mean_nll(nll: Tensor, tokens: Tensor) -> Tensor:
-    """L[k, b] = S[k, b] / m_b in nats per token, 0 for a row without supervised tokens.
+    """The mean negative log-likelihood of each row, L[k, b] = S[k, b] / m_b, in nats per token.
 
     Args:
-        nll: S, summed negative log-likelihood of every row under every branch, [K, R].
-        tokens: m, supervised tokens of every row, [R].
+        nll: S, the summed negative log-likelihood of each row under each branch, [K, R].
+        tokens: m, the number of supervised tokens of each row, [R].
+
+    Returns:
+        L, [K, R]; 0 for a row without supervised tokens.
     """
     return nll / tokens.clamp(min=1)
 
 
 def step_noise(seed: int, step: int, rows: int, k: int) -> Tensor:
-    """ε for all rows of one optimizer step, [rows, K], a function of `seed` and `step` alone (eq. 6).
+    """The noise ε of eq. 6 for all rows of one optimizer step, [rows, k].
 
-    Drawn on the CPU from a generator of its own: the same row gets the same noise whatever the micro-batch size,
-    the number of processes or the device, a resumed run repeats it, and no other random stream moves.
+    The noise depends on `seed` and `step` only, and is drawn on the CPU from a separate generator. So a row gets the
+    same noise for every micro-batch size, number of processes and device, and also in a resumed run. PyTorch's default
+    generator does not advance.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
     return torch.randn(rows, k, generator=generator)
 
 
 def _pairs(values: Tensor) -> Tensor:
-    """values_i − values_j, [R, K] to [R, K·K]; a branch with itself among them."""
+    """values_i − values_j for all ordered pairs including i = j, from [R, K] to [R, K·K]."""
     return (values[:, :, None] - values[:, None, :]).flatten(1)
 
 
 def _masked_log_softmax(values: Tensor, mask: Tensor) -> Tensor:
-    # A finite stand-in for -inf: with no pair left, log_softmax of -inf alone would be nan
+    # A large negative number instead of -inf: log_softmax gives nan if every entry is -inf, as when no pair is left
     return values.masked_fill(~mask, torch.finfo(values.dtype).min / 4).log_softmax(dim=-1)

@@ -1,10 +1,11 @@
-"""Tournament: branches of different learning rates, rungs that retire the worse ones, rows that are shared out.
+"""The tournament: branches train at different learning rates, and rungs retire the worse branches.
 
     rate_k(t) = rate_k · schedule(t)             one schedule over the whole run, K peak rates
     rungs     = (f_1, n_1), (f_2, n_2), …        at step ⌈f_i·T⌉ the best n_i branches go on, the others are retired
     rows      = "all": every living branch sees every row; "shared": each row of a step goes to one living branch
 
-Successive halving (Jamieson & Talwalkar, 2016) over learning rates, within one run.
+This is successive halving (Jamieson & Talwalkar, 2016) over learning rates within one run. A branch is living until it
+is retired or disqualified.
 """
 
 import math
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 ROWS = ("all", "shared")
-# With fewer rows than this, a branch's validation figures rank the rates by chance: with 24 and 96 rows the embedded
-# example's tournament chose wrongly (docs/tournament.md), with 150 rows another tournament chose rightly
+# If each branch has seen fewer rows than this, chance decides the ranking of the rates. The embedded example's
+# tournament chose the wrong rates after 24 and 96 rows (docs/tournament.md); another one chose right after 150 rows
 FEW_ROWS = 100
 
 
@@ -21,25 +22,33 @@ class Rung(NamedTuple):
     """A point of training at which branches are retired.
 
     Attributes:
-        fraction: of the optimizer steps, in (0, 1).
-        survivors: branches that go on.
+        fraction: the fraction of the optimizer steps after which the rung comes, in (0, 1).
+        survivors: number of branches that go on.
     """
 
     fraction: float
     survivors: int
 
     def step(self, total: int) -> int:
-        """The optimizer step it comes after, ⌈f·T⌉."""
-        # 0.1 · 30 is a little more than 3
+        """The optimizer step after which the rung comes, ⌈f·T⌉.
+
+        Args:
+            total: T, the optimizer steps of the run.
+        """
+        # Rounded first, because 0.1 * 30 is slightly more than 3 in floating point
         return math.ceil(round(self.fraction * total, 9))
 
 
 def parse_rungs(text: str | None, k: int) -> tuple[Rung, ...]:
-    """Reads rungs from text like "0.1:2,0.25:1".
+    """Reads rungs from text such as "0.1:2,0.25:1", written FRACTION:BRANCHES.
+
+    Args:
+        text: the text; None or empty for no rungs.
+        k: number of branches at the start.
 
     Raises:
-        ValueError: if the text is not of this form, the fractions do not rise within (0, 1), or the counts do not
-            fall from below `k` to 1 or more.
+        ValueError: if the text does not have this form, if the fractions do not rise within (0, 1), or if the numbers
+            of branches do not fall, starting below `k` and ending at 1 or more.
     """
     rungs = []
     for part in (text or "").replace(" ", "").split(","):
@@ -50,7 +59,7 @@ def parse_rungs(text: str | None, k: int) -> tuple[Rung, ...]:
             rungs.append(Rung(float(fraction), int(survivors)))
         except ValueError:
             raise ValueError(
-                f"comlora_rungs={text!r} is not possible: {part!r} is no FRACTION:BRANCHES; write e.g. 0.1:2,0.25:1."
+                f"comlora_rungs={text!r} is not possible: {part!r} is not FRACTION:BRANCHES; write e.g. 0.1:2,0.25:1."
             ) from None
     fractions, counts = [rung.fraction for rung in rungs], [rung.survivors for rung in rungs]
     if any(not a < b for a, b in zip([0.0, *fractions], [*fractions, 1.0], strict=True)):
@@ -66,15 +75,15 @@ def parse_rungs(text: str | None, k: int) -> tuple[Rung, ...]:
 
 
 def rungs_text(rungs: Sequence[Rung]) -> str:
-    """The text that [`parse_rungs`] reads."""
+    """Writes rungs as the text that [`parse_rungs`] reads."""
     return ",".join(f"{rung.fraction:g}:{rung.survivors}" for rung in rungs)
 
 
 def rung_steps(rungs: Sequence[Rung], total: int) -> dict[int, Rung]:
-    """The optimizer step of each rung, in a run of `total` steps.
+    """The rungs by optimizer step, in a run of `total` optimizer steps.
 
     Raises:
-        ValueError: if two rungs, or one and the end of training, fall on one step.
+        ValueError: if two rungs fall on the same step, or a rung falls on the last step.
     """
     steps = [rung.step(total) for rung in rungs]
     if len({*steps, total}) <= len(steps):
@@ -90,10 +99,10 @@ def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup
 
     Args:
         rungs: the rungs by optimizer step.
-        rows: of an optimizer step.
-        k: branches that start.
-        shared: whether rows are shared.
-        warmup: steps in which the learning rate rises.
+        rows: rows of one optimizer step, over all processes.
+        k: number of branches at the start.
+        shared: whether each row goes to one branch only.
+        warmup: number of steps in which the learning rate rises.
     """
     if not rungs:
         return None
@@ -106,17 +115,17 @@ def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup
     later = max(math.ceil(FEW_ROWS * share / rows), warmup + 1)
     tries = [f"a first rung after step {later} or later (--comlora_rungs)"]
     tries += ["all rows for every branch (--comlora_rows all)"] if shared else []
-    return f"the rung at step {first} may decide by chance, for {why}: try {', or '.join(tries)}"
+    return f"the rung at step {first} may decide by chance, because {why}: try {', or '.join(tries)}"
 
 
 def default_rungs(k: int) -> str:
-    """Half of the branches go on after a tenth of training, one after a quarter."""
+    """The default rungs: half of K branches go on after a tenth of training, and one branch after a quarter."""
     half = math.ceil(k / 2)
     return "0.1:1" if half == 1 else f"0.1:{half},0.25:1"
 
 
 def default_rates(rate: float, k: int) -> list[float]:
-    """K rates in steps of 2 around one: ½, 1, 2, 4 times for K = 4."""
+    """K learning rates around `rate`, each twice the one before: ½, 1, 2 and 4 times `rate` for K = 4."""
     return [rate * 2.0 ** (branch - (k - 1) // 2) for branch in range(k)]
 
 
@@ -126,9 +135,11 @@ def retired_at(
     """The branches that a rung retires, by index.
 
     Args:
-        values: of each branch; None for a branch that is retired or disqualified.
-        highest: whether high values are good (scores, accuracy) or low ones (NLL).
-        ties: losses; among branches of the same value the lower loss goes on, and then the lower index.
+        rung: the rung.
+        values: the figure of each branch that decides; None for a branch that is already retired or disqualified.
+        highest: whether high values are good (scores, accuracy) or low values (NLL).
+        ties: the loss of each branch. Of branches with the same value, the lower loss ranks first, then the lower
+            index.
     """
     sign = -1.0 if highest else 1.0
     known = {branch: value for branch, value in enumerate(values) if value is not None}
@@ -139,16 +150,29 @@ def retired_at(
 
 
 def dealt_to(place: int, step: int, living: Sequence[int]) -> int:
-    """The branch a row goes to when rows are shared.
+    """The branch that a line goes to when rows are shared: the living branches in turn, rotated by one each step.
 
-    It depends on the row's place in the optimizer step and on the step alone, rotated from step to step: every living
-    branch gets an equal share of each step, up to one row.
+    The shares of the living branches in a step differ by at most one line.
+
+    Args:
+        place: the line's index in the optimizer step, over all micro-batches and processes.
+        step: the optimizer step.
+        living: the living branches.
     """
     return living[(place + step) % len(living)]
 
 
 def edge_remark(values: Sequence[float], winner: int, name: str = "rate") -> str | None:
-    """A remark if the winning value of a setting is the lowest or highest of the grid; None otherwise."""
+    """A remark if the winner has the lowest or highest value of a setting, so that better values may lie outside.
+
+    Args:
+        values: the setting of each branch.
+        winner: the winning branch.
+        name: the setting's name in the remark.
+
+    Returns:
+        the remark; None if the winner's value is neither the lowest nor the highest.
+    """
     if len(set(values)) < 2 or values[winner] not in (min(values), max(values)):
         return None
     best, up = values[winner], values[winner] == max(values)

@@ -1,7 +1,7 @@
 """The selector of ComLoRA (eq. 1–3): one transformer encoder layer that scores every branch for every row.
 
-It reads the frozen base model's token embeddings, so its scores are known before the language model runs. It trains
-by the pairwise loss alone, is not used at inference and is not exported with the winner.
+The selector reads the token embeddings of the frozen base model, so its scores are known before the language model
+runs. Only the pairwise loss trains it. It is not used at inference and is not exported with the winner.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class SelectorSettings:
     """Size and input of the selector.
 
     Attributes:
-        dim: d_sel, None for the embedding width d.
-        ffn_dim: width of the feed-forward layer, None for 1.5·d_sel.
-        heads: attention heads; must divide d_sel.
+        dim: width of the selector, d_sel; None for the base model's embedding width d.
+        ffn_dim: width of the feed-forward layer; None for 1.5·d_sel.
+        heads: number of attention heads; must divide d_sel.
         input: "sequence" (prompt and completion) or "prompt".
     """
 
@@ -32,15 +32,15 @@ class SelectorSettings:
 
 
 class Selector(nn.Module):
-    """Scores K branches for each row: encoder layer, mean over real tokens, dot product with e_k.
+    """Scores K branches for each row: an encoder layer, the mean over tokens, the dot product with each embedding e_k.
 
     Args:
-        embedding_dim: d, width of the base model's token embeddings.
-        k: branches.
-        settings: sizes, see [`SelectorSettings`].
+        embedding_dim: d, the width of the base model's token embeddings.
+        k: number of branches.
+        settings: size and input, see [`SelectorSettings`].
 
     Raises:
-        ValueError: if the heads do not divide d_sel.
+        ValueError: if the number of heads does not divide d_sel.
     """
 
     def __init__(self, embedding_dim: int, k: int, settings: SelectorSettings | None = None) -> None:
@@ -55,43 +55,45 @@ class Selector(nn.Module):
             )
         self.projection = nn.Linear(embedding_dim, dim) if dim != embedding_dim else nn.Identity()
         self.encoder = EncoderLayer(dim, settings.heads, ffn_dim)
-        # e_k, a line each
+        # Row k of the weight is e_k
         self.branch_embeddings = skip_init(nn.Linear, dim, k, bias=False, device=torch.get_default_device())
-        # The encoder ends in a layer norm, so a pooled row has a norm of up to √d: scores start near unit size
+        # The encoder ends with a layer norm, so the norm of a pooled row is at most √d_sel. This standard deviation
+        # makes the first scores about 1 in size
         nn.init.normal_(self.branch_embeddings.weight, std=dim**-0.5)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Scores sim (eq. 3).
+        """Computes the scores (eq. 3).
 
         Args:
             embeddings: token embeddings, [R, T, d].
-            mask: bool [R, T], True on the tokens to read; padding does not leak into a row's scores.
+            mask: bool [R, T], True on the tokens to read. Other tokens do not change the scores.
 
         Returns:
-            [R, K]
+            sim, [R, K].
         """
         hidden = self.projection(embeddings.detach().to(next(self.parameters()).dtype))
-        # A row without a token would attend to nothing and become nan, so it reads its first position
+        # Attention over no token gives nan, so a row without tokens to read reads its first position
         readable = mask | (~mask.any(dim=-1, keepdim=True) & (torch.arange(mask.size(-1), device=mask.device) == 0))
         hidden = self.encoder(hidden, readable)
         weight = readable.unsqueeze(-1).to(hidden.dtype)
-        # The encoder's output at padding positions is arbitrary: select, do not multiply
+        # The output at padding may be non-finite, and 0 * nan is nan: select instead of multiplying
         hidden = torch.where(readable.unsqueeze(-1), hidden, torch.zeros_like(hidden))
         pooled = hidden.sum(dim=1) / weight.sum(dim=1)
         return self.branch_embeddings(pooled)
 
 
 class EncoderLayer(nn.Module):
-    """`nn.TransformerEncoderLayer` without dropout: the same numbers and, if the random state is, the same weights.
+    """`nn.TransformerEncoderLayer` without dropout. Its output is the same, and with the same seed its first weights.
 
-    Dropout would make a row's scores depend on the batch it came in, and they must not. Every weight lies in a module
-    that is called: sharding (FSDP1, ZeRO-3) gathers weights where their module is called, and PyTorch's attention
-    reads those of its output projection without.
+    There is no dropout because a row's scores must not depend on the batch that the row is in.
+
+    PyTorch's own class is not used because its attention reads the weight of the output projection without calling
+    that module. FSDP1 and ZeRO-3 gather a weight only when its module is called.
 
     Args:
         dim: width.
-        heads: attention heads.
-        ffn_dim: width between the two feed-forward products.
+        heads: number of attention heads.
+        ffn_dim: width between the two feed-forward layers.
     """
 
     def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
@@ -102,21 +104,32 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = Norm(dim), Norm(dim)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """[R, T, d] to [R, T, d]; `mask` bool [R, T] is True on the tokens that are attended to."""
+        """Runs the layer.
+
+        Args:
+            hidden: [R, T, dim].
+            mask: bool [R, T], True on the tokens that are attended to.
+
+        Returns:
+            [R, T, dim].
+        """
         hidden = self.norm1(hidden + self.self_attn(hidden, mask))
         return self.norm2(hidden + self.linear2(functional.relu(self.linear1(hidden))))
 
 
 class Norm(nn.LayerNorm):
-    """A layer norm that takes any input: FSDP's mixed precision casts a module's weights, and not what it is given."""
+    """A layer norm that casts its input to the dtype of its weights.
+
+    FSDP's mixed precision casts the weights of a module, but not always its input.
+    """
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., d] to [..., d], in the weights' type."""
+        """Normalises [..., dim]; the output has the dtype of the weights."""
         return super().forward(hidden.to(self.weight.dtype))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, as `nn.MultiheadAttention` computes and initialises it."""
+    """Multi-head self-attention with the computation and initialisation of `nn.MultiheadAttention`."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -128,9 +141,9 @@ class SelfAttention(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """See [`EncoderLayer`]."""
+        """Shapes as for [`EncoderLayer.forward`]."""
         rows, tokens, dim = hidden.shape
         split = self.in_proj(hidden).view(rows, tokens, 3, self.heads, dim // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        heard = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
-        return self.out_proj(heard.transpose(1, 2).reshape(rows, tokens, dim))
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        return self.out_proj(attended.transpose(1, 2).reshape(rows, tokens, dim))

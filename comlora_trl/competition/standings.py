@@ -1,4 +1,4 @@
-"""The state of a competition: wins, disqualified branches, sums over a validation set, the winner (eq. 11–12)."""
+"""The standings of a competition: its state, the sums over a validation set, and the winner (eq. 11–12)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ class CompetitionState:
 
     Attributes:
         k: number of branches.
-        disqualified: optimizer step at which a branch was disqualified, by branch.
-        retired: optimizer step of the rung that retired a branch, by branch.
-        rungs: the figures and the decision of each rung so far.
-        rates: each branch's peak learning rate; None if all have the same.
-        betas: β of each branch's loss; None if all have the same.
+        disqualified: for each disqualified branch, the optimizer step at which it was disqualified.
+        wins: number of optimizer steps that each branch has won so far.
+        selection: result of the newest selection (see [`ValidationTally.result`]); None before the first.
+        retired: for each retired branch, the optimizer step of the rung that retired it.
+        rungs: records of the rungs so far, see [`rung_record`].
+        rates: peak learning rate of each branch; None if all branches have the same rate.
+        betas: β of each branch's loss; None if all branches have the same β.
         measured: the names of the loss and of the accuracy in a selection.
-        row_passes: rows through one branch, forward and backward, so far: the cost.
-        wins: optimizer steps won so far, by branch.
-        selection: the newest selection's result (see [`ValidationTally.result`]), or None before the first.
+        row_passes: the cost so far; one row pass is one row through one branch, forward and backward.
     """
 
     k: int
@@ -45,7 +45,7 @@ class CompetitionState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompetitionState":
-        """Reads the JSON form of `vars(state)`, in which keys are text."""
+        """Builds a state from `vars(state)` after JSON, which turns the branch numbers in keys into text."""
         by_branch = {name: {int(branch): step for branch, step in values[name].items()} for name in _BY_BRANCH}
         return cls(**values | by_branch)
 
@@ -66,7 +66,11 @@ class CompetitionState:
 
     @property
     def leader(self) -> int:
-        """The branch that would win now: the newest selection's winner, before it the first living branch."""
+        """The branch that would win if training ended now.
+
+        This is the winner of the newest selection. Before the first selection, or if that branch has been disqualified
+        since, it is the first living branch.
+        """
         if self.selection is not None and self.selection["winner"] not in self.disqualified:
             return self.selection["winner"]
         return next((branch for branch, lives in enumerate(self.alive) if lives), 0)
@@ -74,11 +78,12 @@ class CompetitionState:
 
 @dataclass
 class ValidationTally:
-    """Sums over a validation set, each example once.
+    """Sums over a validation set in which each example counts once.
 
     Attributes:
         k: number of branches.
-        sums: float64, of the scores [K], S [K], correct tokens [K], m [1], examples [1].
+        sums: [3·K + 2], float64 where the device has it: the scores [K], S [K] and the correct tokens [K] of each
+            branch, then the supervised tokens [1] and the examples [1].
     """
 
     k: int
@@ -86,12 +91,21 @@ class ValidationTally:
 
     @classmethod
     def empty(cls, k: int, device: torch.device | str = "cpu") -> "ValidationTally":
+        """A tally of K branches before the first example."""
         # MPS has no float64
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return cls(k, torch.zeros(3 * k + 2, dtype=dtype, device=device))
 
     def add(self, nll: Tensor, correct: Tensor, tokens: Tensor, scores: Tensor | None, examples: int) -> None:
-        """Adds a batch: S [K, R], correct tokens [K, R], m [R], sim [R, K] or None, and how many examples it has."""
+        """Adds a batch.
+
+        Args:
+            nll: S, the summed negative log-likelihood of each row under each branch, [K, R].
+            correct: correctly predicted tokens of each row under each branch, [K, R].
+            tokens: m, the supervised tokens of each row, [R].
+            scores: sim, [R, K]; None without a selector.
+            examples: number of examples in the batch.
+        """
         score = torch.zeros_like(nll.T) if scores is None else scores
         parts = [score.sum(dim=0), nll.sum(dim=1), correct.sum(dim=1), tokens.sum()[None]]
         batch = torch.cat([part.to(self.sums) for part in parts])
@@ -99,19 +113,25 @@ class ValidationTally:
         self.sums[-1] += examples
 
     def result(self, alive: list[bool], by: str, step: int, comparable: bool = True) -> dict[str, Any]:
-        """Each branch's validation figures and the winner (eq. 11–12), ready for JSON; None for a branch that is out.
+        """The validation figures of each branch and the winner (eq. 11–12).
 
         Args:
-            by: "selector", "validation_loss" or "validation_accuracy", whose ties the loss decides.
-            comparable: whether the branches' losses can be compared; if not, no loss decides anything.
+            alive: whether each branch is still in the competition; the others have None as their figures.
+            by: the criterion: "selector", "validation_loss" or "validation_accuracy". Ties in accuracy go to the
+                branch with the lower loss.
+            step: the optimizer step of the selection.
+            comparable: whether the branches' losses can be compared; if not, losses do not decide.
+
+        Returns:
+            a dict of plain Python values for JSON.
 
         Raises:
-            RuntimeError: if no example was seen or every branch is disqualified.
+            RuntimeError: if no example was added, or no branch is still in the competition.
         """
         k, sums = self.k, self.sums.cpu().double()
         examples = int(sums[-1])
         if not examples:
-            raise RuntimeError("the validation set gave no example, so there is no winner: check the eval_dataset.")
+            raise RuntimeError("the validation set has no examples, so there is no winner: check the eval_dataset.")
         living = torch.tensor(alive)
         scores, nll, accuracy = sums[:k], sums[k : 2 * k] / sums[-2], sums[2 * k : 3 * k] / sums[-2]
         by_loss = winner(nll, living, highest=False) if comparable else None
@@ -139,16 +159,16 @@ def winner(values: Tensor, alive: Tensor, highest: bool = True, ties: Tensor | N
     """The winning branch: argmax of the accumulated scores (eq. 11–12), or argmin of the validation losses.
 
     Args:
-        values: [K], accumulated scores or losses.
-        alive: bool [K]; a disqualified branch cannot win.
-        highest: whether the highest value wins (scores) or the lowest (losses).
-        ties: [K], losses, of which the lowest wins among branches of the same value.
+        values: accumulated scores or losses, [K].
+        alive: bool [K]; a retired or disqualified branch cannot win.
+        highest: whether the highest value wins (scores, accuracy) or the lowest (losses).
+        ties: losses, [K]. Of several branches with the best value, the one with the lowest loss wins.
 
     Returns:
-        the branch's index; what is still a tie goes to the lowest index.
+        the branch's index; the lowest index if there is still a tie.
 
     Raises:
-        RuntimeError: if every branch is disqualified.
+        RuntimeError: if no branch is alive.
     """
     if not bool(alive.any()):
         raise RuntimeError("every branch is disqualified, so none can win: lower the learning rate and train again.")

@@ -1,1 +1,1 @@
-"""The trainers that users meet: TRL's, with competing branches; each has one loss."""
+"""The public trainers: TRL's SFT, DPO, KTO and reward trainers with competing branches."""

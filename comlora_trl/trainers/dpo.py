@@ -1,4 +1,4 @@
-"""[`ComLoRADPOTrainer`]: TRL's DPO trainer, with K LoRA branches in competition instead of one adapter."""
+"""[`ComLoRADPOTrainer`]: TRL's DPO trainer with K competing LoRA branches instead of one adapter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ from comlora_trl.training.preferences import ReferenceOnce
 
 class ComLoRADPOTrainer(ReferenceOnce, DPOTrainer):
     """
-    Trainer for a competition of K LoRA branches by DPO; the winner leaves as an ordinary PEFT adapter.
+    Trainer for K LoRA branches that compete in DPO. The winner is exported as an ordinary PEFT adapter.
 
-    Takes the arguments of TRL's [`~trl.DPOTrainer`]. Each branch trains by TRL's own loss, whichever `loss_type`, as
-    it would alone; branches differ in their learning rate, their β, or their initialisation. The reference's
-    log-probabilities are computed once for all of them.
+    Takes the arguments of TRL's [`~trl.DPOTrainer`]. Each branch trains by TRL's loss, with any `loss_type`, as it
+    would in a run with one branch. Branches differ in learning rate, β or initialisation. The reference's
+    log-probabilities are computed once for all branches.
 
     Example:
 
@@ -78,6 +78,6 @@ class ComLoRADPOTrainer(ReferenceOnce, DPOTrainer):
             )
 
     def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The reference's log-probabilities of a batch, by the names that TRL reads them by."""
+        """The reference's log-probabilities of a batch, by TRL's names for them in a batch."""
         chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

@@ -1,4 +1,4 @@
-"""[`ComLoRAKTOTrainer`]: TRL's KTO trainer, with K LoRA branches in competition instead of one adapter."""
+"""[`ComLoRAKTOTrainer`]: TRL's KTO trainer with K competing LoRA branches instead of one adapter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 
 
 class _Recording(BranchView):
-    """A view that keeps the output of its newest call."""
+    """A view that stores the output of its newest call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = super().__call__(*args, **kwargs)
@@ -35,15 +35,16 @@ class _Recording(BranchView):
 
 class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
     """
-    Trainer for a competition of K LoRA branches by KTO; the winner leaves as an ordinary PEFT adapter.
+    Trainer for K LoRA branches that compete in KTO. The winner is exported as an ordinary PEFT adapter.
 
-    Takes the arguments of TRL's [`~trl.KTOTrainer`]. Each branch trains by TRL's own loss as it would alone; the KL
-    term of a branch is estimated from its own rows of a micro-batch, as TRL estimates it from all.
+    Takes the arguments of TRL's [`~trl.KTOTrainer`]. Each branch trains by TRL's loss, as it would in a run with one
+    branch. The KL term of a branch is estimated from the branch's rows of a micro-batch, as TRL estimates it from all
+    rows.
 
-    The winner is the branch with the highest reward accuracy: the share of all pairs of a desirable and an undesirable
-    validation example of which the desirable one has the higher implied reward. KTO's data are not paired, and this
-    figure is for them what the reward accuracy is for DPO. It needs no estimate of the KL term, which is of one batch
-    and noisy, and it does not change with β's scale, so that branches of different β can be compared.
+    The branch with the highest reward accuracy wins. KTO's data is not paired, so this is defined over all pairs of a
+    desirable and an undesirable validation example: the share of pairs in which the desirable example has the higher
+    implied reward. This figure does not need the KL term, whose estimate from one batch is noisy. It does not depend
+    on the scale of β, so branches with different β can be compared.
 
     Example:
 
@@ -108,7 +109,13 @@ class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
         self._check_labels()
 
     def _check_labels(self) -> None:
-        """Says when validation examples of one label leave the loss to decide; where it can't, they are refused."""
+        """Checks that the validation examples have both labels. With one label there is no reward accuracy.
+
+        Then a warning says that the loss decides, or, if losses can't be compared, an error is raised.
+
+        Raises:
+            ValueError: if nothing can decide.
+        """
         if self.args.comlora_k == 1 or self.args.winner_by != "validation_accuracy" or self.eval_dataset is None:
             return
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -124,19 +131,19 @@ class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
         raise ValueError(f"{line}, and losses of different beta can't be compared: give an eval_dataset with both.")
 
     def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The reference's log-probabilities of a batch, by the names that TRL reads them by."""
+        """The reference's log-probabilities of a batch, by TRL's names for them in a batch."""
         own, kl = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         return {"ref_logps": own} | ({"ref_KL_logps": kl} if self.calculate_KL else {})
 
     def made_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors that TRL's loss makes of a batch for the model."""
+        """The tensors that TRL's loss derives from a batch and passes to the model."""
         names = ("", "KL_") if self.calculate_KL else ("",)
         return {
             f"{name}labels": inputs[f"{name}input_ids"].masked_fill(inputs[f"{name}completion_mask"] == 0, -100)
             for name in names
         }
 
-    # ---- Validation: the reward accuracy is over all pairs of examples, whatever the batches ----
+    # ---- Validation: the reward accuracy is over all pairs of examples of the validation set, not of a batch ----
 
     def _measure(self) -> ValidationTally:
         self._rewards = []
@@ -150,7 +157,7 @@ class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
         return tally
 
     def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
-        """TRL's loss of every living branch times the rows of the batch, whose implied rewards are kept."""
+        """TRL's loss of every living branch, times the number of rows in the batch. The implied rewards are stored."""
         rewards: dict[int, Tensor] = {}
 
         def loss_of(view: BranchView) -> Tensor:
@@ -168,13 +175,16 @@ class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
 
 
 def reward_accuracy(rewards: Tensor, labels: Tensor) -> Tensor:
-    """The share of pairs of a desirable and an undesirable example that a branch's rewards order rightly, [K].
+    """The share of pairs of a desirable and an undesirable example in which the desirable one has the higher reward.
 
-    It is the area under the ROC curve; equal rewards count half.
+    This is the area under the ROC curve. Pairs with equal rewards count half.
 
     Args:
-        rewards: implied rewards, in any unit, [N, K].
-        labels: bool [N], True for desirable.
+        rewards: implied rewards on any scale, [N, K].
+        labels: bool [N], True for desirable examples.
+
+    Returns:
+        the share for each branch, [K]; nan if there is no pair or a reward is nan.
     """
     good, bad = rewards[labels], rewards[~labels]
     shares = []

@@ -1,4 +1,4 @@
-"""[`ComLoRARewardTrainer`]: TRL's reward trainer, with K LoRA branches in competition instead of one adapter."""
+"""[`ComLoRARewardTrainer`]: TRL's reward trainer with K competing LoRA branches instead of one adapter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,10 @@ from comlora_trl.training.preferences import CompetingPreferences
 
 class ComLoRARewardTrainer(CompetingPreferences, RewardTrainer):
     """
-    Trainer for a competition of K LoRA branches as reward models; the winner leaves as an ordinary PEFT adapter.
+    Trainer for K LoRA branches that compete as reward models. The winner is exported as an ordinary PEFT adapter.
 
-    Takes the arguments of TRL's [`~trl.RewardTrainer`]. Each branch trains its adapter and a score head of its own,
-    which its files hold too (`modules_to_save`), by TRL's own loss as it would alone.
+    Takes the arguments of TRL's [`~trl.RewardTrainer`]. Each branch trains its adapter and its copy of the score head
+    (`modules_to_save`) by TRL's loss, as it would in a run with one branch. The saved adapter includes the score head.
 
     Example:
 
@@ -82,5 +82,5 @@ class ComLoRARewardTrainer(CompetingPreferences, RewardTrainer):
             )
 
     def made_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors that TRL's loss makes of a batch for the model: none."""
+        """The tensors that TRL's loss derives from a batch and passes to the model: none."""
         return {}

@@ -1,4 +1,4 @@
-"""[`ComLoRASFTTrainer`]: TRL's SFT trainer, with K branches in competition instead of one LoRA adapter."""
+"""[`ComLoRASFTTrainer`]: TRL's SFT trainer with K competing LoRA branches instead of one adapter."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,13 +23,14 @@ from comlora_trl.training.trainer import CompetingTrainer
 
 class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
     """
-    Trainer for ComLoRA: K LoRA branches compete, and the winner leaves as an ordinary PEFT adapter.
+    Trainer for K LoRA branches that compete in supervised fine-tuning. The winner is exported as an ordinary PEFT
+    adapter.
 
     Takes the arguments of TRL's [`~trl.SFTTrainer`]. `peft_config` describes each branch (default: rank 8 on q, k, v,
-    up and down); the competition's settings are in [`ComLoRAConfig`]. Without an `eval_dataset`,
-    `comlora_validation_size` examples are taken out of the training set to choose the winner. [`train`] ends with a
-    table of the branches and exports the winner to `comlora_winner_dir`, with a card that tells what it was trained on
-    if you set `trainer.data_name`.
+    up and down). The settings of the competition are in [`ComLoRAConfig`]. Without an `eval_dataset`,
+    `comlora_validation_size` examples are taken out of the training set to choose the winner. [`train`] prints a table
+    of the branches at its end, and exports the winner with a model card to `comlora_winner_dir`. Set
+    `trainer.data_name` to name the training data on the card.
 
     Example:
 
@@ -95,10 +96,11 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
         self.compete(attachment)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
-        """TRL's loss over the weighted rows of all branches, L_LM + L_align, plus the pairwise loss.
+        """The loss L_LM + L_align + L_pair (eq. 10): TRL's loss over the weighted rows, plus the pairwise loss.
 
-        In evaluation mode it is TRL's own, of the leader. Called outside a training step it takes the batch for a
-        whole optimizer step, and no figure of the run changes. Called with a branch's view it is TRL's, of the branch.
+        In evaluation mode, the result is TRL's loss of the leader. With a branch's view as the model, it is TRL's loss
+        of that branch. Outside a training step, the batch counts as a whole optimizer step, and the run's figures do
+        not change.
         """
         if type(model) is UndecidedView:
             model = model.views.wrapped
@@ -114,7 +116,7 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
 
     @property
     def _loss_is_per_branch(self) -> bool:
-        """Whether TRL's loss is no sum over rows and branches, but one of each branch's own outputs."""
+        """Whether TRL's loss is not a sum over rows and must be computed from each branch's outputs."""
         smoothed = self.args.loss_type == "nll" and self.label_smoother is not None
         return self.compute_loss_func is not None or self.args.loss_type == "dft" or smoothed
 
@@ -126,14 +128,14 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
 
         def run_branches(**kwargs: Any) -> Any:
             if not kwargs.get("fused_lm_head"):
-                return model(**kwargs)  # TRL's extra forward for `return_outputs`, by the active branch
+                return model(**kwargs)  # TRL runs an extra forward for `return_outputs`, which uses the active branch
             outputs.append(model(branch_pass=rows, **kwargs))
             return outputs[0]
 
         result = super().compute_loss(run_branches, inputs, return_outputs, tokens)
         loss = result[0] if return_outputs else result
         if self.aux_loss_enabled and self.competition.settings.independent:
-            # TRL's routers' loss is a mean over branches: independent ones have theirs whole
+            # TRL adds the mean of the branches' router losses, but independent branches need the sum
             others = len(self.competition.state.living) - 1
             steps = self.current_gradient_accumulation_steps
             loss = loss + others * self.router_aux_loss_coef * outputs[0].aux_loss / steps
@@ -142,9 +144,12 @@ class ComLoRASFTTrainer(CompetingTrainer, SFTTrainer):
 
     @contextmanager
     def _own_step(self, inputs: dict) -> Any:
-        """A step for a loss that is asked for outside the training loop, or by a callback in it; nothing is left."""
+        """Within the block, a batch counts as a whole optimizer step; afterwards everything is restored.
+
+        It is used for losses that are computed outside the training loop or by a callback.
+        """
         kept = self.current_gradient_accumulation_steps
-        self.current_gradient_accumulation_steps = 1  # TRL divides the routers' loss by them
+        self.current_gradient_accumulation_steps = 1  # TRL divides the routers' loss by this number
         try:
             with self.competition.own_step(inputs) as tokens:
                 yield tokens

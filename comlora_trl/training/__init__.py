@@ -1,1 +1,1 @@
-"""The competition as a TRL trainer: `config`, `trainer`, and what happens before, during and after training."""
+"""The competition of one run, and everything that TRL's trainers need to run it: before, during and after training."""

@@ -1,6 +1,6 @@
-"""The branches' LoRA configuration: the default one, and what competing branches can't be.
+"""The LoRA configuration of the branches: the default, and checks of a given configuration.
 
-A wrong one ends here, in one line, before any training time is spent.
+A configuration that does not work with branches raises an error here, before training starts.
 """
 
 import copy
@@ -18,32 +18,35 @@ from comlora_trl import compat
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-# PEFT's names of a classifier's head
+# PEFT's names for the head of a classifier
 HEADS = ("classifier", "score")
 _ATTENTION = {"q_proj", "k_proj", "v_proj"}
-# Initialisations that change the base weights, once per adapter, so that K adapters can't share the base
+# Initialisations that change the base weights for each adapter, so that K adapters can't share the base
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Those that take a matrix from the base or the data, the same one for every branch
+# Initialisations that compute a matrix from the base or the data, which would be the same for every branch
 _FIXED_INITIALISATIONS = {"eva": "takes its A from the data", "mica": "takes its B from the base"}
-# Layers that PEFT takes for experts and routers where a model has these in fused parameters
+# Names of layers that PEFT treats as experts and routers if a model has these in fused parameters
 _EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 logger = get_logger(__name__)
 
 
 class ProposedTargets(set[str]):
-    """Target modules that nobody wrote, such as a script's default: on a model without them, others take their place.
+    """Target modules that are only a proposal, such as the default of a command.
 
-    Target modules in any other collection are the user's own and stay as they are.
+    If a model does not have all of them, other modules are used. Target modules in any other collection were chosen by
+    the user and are not changed.
     """
 
 
 def complete_lora_config(config: PeftConfig | None, model: PreTrainedModel) -> PeftConfig:
-    """The given configuration, or the default one; with target modules that the model has, if they were left open.
+    """The given configuration or the default one, with target modules that the model has.
 
     Args:
-        config: None for [`default_lora_config`]. Without target modules it gets PEFT's choice for the model. Where
-            PEFT has none, or the model lacks some [`ProposedTargets`], it gets [`default_targets`].
+        config: the configuration; None for [`default_lora_config`]. If it has no target modules, PEFT's choice for the
+            model is used. If PEFT has no choice for it, or if the model does not have all [`ProposedTargets`], the
+            targets are [`default_targets`].
+        model: the base model.
     """
     if config is None:
         config = default_lora_config(model)
@@ -79,17 +82,23 @@ def complete_lora_config(config: PeftConfig | None, model: PreTrainedModel) -> P
 
 
 def default_lora_config(model: PreTrainedModel) -> LoraConfig:
-    """Rank 8, alpha 16 on the paper's q, k, v, up and down, or what the model has instead ([`default_targets`])."""
+    """Rank 8 and alpha 16 on the paper's q, k, v, up and down projections, or on the model's [`default_targets`]."""
     targets = default_targets(model)
     return LoraConfig(r=DEFAULT_RANK, lora_alpha=DEFAULT_ALPHA, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def default_targets(model: PreTrainedModel) -> list[str]:
-    """Names of the layers to adapt: the paper's five, or those of them that reach all decoder layers, or PEFT's own
-    choice, or else all linear layers that see every token; never routed experts, routers or the LM head.
+    """The names of the layers to adapt by default. The first of these choices that fits the model:
+
+    1. The paper's five names, as far as the model has them, if q, k and v are among them.
+    2. PEFT's choice for this type of model.
+    3. All linear layers that see every token.
+
+    The first two must adapt something in every decoder layer. Routed experts, routers and the LM head are never
+    adapted.
 
     Raises:
-        ValueError: if the model has none.
+        ValueError: if the model has no such layer.
     """
     found = _linear_layers(model)
     everywhere = set().union(*found.values())
@@ -108,7 +117,7 @@ def default_targets(model: PreTrainedModel) -> list[str]:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, set[str]]:
-    """Names of the linear layers that see every token, each with the decoder layers that have one."""
+    """The names of the linear layers that see every token, each with the paths of the decoder layers that have it."""
     found: dict[str, set[str]] = {}
     widest: dict[str, int] = {}
     unfit = _EXPERT_NAMES.copy() if _has_fused_experts(model) else set()
@@ -116,17 +125,17 @@ def _linear_layers(model: nn.Module) -> dict[str, set[str]]:
         sizes = _sizes(module)
         *parents, name = path.split(".")
         numbers = [place for place, part in enumerate(parents) if part.isdigit()]
-        if not sizes or not numbers or name.isdigit():  # a number alone would name the layers of the stack too
+        if not sizes or not numbers or name.isdigit():  # a number as target would also match the decoder layers
             continue
-        if len(numbers) > 1:  # a list within a layer: experts
+        if len(numbers) > 1:  # a list inside a decoder layer holds experts
             unfit.add(name)
-        # What follows in_proj in a state-space block is read as a weight by its kernels
+        # The kernels of a state-space block read the weights of all layers but in_proj without calling the layers
         if hasattr(model.get_submodule(".".join(parents)), "A_log") and not name.startswith("in_proj"):
             continue
         found.setdefault(name, set()).add(".".join(parents[: numbers[0] + 1]))
         widest[name] = max(widest.get(name, 0), min(sizes))
     found = {name: layers for name, layers in found.items() if name not in unfit}
-    # Gates and other layers as narrow as an adapter are of low rank already; in a narrow model every layer is
+    # Layers as narrow as an adapter, such as gates, are left out; in a very small model all layers are that narrow
     wide = {name: found[name] for name in found if name in DEFAULT_TARGETS or widest[name] > DEFAULT_RANK}
     return wide or found
 
@@ -139,7 +148,7 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _has_fused_experts(model: nn.Module) -> bool:
-    """Whether some parameter holds the matrices of several experts."""
+    """Whether a parameter of the model holds the matrices of several experts."""
     for module in model.modules():
         shapes = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]
         if any(len(shape) > 2 for shape in shapes) and not compat.is_convolution(module):
@@ -148,10 +157,10 @@ def _has_fused_experts(model: nn.Module) -> bool:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuses a model that is no causal language model.
+    """Checks that a model is not an encoder-decoder model.
 
     Raises:
-        ValueError: saying so.
+        ValueError: if it is.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -161,9 +170,9 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def classifier_config(config: PeftConfig | None, model: PreTrainedModel) -> PeftConfig:
-    """The configuration of an adapter that trains a classifier's head too, as PEFT's for `task_type="SEQ_CLS"` does.
+    """The configuration of an adapter that also trains a classifier's head, as PEFT does for `task_type="SEQ_CLS"`.
 
-    Without the head's own weights an adapter would be for the head that this run has drawn, and fit no other.
+    The adapter's files must contain the head, because its initial weights are random and differ in every run.
     """
     config = copy.copy(complete_lora_config(config, model))
     given = list(getattr(config, "modules_to_save", None) or ())
@@ -173,19 +182,21 @@ def classifier_config(config: PeftConfig | None, model: PreTrainedModel) -> Peft
 
 
 def check_lora_config(config: PeftConfig, k: int, heads: Collection[str] = ()) -> None:
-    """Refuses what K branches can't be.
+    """Checks that K branches can have a configuration.
 
     Args:
-        heads: modules that each branch may train a copy of (`modules_to_save`).
+        config: the configuration of each branch.
+        k: number of branches.
+        heads: modules that are allowed in `modules_to_save`; each branch trains a copy of them.
 
     Raises:
         TypeError: if it is not a LoRA configuration.
-        ValueError: naming what does not go with branches, and what to do.
+        ValueError: if a field does not work with branches; the message names it and says what to do.
     """
     if config.peft_type == PeftType.ADALORA:
         raise TypeError(
-            "peft_config is an AdaLoraConfig, whose ranks shrink by calls that TRL's trainers don't make: pass a "
-            "LoraConfig of the rank you want."
+            "peft_config is an AdaLoraConfig, whose ranks shrink only by calls that TRL's trainers don't make: pass a "
+            "LoraConfig with the rank you want."
         )
     if not isinstance(config, LoraConfig):
         raise TypeError(
@@ -193,8 +204,8 @@ def check_lora_config(config: PeftConfig, k: int, heads: Collection[str] = ()) -
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
-            "LoraConfig(alora_invocation_tokens=...) makes an activated LoRA, which PEFT switches on where its own "
-            "forward finds these tokens; branches run without it, so it would never train: leave it out."
+            "LoraConfig(alora_invocation_tokens=...) makes an activated LoRA. PEFT's own forward activates it, which "
+            "branches do not use, so it would never train: leave it out."
         )
     shared = (
         {}
@@ -209,8 +220,8 @@ def check_lora_config(config: PeftConfig, k: int, heads: Collection[str] = ()) -
     for name, value in shared.items():
         if value:
             raise ValueError(
-                f"LoraConfig({name}={value!r}) trains more than the LoRA matrices, which is all that {k} branches can "
-                f"have of their own: leave {name} out, or use comlora_k=1."
+                f"LoraConfig({name}={value!r}) trains more than the LoRA matrices, but {k} branches can only have "
+                f"separate LoRA matrices: leave {name} out, or use comlora_k=1."
             )
     method = str(config.init_lora_weights).lower()
     reasons = {**dict.fromkeys(_BASE_CHANGING, "changes the base weights"), **_FIXED_INITIALISATIONS}
@@ -223,5 +234,5 @@ def check_lora_config(config: PeftConfig, k: int, heads: Collection[str] = ()) -
     if config.target_parameters and method.startswith(_BASE_CHANGING):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the base weights, and an adapter on "
-            "target_parameters can't be converted back to the base that it names: use True or 'gaussian'."
+            "target_parameters can't be converted to the original base weights: use True or 'gaussian'."
         )

@@ -1,4 +1,4 @@
-"""TRL's arguments, checked before it builds anything: each that competing branches can't follow has one line."""
+"""Checks of a trainer's arguments before TRL builds anything. An argument that branches don't support is an error."""
 
 from typing import Any
 
@@ -27,15 +27,23 @@ def settle_arguments(
     optimizer: Any = None,
     compute_loss_func: Any = None,
 ) -> CompetitionConfig:
-    """A trainer's arguments as it goes by them, checked before anything is built.
+    """Completes and checks a trainer's arguments before anything is built.
 
     Args:
-        args: as given: ours, TRL's own, or None for the defaults.
-        config: the trainer's configuration.
-        name: of the trainer, for the default folder.
+        args: the given arguments: an instance of `config`, a configuration of TRL, or None for the defaults.
+        config: the class of the trainer's configuration.
+        model: the model or its name, for the default folder.
+        name: the trainer's name, for the default folder.
+        train_dataset: the training set.
+        optimizer: the optimizer that the user made, or None.
+        compute_loss_func: the user's loss function, or None.
+
+    Returns:
+        the arguments as an instance of `config`.
 
     Raises:
-        ValueError: naming what can't be followed.
+        ValueError: if an argument does not work with branches.
+        OSError: if a folder can't be written, or the winner's folder is not empty.
     """
     if args is None:
         base = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -54,10 +62,10 @@ def settle_arguments(
 
 
 def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, optimizer: Any) -> None:
-    """Refuses options of TRL that the selector, or rates of the branches' own, can't go with.
+    """Checks options of TRL that don't work with a selector, or with different learning rates of the branches.
 
     Raises:
-        ValueError: naming the option, the reason and the fix.
+        ValueError: if there is one; the message names the option, the reason and the fix.
     """
     losses = {
         "loss_type='dft'": getattr(args, "loss_type", None) == "dft",
@@ -84,32 +92,38 @@ def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, opt
 
 
 def use_plain_checkpointing(args: CompetitionConfig) -> None:
-    """Takes the non-reentrant kind of checkpointing where the reentrant one is asked for, and says so.
+    """Replaces reentrant gradient checkpointing by the non-reentrant kind, with a warning.
 
-    Both give the same gradients; the reentrant kind can't follow the batch as it widens to K branches.
+    Both give the same gradients. The reentrant kind does not work if the batch is repeated for K branches in between.
     """
     kwargs = checkpointing_kwargs(args)
     if args.gradient_checkpointing and kwargs.get("use_reentrant"):
-        logger.warning("reentrant checkpointing is asked for: the non-reentrant kind runs, with the same gradients.")
+        logger.warning(
+            "reentrant checkpointing is asked for: the non-reentrant kind runs, and gives the same gradients."
+        )
         for name in _CHECKPOINTING_KWARGS:
             if hasattr(args, name):
                 setattr(args, name, {**kwargs, "use_reentrant": False})
 
 
 def checkpointing_kwargs(args: CompetitionConfig) -> dict[str, Any]:
-    """The options of checkpointing, by the newer of transformers' names for it where there are both."""
+    """The options of gradient checkpointing. transformers has two names for them; the newer one comes first."""
     return next((getattr(args, name) for name in _CHECKPOINTING_KWARGS if getattr(args, name, None)), {})
 
 
 def warn_of_newer_trl() -> None:
-    """Says in a line when TRL is newer than the one that this was tested with."""
+    """Logs a warning if TRL is newer than the version that this package was tested with."""
     if Version(trl.__version__).release[:2] > TESTED_TRL:
         tested = ".".join(map(str, TESTED_TRL))
         logger.warning(f"trl {trl.__version__} is newer than {tested}, with which comlora-trl was tested.")
 
 
 def check_parallelism(accelerator: Accelerator, args: CompetitionConfig) -> None:
-    """Refuses ways to spread the work that the competition does not go with."""
+    """Checks the kind of parallelism.
+
+    Raises:
+        ValueError: if the competition does not support it.
+    """
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
         raise ValueError(

@@ -1,9 +1,9 @@
-"""Branches, attached to the model that TRL built.
+"""Attaches the branches to the model that TRL built.
 
-TRL's `__init__` loads, quantises and prepares a model as for one LoRA adapter: it is given a stand-in of rank 1, and
-does all that it does for PEFT models. Then the stand-in is taken off, and the branches are put in its place.
+TRL's `__init__` loads, quantises and prepares a model. It gets the configuration of a stand-in adapter of rank 1, so
+that it does everything that it does for PEFT models. Afterwards the stand-in is removed and the branches are added.
 
-Before TRL comes what its lines leave no other place for; each function says which line that is.
+Some work must be done before TRL's `__init__`. The docstrings and comments say why.
 """
 
 import copy
@@ -45,25 +45,25 @@ from comlora_trl.training.initial_adapter import (
 )
 from comlora_trl.training.model import ComLoRAModel
 
-# It fits any model: the branches' own targets may depend on layers that are only known once TRL has loaded them
+# This fits any model. The branches' target modules may depend on layers that are known only after TRL loads the model
 _STAND_IN = {"r": 1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 class Attachment:
-    """What a trainer was asked to train, on its way through TRL's construction.
+    """The model and the adapter configuration that a trainer was given, and their conversion into branches.
 
     Args:
-        model: a hub id or folder, of a model or of an adapter; a base model; a `PeftModel` with one LoRA adapter to
+        model: the hub id or folder of a model or an adapter; a base model; a `PeftModel` with one LoRA adapter to
             start from; or the branches of an earlier trainer.
-        peft_config: configuration of every branch; None for the default one, or the adapter's to start from.
+        peft_config: configuration of every branch; None for the default one, or for that of the adapter to start from.
         args: the run's configuration.
-        processing_class: the tokenizer or processor, None for the model's own.
-        quantization_config: of a model that is given by its name.
-        classifier: whether the model is a classifier, whose head each branch trains a copy of.
+        processing_class: the tokenizer or processor; None for the model's.
+        quantization_config: quantisation of a model that is given by its name.
+        classifier: whether the model is a classifier, of whose head each branch trains a copy.
 
     Raises:
         TypeError: if `peft_config` is not a LoRA configuration.
-        ValueError: if the model or the configuration can't be trained as competing branches.
+        ValueError: if the model or the configuration does not work with competing branches.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Attachment:
         revision = (args.model_init_kwargs or {}).get("revision")
         if isinstance(model, str):
             self.name = model
-            # TRL would have transformers load the adapter, by its own integration, which gives no PeftModel
+            # Loaded here, because TRL would let transformers load the adapter, and the result is not a PeftModel
             self._adapter = adapter_config(model, revision)
             if self._adapter is not None:
                 self.given = load_adapter(model, self._adapter, args, quantization_config)
@@ -96,9 +96,13 @@ class Attachment:
 
     @contextmanager
     def building(self) -> Iterator[dict[str, Any]]:
-        """Around TRL's construction: yields the arguments that it gets for model, tokenizer and adapter."""
+        """The context of TRL's `__init__`.
+
+        Yields:
+            TRL's arguments for the model, the tokenizer, the quantisation and the adapter.
+        """
         if isinstance(self.given, PeftModel) and not isinstance(self.given, ComLoRAModel):
-            self.given.set_adapter(self.given.active_adapter)  # what does not train is no adapter to TRL
+            self.given.set_adapter(self.given.active_adapter)  # TRL ignores an adapter that does not train
         with tempfile.TemporaryDirectory() as folder:
             self._take_chat_template(Path(folder))
             kept = {name: getattr(self.args, name) for name in self._handled}
@@ -120,13 +124,14 @@ class Attachment:
         return _STAND_IN | ({"task_type": "SEQ_CLS"} if self.classifier else {})
 
     def _take_chat_template(self, folder: Path) -> None:
-        """Gives TRL the template of another tokenizer (`chat_template_path`) as a file, with its end-of-turn token.
+        """Writes the template of another tokenizer (`chat_template_path`) to a file, and gives TRL this file and the
+        other tokenizer's end-of-turn token.
 
-        TRL's `clone_chat_template` would add every reserved token of that tokenizer, and train the LM head for them
-        by `modules_to_save`, which branches do not have.
+        Otherwise TRL's `clone_chat_template` would add all reserved tokens of that tokenizer and train the LM head by
+        `modules_to_save`, which branches don't support.
 
         Raises:
-            ValueError: if template or end-of-turn token hold tokens that the model does not know.
+            ValueError: if the template or the end-of-turn token has tokens that the model does not know.
         """
         path = getattr(self.args, "chat_template_path", None)
         if path is None or Path(path).is_file():
@@ -139,7 +144,8 @@ class Attachment:
         source = AutoTokenizer.from_pretrained(path)
         template = source.get_chat_template()
         known = getattr(self.processing_class, "tokenizer", self.processing_class).get_vocab()
-        # Reserved tokens are in no text; some templates put theirs together from pieces, which a conversation shows
+        # Only tokens that occur in a text matter, not reserved ones. Some templates build tokens from pieces, so a
+        # short conversation is rendered too
         conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         written = template + source.apply_chat_template(conversation, tokenize=False) + (source.eos_token or "")
         tokens = map(str, source.added_tokens_decoder.values())
@@ -155,12 +161,15 @@ class Attachment:
             self._handled |= {"eos_token": source.eos_token}
 
     def branches(self, built: PeftModel) -> ComLoRAModel:
-        """The branches and the selector on the base that TRL built, in the place of TRL's adapter.
+        """Replaces TRL's adapter by the branches and the selector.
 
-        They are drawn from the seed as TRL draws an adapter; the random state is left as it was.
+        The weights are drawn from the run's seed. The random state is restored.
 
         Args:
-            built: `trainer.model` after TRL's construction.
+            built: `trainer.model` after TRL's `__init__`.
+
+        Raises:
+            TypeError, ValueError: as for this class.
         """
         args = self.args
         if isinstance(built, ComLoRAModel):
@@ -170,7 +179,7 @@ class Attachment:
         if isinstance(self.given, PeftModel):
             existing = built.active_peft_config
             base, start = take_apart(built)
-            # What these did to the base is done
+            # These fields describe changes of the base, which have been made already
             config = replace(
                 config or existing,
                 init_lora_weights=True,
@@ -186,9 +195,9 @@ class Attachment:
             config = complete(config, base)
             check_lora_config(config, args.comlora_k, self.heads)
             config = copy.copy(config)
-            # As get_peft_model does: an adapter names the base that it is on
+            # As in get_peft_model: the configuration names the base of the adapter
             config.base_model_name_or_path = base.name_or_path or config.base_model_name_or_path
-        base.disable_input_require_grads()  # TRL's, for reentrant checkpointing of its own adapter
+        base.disable_input_require_grads()  # TRL enables this for reentrant checkpointing
         _keep_differentiable(base)
         device = base.get_input_embeddings().weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -199,18 +208,18 @@ class Attachment:
                 _take_dtype(branches, trained.dtype, args)
             if start is not None:
                 start_branches(branches, start)
-                # Its layers are the branches' now, by names that no adapter has
+                # The layers of the given model now hold the branches, so its own method can't save its adapter
                 self.given.save_pretrained = branches.save_pretrained
         if self.name is not None and (revision := self._base_revision(base)) is not None:
             for one in branches.peft_config.values():
                 one.revision = revision
         if checkpointing_kwargs(args).get("selective"):
-            # TRL wraps the method of the PEFT model, and the Trainer calls the base model's
+            # TRL has wrapped a method of the PEFT model, but the Trainer calls that of the base model
             enable_selective_activation_checkpointing(base)
         return branches
 
     def _base_revision(self, base: PreTrainedModel) -> str | None:
-        """The commit on the hub that the base was loaded at; None for a local one."""
+        """The hub commit that the base was loaded from; None for a local base."""
         options, source = self.args.model_init_kwargs or {}, get_config_model_id(base.config)
         asked = options.get("revision") if self._adapter is None else self._adapter.revision
         if not source or Path(source).is_dir():
@@ -222,7 +231,11 @@ class Attachment:
 def _check_given(
     model: PreTrainedModel, peft_config: PeftConfig | None, args: CompetitionConfig, heads: Collection[str] = ()
 ) -> None:
-    """Refuses a loaded model that can't become branches, before TRL prepares the data for it."""
+    """Checks that a loaded model can become branches, before TRL prepares the data.
+
+    Raises:
+        ValueError: if it can't.
+    """
     if isinstance(model, ComLoRAModel):
         check_same_branches(model, peft_config, args)
         return
@@ -245,10 +258,10 @@ def _check_given(
 
 
 def check_same_branches(model: ComLoRAModel, peft_config: PeftConfig | None, args: CompetitionConfig) -> None:
-    """Refuses arguments that ask for other branches, or another selector, than a model has.
+    """Checks that the arguments ask for the branches and the selector that a model already has.
 
     Raises:
-        ValueError: naming what the model has and what is asked for.
+        ValueError: if they don't; the message names what the model has and what is asked for.
     """
     asked = {"comlora_k": args.comlora_k, "the selector": args.selector_settings}
     there = {"comlora_k": model.k, "the selector": model.selector_settings}
@@ -263,14 +276,18 @@ def check_same_branches(model: ComLoRAModel, peft_config: PeftConfig | None, arg
 
 
 def continue_branches(model: ComLoRAModel, peft_config: PeftConfig | None, args: CompetitionConfig) -> ComLoRAModel:
-    """Branches of an earlier trainer, for a new competition among them; those that were out are redrawn."""
+    """Reuses the branches of an earlier trainer. Branches that were retired or disqualified get new weights."""
     check_same_branches(model, peft_config, args)
     model.revive_branches()
     return model
 
 
 def _check_head(model: ComLoRAModel) -> None:
-    """Refuses adapters on the LM head, whose weight TRL's loss reads past them."""
+    """Checks that no adapter is on the LM head, because TRL's loss reads the head's weight directly.
+
+    Raises:
+        ValueError: if there is one.
+    """
     head, kind = model.get_base_model().get_output_embeddings(), type(model.get_base_model()).__name__
     if isinstance(head, TrainableTokensWrapper):
         raise ValueError(
@@ -280,29 +297,29 @@ def _check_head(model: ComLoRAModel) -> None:
         )
     if isinstance(head, BaseTunerLayer):
         raise ValueError(
-            f"an adapter on the LM head of {kind} would never train, for TRL's loss reads the head's weight past it. "
-            "Remove `'lm_head'` from your `target_modules`."
+            f"an adapter on the LM head of {kind} would never train, because TRL's loss reads the head's weight "
+            "directly. Remove `'lm_head'` from your `target_modules`."
         )
 
 
 def _take_dtype(model: ComLoRAModel, dtype: torch.dtype, args: CompetitionConfig) -> None:
-    """Gives the branches the precision that TRL has given its own adapter.
+    """Gives the branches the dtype that TRL has given its own adapter.
 
-    TRL makes it bfloat16 over a quantised base, but for DoRA's magnitudes, and the base's own under ZeRO-3. The
-    selector trains in float32, but under ZeRO-3, which gathers parameters of one type at a time.
+    This is bfloat16 on a quantised base, except for DoRA's magnitudes, and the dtype of the base under ZeRO-3. The
+    selector trains in float32, except under ZeRO-3, which gathers only parameters of the same dtype together.
     """
     for branch in range(model.k):
         for name, parameter in model.named_branch_parameters(branch).items():
             if parameter.dtype != dtype and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(dtype)
     if model.selector is not None and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        model.selector.to(dtype)  # and trains by float32 masters, whatever its own type
+        model.selector.to(dtype)  # ZeRO-3 still trains float32 copies
 
 
 def _keep_differentiable(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights on a CPU, which it does for good at the first evaluation.
+    """Prevents bitsandbytes from repacking 4-bit weights on a CPU at the first evaluation.
 
-    Its product with repacked weights has no gradient, and training would go on without the layers' own.
+    The repacking is permanent, and a product with repacked weights has no gradient.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

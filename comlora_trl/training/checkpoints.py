@@ -1,4 +1,7 @@
-"""A checkpoint folder: each branch in a folder of its own, the selector, and what the competition has come to."""
+"""The competition's files in a checkpoint folder: the state of the competition and the selector's weights.
+
+Each branch is saved in a subfolder.
+"""
 
 import json
 from pathlib import Path
@@ -10,15 +13,15 @@ STATE_FILE = "comlora.json"
 
 
 def save_state(state: CompetitionState, folder: str | Path) -> None:
-    """Writes `comlora.json` into a checkpoint."""
+    """Writes the state of the competition as `comlora.json` into a checkpoint."""
     (Path(folder) / STATE_FILE).write_text(json.dumps(vars(state), indent=2) + "\n")
 
 
 def load_state(folder: str | Path) -> CompetitionState:
-    """Reads `comlora.json` from a checkpoint.
+    """Reads the state of the competition from a checkpoint.
 
     Raises:
-        ValueError: if the folder is no ComLoRA checkpoint.
+        ValueError: if the folder is not a ComLoRA checkpoint.
     """
     file = Path(folder) / STATE_FILE
     if not file.is_file():
@@ -27,10 +30,15 @@ def load_state(folder: str | Path) -> CompetitionState:
 
 
 def check_checkpoint(folder: str | Path, k: int, selector: bool) -> None:
-    """Refuses a checkpoint of another K, or one that differs in having a selector, in one clear line.
+    """Checks that a checkpoint fits a run.
+
+    Args:
+        folder: the checkpoint.
+        k: the run's number of branches.
+        selector: whether the run has a selector.
 
     Raises:
-        ValueError: saying what the checkpoint has, what the run wants and what to do.
+        ValueError: if the checkpoint has another number of branches, or only one of the two has a selector.
     """
     state = load_state(folder)
     if state.k != k:

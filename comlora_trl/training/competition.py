@@ -1,8 +1,8 @@
-"""One competition among K branches, from its first step to its winner.
+"""One competition among K branches, from the first step to the winner.
 
-[`Competition`] owns everything that a competition knows: which branches are living, the plan and the figures of the
-current optimizer step, the newest validation, the rungs behind it. It knows the branches, and no Trainer: a plain
-PyTorch loop drives it as TRL's trainers do.
+[`Competition`] holds the state of a competition: which branches are living, the plan and the figures of the current
+optimizer step, the newest validation, and the rungs so far. It does not depend on a Trainer. A plain PyTorch loop can
+use it in the same way as TRL's trainers do:
 
     competition.begin(total_steps)
     for batches in steps:                             # the micro-batches of one optimizer step
@@ -12,7 +12,7 @@ PyTorch loop drives it as TRL's trainers do.
             output = model(branch_pass=rows, fused_lm_head=True, use_cache=False, **batch)
             loss = -output.log_probs.sum() / competition.plan.tokens
             competition.combine(loss, output).backward()
-        competition.end_step(max_norm=1.0)            # divergence, wins, cost, clipping of each branch
+        competition.end_step(max_norm=1.0)            # disqualification, wins, cost, gradient clipping
         optimizer.step()
         optimizer.zero_grad()
         competition.reach_rung(measure)               # measure() validates the living branches
@@ -49,7 +49,7 @@ from comlora_trl.training.model import BranchPass, ComLoRAModel, CompetitionOutp
 
 logger = get_logger(__name__)
 
-# The figure of a selection that each criterion reads, and whether its highest value is the best
+# For each criterion, the entry of a selection that it compares, and whether the highest value is the best
 CRITERIA = {
     "selector": ("scores", True),
     "validation_loss": ("validation_nll", False),
@@ -62,23 +62,24 @@ class Competition:
     """The competition of a model's branches.
 
     Args:
-        model: the branches and the selector, out of any wrapper.
-        settings: what stays the same for a whole run.
-        accelerator: for several processes and sharded weights; None for a single process.
-        chunk: branches that run at a time, None for all at once.
-        average_tokens: whether a loss is divided by the supervised tokens of all processes, as TRL's default is.
-        router_loss: whether the loss has the load-balancing term of a mixture of experts.
-        count: counts what a batch's loss is a mean over: its supervised tokens, or its pairs.
+        model: the branches and the selector, without any wrapper (DDP, FSDP, DeepSpeed).
+        settings: the settings of the competition.
+        accelerator: the accelerator, for several processes and sharded weights; None for a single process.
+        chunk: number of branches that run at a time; None for all at once.
+        average_tokens: whether a loss is divided by the supervised tokens of all processes, which is TRL's default.
+        router_loss: whether the loss includes the load-balancing loss of a mixture of experts.
+        count: counts the items of a batch that its loss is a mean over, such as supervised tokens or pairs; None for
+            supervised tokens.
 
     Attributes:
-        state: what a checkpoint stores: living, retired and disqualified branches, rates, wins, cost, the newest
-            selection.
-        step: optimizer steps done.
-        total_steps: of the whole run; known once it has begun.
+        state: the state that a checkpoint stores: living, retired and disqualified branches, rates, wins, cost, and
+            the newest selection.
+        step: number of finished optimizer steps.
+        total_steps: number of optimizer steps of the whole run; 0 before [`begin`].
         plan: the rows, tokens and owners of the current optimizer step.
         rungs: the rungs of this run, by optimizer step.
-        resumed: the checkpoint's state that this competition goes on from, None for a new one.
-        grad_norm: norm of the branches' gradients together in the last step, before clipping.
+        resumed: the state of the checkpoint that this competition continues; None for a new competition.
+        grad_norm: norm of the gradients of all branches together in the last step, before clipping.
     """
 
     def __init__(
@@ -104,14 +105,14 @@ class Competition:
         self._alive: dict[tuple[object, ...], Tensor] = {}
         self._begin_figures()
 
-    # ---- Beginning ----
+    # ---- The start ----
 
     def resume(self, state: CompetitionState) -> None:
-        """Makes the next [`begin`] go on with a checkpoint's competition."""
+        """Makes the next [`begin`] continue the competition of a checkpoint."""
         self.resumed, self.state = state, deepcopy(state)
 
     def reset(self) -> None:
-        """Forgets the competition so far; branches that were out are redrawn, and take part again."""
+        """Starts a new competition. Branches that were retired or disqualified get new weights and take part again."""
         self.resumed = None
         for branch in self.state.retired:
             if branch_name(branch) not in self.model.peft_config:
@@ -120,14 +121,16 @@ class Competition:
         self.state = CompetitionState.new(self.settings.k)
 
     def begin(self, total_steps: int, step: int = 0) -> None:
-        """Begins a competition, or goes on with the one of [`resume`]; again when a smaller batch is tried.
+        """Begins a competition, or continues that of [`resume`].
+
+        It may be called again, as when the Trainer tries a smaller batch size (`auto_find_batch_size`).
 
         Args:
-            total_steps: optimizer steps of the whole run.
-            step: optimizer steps done, of a run that goes on.
+            total_steps: number of optimizer steps of the whole run.
+            step: number of optimizer steps that are done, in a run that continues.
 
         Raises:
-            ValueError: if two rungs, or one and the end of training, fall on one step.
+            ValueError: if two rungs fall on the same step, or a rung falls on the last step.
         """
         if self.resumed is not None:
             self.state = deepcopy(self.resumed)
@@ -146,24 +149,31 @@ class Competition:
     def _begin_figures(self) -> None:
         self._sums = StepSums(self.settings.k, self.device)
         self._window = LogWindow(self.settings.k)
-        self._passes: float | None = None  # of losses of the user's own, summed over the step's micro-batches
+        # Passes per branch that have run for losses of single branches, summed over the step's micro-batches
+        self._passes: float | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the figures of a step are summed."""
+        """The device on which the figures of a step are summed."""
         return self.model.device if self.accelerator is None else self.accelerator.device
 
     @property
     def processes(self) -> int:
-        """Processes that train together."""
+        """Number of processes that train together."""
         return 1 if self.accelerator is None else self.accelerator.num_processes
 
     # ---- One optimizer step: plan, run, combine, end ----
 
     def plan_step(self, batches: Sequence[dict[str, Any]]) -> "StepPlan | None":
-        """Plans an optimizer step: counts its rows and tokens, and deals shared rows out among the living branches.
+        """Plans an optimizer step: counts its rows and tokens, and distributes shared rows among the living branches.
 
-        Every process has to call it, with its own micro-batches.
+        All processes must call this.
+
+        Args:
+            batches: this process's micro-batches of the step.
+
+        Returns:
+            the plan; None if there are no micro-batches.
         """
         self.plan = self._plan_of(batches)
         return self.plan
@@ -175,17 +185,19 @@ class Competition:
         return plan
 
     def normaliser(self, plan: "StepPlan | None") -> Tensor | None:
-        """The supervised tokens that TRL divides a step's loss by (`num_items_in_batch`)."""
+        """The number of supervised tokens that TRL divides a step's loss by (`num_items_in_batch`)."""
         if plan is None:
             return None
         return plan.tokens if self.average_tokens else plan.own_tokens
 
     @contextmanager
     def own_step(self, batch: dict[str, Any]) -> Iterator[Tensor]:
-        """Takes a batch for a whole optimizer step, and leaves no trace: for a loss outside the loop.
+        """Within the block, a batch counts as a whole optimizer step. Afterwards, plan and figures are restored.
+
+        It is used for a loss that is computed outside the training loop.
 
         Yields:
-            the step's supervised tokens.
+            the number of supervised tokens of the batch.
         """
         kept = self.plan, self._sums, self._passes
         self.plan, self._sums = self._plan_of([batch]), StepSums(self.settings.k, self.device)
@@ -195,16 +207,16 @@ class Competition:
             self.plan, self._sums, self._passes = kept
 
     def rows_of(self, inputs: dict[str, Any]) -> BranchPass:
-        """Which branch sees which row of the next micro-batch, and with which weights.
+        """The pass for the next micro-batch: which branch sees which row, and with which weights.
 
         Args:
-            inputs: the batch; its entry `rows_per_line`, which no model takes, is removed.
+            inputs: the batch. The entry `rows_per_line` is removed, because models do not accept it.
         """
         plan, state = self.plan, self.state
         owners, rows_per_line = self.deal_of(inputs)
         if owners is None:
             return self.branch_pass(eta=self.eta)
-        # TRL divides by the step's tokens: a branch's own mean is over its own tokens
+        # TRL divides by all tokens of the step, but the mean of a branch is over the tokens of its own rows
         tokens = self.normaliser(plan).to(self._sums.vector.dtype)
         return self.branch_pass(
             eta=self.eta,
@@ -215,7 +227,7 @@ class Competition:
         )
 
     def branch_pass(self, **how: Any) -> BranchPass:
-        """A pass over all living branches, every one on every row unless said otherwise; see [`BranchPass`]."""
+        """A pass over all living branches. Without other arguments, each branch sees every row; see [`BranchPass`]."""
         state = self.state
         return BranchPass(
             settings=self.settings,
@@ -233,22 +245,22 @@ class Competition:
         return annealing(progress, self.settings.annealing, self.settings.annealing_rate)
 
     def alive(self, device: torch.device) -> Tensor:
-        """bool [K], False for a branch that is out."""
+        """bool [K], False for a branch that is retired or disqualified."""
         key = (device, *self.state.alive)
-        if key not in self._alive:  # kept: a copy to the GPU waits for all that was launched before it
+        if key not in self._alive:  # cached, because a copy to the GPU waits for all earlier work there
             self._alive = {key: torch.tensor(self.state.alive, device=device)}
         return self._alive[key]
 
     def combine(self, loss: Tensor, output: CompetitionOutput) -> Tensor:
-        """L_total (eq. 10) of a micro-batch, whose figures are added to the step's.
+        """Computes L_total (eq. 10) of a micro-batch and adds the micro-batch's figures to those of the step.
 
         Args:
-            loss: L_LM + L_align: the weighted rows of all branches over the step's tokens (eq. 4-5); for independent
-                branches the sum of their own losses.
-            output: of the pass that the loss was computed from.
+            loss: L_LM + L_align, the weighted rows of all branches divided by the step's tokens (eq. 4-5). For
+                independent branches, the sum of their losses.
+            output: the output of the pass that the loss was computed from.
 
         Returns:
-            the loss, with the pairwise loss of eq. 6-9 where there is a selector.
+            the loss, plus the pairwise loss of eq. 6-9 if there is a selector.
         """
         scores, tokens, settings = output.scores, output.tokens, self.settings
         noise, num_rows = self.plan.next(settings.seed, self.step, settings.k, tokens.device)
@@ -259,13 +271,17 @@ class Competition:
         pairs = pairwise_loss(scores, mean_nll(output.nll, tokens), noise, tokens > 0, num_rows, settings, in_race)
         pairs = pairs * settings.pairwise_weight
         self._sums.add(output.nll, output.ran, tokens, output.probabilities, pairs)
-        return loss + pairs * self.processes  # DDP takes the mean over the processes
+        return loss + pairs * self.processes  # DDP averages the gradients over the processes
 
     def deal_of(self, inputs: dict[str, Any]) -> tuple[tuple[int, ...] | None, list[int] | None]:
-        """The owner of each line of the next micro-batch, None where every branch sees all; rows of each packed line.
+        """The distribution of the next micro-batch among the branches.
 
         Args:
-            inputs: the batch; its entry `rows_per_line`, which no model takes, is removed.
+            inputs: the batch. The entry `rows_per_line` is removed, because models do not accept it.
+
+        Returns:
+            the owner of each line, or None if every branch sees all lines; and the number of rows of each packed line,
+            or None if the batch has no such entry.
         """
         per_line = inputs.pop(ROWS_PER_LINE, None)
         owners = None if self.plan.owners is None else self.plan.owners[self.plan.used]
@@ -280,17 +296,18 @@ class Competition:
         passes: int | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """One loss of a micro-batch from a loss of each branch, whose figures are added to the step's.
+        """Combines the losses of the branches on a micro-batch, and adds their figures to those of the step.
 
         Args:
-            losses: of each branch that has rows, divided by the step's tokens that the branch sees.
+            losses: the loss of each branch that has rows, divided by the step's tokens that the branch sees.
             batch: the micro-batch.
-            owners, rows_per_line: of [`deal_of`].
-            passes: passes of one branch over its rows that have run, None for one each.
-            scale: what the Trainer multiplies the loss by before its backward.
+            owners, rows_per_line: the result of [`deal_of`].
+            passes: number of passes of one branch over its rows that have run; None for one for each branch.
+            scale: the factor by which the Trainer multiplies the loss before its backward.
 
         Returns:
-            eq. 4, their mean; of independent branches their sum, so that each trains as it would alone.
+            the mean of the losses (eq. 4); for independent branches their sum, so that each branch trains as it would
+            in a run with one branch.
         """
         plan, k = self.plan, self.settings.k
         tokens = self.count(batch).weights
@@ -310,13 +327,13 @@ class Competition:
         self._sums.add(nll, ran, tokens, None, None)
         self._passes = (self._passes or 0.0) + (len(losses) if passes is None else passes) / max(len(losses), 1)
         share = self.settings.lm_weight / (1 if self.settings.independent else self.state.remaining)
-        # Selected, not multiplied: a diverged branch's nan stays out of the sum
+        # Selected, not multiplied, because 0 * nan is nan: the loss of a diverged branch must not reach the sum
         return share * sum(
             torch.where(loss.detach().isfinite(), loss, torch.zeros_like(loss)) for loss in losses.values()
         )
 
     def savepoint(self) -> Callable[[], None]:
-        """What puts the step's figures back, when called, to what they are now: for a loss that is computed again."""
+        """Returns a function that restores the step's present figures, for a loss that is computed again."""
         plan, used, vector, passes = self.plan, self.plan.used, self._sums.vector.clone(), self._passes
 
         def restore() -> None:
@@ -325,17 +342,19 @@ class Competition:
         return restore
 
     def end_step(self, max_norm: float = 0.0, loss_scaled: bool = False) -> Tensor:
-        """Ends an optimizer step before the optimizer's own: divergence, wins, cost, and each branch's clipping.
+        """Ends an optimizer step. Call it after the backward passes and before `optimizer.step()`.
 
-        A branch whose loss or gradient is not finite is disqualified. Each branch is clipped by its own norm, and the
-        selector by its own, so that a branch trains as it would alone. Every process has to call it.
+        A branch whose loss or gradient is not finite is disqualified. The gradients of each branch, and of the
+        selector, are clipped by their own norm, so that a branch trains as it would in a run with one branch. Wins and
+        cost are counted. All processes must call this.
 
         Args:
-            max_norm: the norm to clip to, 0 for none.
-            loss_scaled: whether a gradient scaler is in use, with which an overflow is no divergence.
+            max_norm: the norm to clip to; 0 for no clipping.
+            loss_scaled: whether a gradient scaler is in use. An overflow of gradients then does not disqualify a
+                branch.
 
         Returns:
-            the norm of the branches' gradients together, before clipping.
+            the norm of the gradients of all branches together, before clipping.
 
         Raises:
             RuntimeError: if every branch has diverged.
@@ -344,14 +363,14 @@ class Competition:
         groups = [*map(self.model.branch_parameters, range(k)), self.model.selector_parameters()]
         norms = gradient_norms(groups, self.device, self.accelerator)
         finite = norms.isfinite()
-        norms = norms.where(finite, torch.zeros_like(norms))  # those gradients are dropped below
+        norms = norms.where(finite, torch.zeros_like(norms))  # non-finite gradients are dropped below
         if not loss_scaled:
             self._sums.add_gradients(finite)
         vector, self._sums = self._sums.vector, StepSums(k, self.device)
         figures = StepFigures(k, (vector if self.processes == 1 else self._reduced(vector)).tolist())
         planned = self.plan.row_passes(len(state.living))
         passes, self._passes = self._passes, None
-        # A loss of the user's may run the model twice, or not at all
+        # A user's loss may run the model several times or not at all
         state.row_passes += planned if passes is None else round(planned * passes / len(self.plan.places))
         for branch in [branch for branch in state.living if figures.diverged[branch]]:
             self._disqualify(branch, step)
@@ -380,7 +399,7 @@ class Competition:
         return self.accelerator.reduce(values, reduction="sum")
 
     def _disqualify(self, branch: int, step: int) -> None:
-        """Takes a branch out for good: from here on it does not run, and its adapter is the base model."""
+        """Disqualifies a branch: it does not run any more, and its adapter is set to zero."""
         self.state.disqualified[branch] = step
         logger.warning(
             f"branch_{branch} has diverged at step {step} and is disqualified: the others go on without it."
@@ -388,31 +407,32 @@ class Competition:
         self.model.zero_branch(branch)
 
     def keep_disqualified(self) -> None:
-        """Zeroes the disqualified branches again, after an optimizer that moves what has no gradient (DeepSpeed)."""
+        """Sets the disqualified branches to zero again. DeepSpeed's optimizer changes parameters without gradients."""
         for branch in self.state.disqualified:
             sharding.zero_weights(self.model.branch_parameters(branch))
 
     def window_figures(self) -> dict[str, float]:
-        """The figures since the last call, as log entries `comlora/...`: means over steps, wins as counts."""
+        """The figures since the last call, as log entries `comlora/...`: means over the steps, and counts of wins."""
         return self._window.flush()
 
     # ---- Rungs and the winner ----
 
     @property
     def rung(self) -> Rung | None:
-        """The rung that is due after the step that has just ended, None for none."""
+        """The rung that is due after the last step; None if none is due."""
         rung = self.rungs.get(self.step)
         return None if any(past["step"] == self.step for past in self.state.rungs) else rung
 
     def reach_rung(self, measure: Callable[[], ValidationTally]) -> dict[str, Any] | None:
         """Retires the worse branches if a rung is due.
 
+        The adapters of retired branches stay in the model until [`drop_retired`] is called.
+
         Args:
             measure: validates the living branches, see [`select`].
 
         Returns:
-            the rung's record, with the branches that it retires; None where no rung is due. Their adapters are still
-            in the model: [`drop_retired`] frees them.
+            the rung's record, see [`rung_record`]; None if no rung is due.
         """
         rung, state = self.rung, self.state
         if rung is None:
@@ -426,24 +446,25 @@ class Competition:
         return state.rungs[-1]
 
     def drop_retired(self) -> None:
-        """Frees the adapters of retired branches."""
+        """Deletes the adapters of retired branches."""
         for branch in self.state.retired:
             if branch_name(branch) in self.model.peft_config:
                 self.model.drop_branch(branch)
 
     @property
     def selected(self) -> bool:
-        """Whether the branches have been validated at the present step."""
+        """Whether there has been a selection at the present step."""
         return self.state.selection is not None and self.state.selection["step"] == self.step
 
     def select(self, measure: Callable[[], ValidationTally]) -> dict[str, Any]:
-        """Makes the branch that is best on the validation set the leader (eq. 11-12).
+        """Selects the branch that is best on the validation set as the leader (eq. 11-12).
 
         Args:
-            measure: sums each living branch's figures over the validation set; not called again at the same step.
+            measure: sums the figures of each living branch over the validation set. It is called at most once for each
+                step.
 
         Returns:
-            the result, see [`ValidationTally.result`].
+            the selection, see [`ValidationTally.result`].
 
         Raises:
             RuntimeError: if there is no validation example, or every branch is disqualified.
@@ -456,7 +477,7 @@ class Competition:
         return self.state.selection
 
     def follow_leader(self) -> None:
-        """Makes the leader the adapter that the model's ordinary forward uses."""
+        """Makes the leader the active adapter, which an ordinary forward of the model uses."""
         name = branch_name(self.state.leader)
         if self.model.active_adapter != name:
             self.model.set_adapter(name)
@@ -466,11 +487,12 @@ class Competition:
 
 
 class Counted(NamedTuple):
-    """What a batch is counted by.
+    """The counts of a batch.
 
     Attributes:
-        lines: lines of the batch, each of which goes to one branch whole where rows are shared.
-        weights: what each row weighs in a loss that is a mean over the step, int64 [R]: its supervised tokens, or 1.
+        lines: number of lines. If rows are shared, each line goes to one branch as a whole.
+        weights: the weight of each row in a loss that is a mean over the step, int64 [R]: its number of supervised
+            tokens, or 1.
     """
 
     lines: int
@@ -478,29 +500,32 @@ class Counted(NamedTuple):
 
 
 def supervised_tokens(batch: dict[str, Any]) -> Counted:
-    """Counts a batch with `labels`: the mean is over its supervised tokens."""
+    """Counts a batch with `labels`, whose loss is a mean over supervised tokens."""
     rows = Rows.of(batch)
     return Counted(_lines(rows, batch), rows.supervised_tokens(batch["labels"]))
 
 
 @dataclass
 class StepPlan:
-    """Where this process's micro-batches lie within the optimizer step.
+    """The plan of an optimizer step: the positions of this process's micro-batches in it, and its counts.
 
-    Rows and lines are counted micro-batch by micro-batch, and process by process within one, which is the order in
-    which accelerate deals out a data set: the same row has the same place, and so the same noise and the same branch,
-    however the step is cut. A line is a row, or an example of a packed batch with all its rows.
+    The rows of a step are numbered micro-batch by micro-batch, and process by process within a micro-batch. This is
+    the order in which accelerate distributes a data set. So a row has the same number, and therefore the same noise
+    and the same branch, for every division of the step into micro-batches and processes. A line is a row, or an
+    example of a packed batch with all its rows.
 
     Attributes:
-        places: (first row, rows) of each of this process's micro-batches.
-        rows: rows of the whole step.
-        supervised_rows: those with a supervised token, an int64 tensor.
-        tokens: M, supervised tokens of the whole step, an int64 tensor.
-        own_tokens: those of this process.
-        line_places: (first line, lines) of each micro-batch.
-        lines: lines of each micro-batch of the whole step, process by process.
-        owners: the branch of each line of each micro-batch, where rows are shared.
-        branch_tokens: M of each branch, [K], where rows are shared.
+        places: (first row, number of rows) of each of this process's micro-batches.
+        rows: number of rows of the whole step.
+        supervised_rows: number of rows with a supervised token in the whole step, an int64 tensor [].
+        tokens: M, the number of supervised tokens of the whole step, an int64 tensor [].
+        own_tokens: number of supervised tokens of this process, an int64 tensor [].
+        line_places: (first line, number of lines) of each of this process's micro-batches.
+        lines: number of lines of each micro-batch of the whole step, process by process.
+        owners: for each of this process's micro-batches, the branch of each line; None if rows are not shared.
+        branch_tokens: number of supervised tokens of each branch in the whole step, [K]; None if rows are not shared.
+        used: number of this process's micro-batches that have run.
+        noise: ε of the whole step; None before the first micro-batch.
     """
 
     places: list[tuple[int, int]]
@@ -523,26 +548,30 @@ class StepPlan:
         accelerator: Accelerator | None = None,
         count: Callable[[dict[str, Any]], Counted] = supervised_tokens,
     ) -> "StepPlan | None":
-        """Counts a step's micro-batches, over all processes; None when there is no batch.
+        """Counts the micro-batches of a step over all processes.
 
         Args:
-            device: where the counts are kept.
-            accelerator: None for a single process.
+            batches: this process's micro-batches.
+            device: the device of the counts.
+            accelerator: the accelerator; None for a single process.
             count: counts a batch.
+
+        Returns:
+            the plan; None if there are no batches.
         """
         if not batches:
             return None
         counted = [count(batch) for batch in batches]
-        hosts = [(weights.numel(), lines) for lines, weights in counted]
+        own_sizes = [(weights.numel(), lines) for lines, weights in counted]
         counts = torch.stack([torch.stack([(own.weights > 0).sum(), own.weights.sum()]) for own in counted])
         counts = counts.to(device)
         own = counts[:, 1].sum()
         if accelerator is None or accelerator.num_processes == 1:
-            # rows and lines are known on the host, no transfer needed
-            sizes, rank = [[size] for size in hosts], 0
+            # The numbers of rows and lines are known on the host, so the device is not read
+            sizes, rank = [[size] for size in own_sizes], 0
             supervised, tokens = counts[:, 0].sum(), own
         else:
-            gathered = accelerator.gather(torch.cat([counts, torch.tensor(hosts).to(counts)], dim=1)[None])
+            gathered = accelerator.gather(torch.cat([counts, torch.tensor(own_sizes).to(counts)], dim=1)[None])
             sizes, rank = gathered[..., 2:].transpose(0, 1).tolist(), accelerator.process_index
             supervised, tokens = gathered[..., 0].sum(), gathered[..., 1].sum()
         row_places, row_count = _places([[size[0] for size in micro_batch] for micro_batch in sizes], rank)
@@ -559,7 +588,20 @@ class StepPlan:
         accelerator: Accelerator | None = None,
         count: Callable[[dict[str, Any]], Counted] = supervised_tokens,
     ) -> "StepPlan":
-        """Deals the step's lines out among the living branches, and counts each branch's tokens over all processes."""
+        """Distributes the step's lines among the living branches, and counts the tokens of each branch in all
+        processes.
+
+        Args:
+            batches: this process's micro-batches.
+            step: the optimizer step.
+            living: the living branches.
+            k: number of branches.
+            accelerator: the accelerator; None for a single process.
+            count: counts a batch.
+
+        Returns:
+            the plan itself.
+        """
         self.owners = [
             tuple(dealt_to(first + line, step, living) for line in range(lines)) for first, lines in self.line_places
         ]
@@ -576,10 +618,10 @@ class StepPlan:
         return self
 
     def router_weights(self, step: int, living: list[int], k: int) -> Tensor:
-        """Weights of the branches' load-balancing losses where rows are shared, [K], on the CPU.
+        """The weights of the branches' load-balancing losses if rows are shared, [K], on the CPU.
 
-        They make the mean over the living branches of each one's mean over the micro-batches that it has lines of, out
-        of sums over branches and means over all micro-batches.
+        The weighted losses are summed over the branches and averaged over all micro-batches. With these weights, the
+        result is the mean over the living branches of each branch's mean over the micro-batches in which it has lines.
         """
         having_lines, first = torch.zeros(k), 0
         for count in self.lines:
@@ -588,11 +630,19 @@ class StepPlan:
         return len(self.lines) / (len(living) * having_lines.clamp(min=1))
 
     def row_passes(self, living: int) -> int:
-        """The step's cost: rows through one branch, forward and backward; a packed line of shared rows counts once."""
+        """The cost of the step in row passes, see [`CompetitionState`]. If rows are shared, a packed line counts once.
+
+        Args:
+            living: number of living branches.
+        """
         return sum(self.lines) * (1 if self.owners is not None else living)
 
     def next(self, seed: int, step: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The noise ε [R, K] of the next micro-batch's rows, and the step's number of rows with supervised tokens."""
+        """Moves on to the next micro-batch.
+
+        Returns:
+            the noise ε of its rows, [R, K], and the number of rows with supervised tokens in the whole step.
+        """
         if self.noise is None:
             self.noise = step_noise(seed, step, self.rows, k)
         first, count = self.places[self.used]
@@ -601,9 +651,9 @@ class StepPlan:
 
 
 class LineCollator:
-    """A collator that also says how many rows each example of a packed batch brings.
+    """A collator that adds the number of rows of each example to a packed batch, as the entry `rows_per_line`.
 
-    A packed example holds several sequences, and goes to one branch whole.
+    A packed example holds several sequences. If rows are shared, it goes to one branch as a whole.
     """
 
     def __init__(self, collator: Any) -> None:
@@ -616,7 +666,12 @@ class LineCollator:
 
 
 def _places(sizes: list[list[int]], rank: int) -> tuple[list[tuple[int, int]], int]:
-    """(first, count) of one process's part of each micro-batch, and the number in all."""
+    """The (first, count) of one process's part of each micro-batch, and the total count.
+
+    Args:
+        sizes: for each micro-batch, the count of each process.
+        rank: the process.
+    """
     places, first = [], 0
     for micro_batch in sizes:
         places.append((first + sum(micro_batch[:rank]), micro_batch[rank]))
@@ -630,23 +685,32 @@ def _lines(rows: Rows, batch: dict[str, Any]) -> int:
 
 
 class StepSums:
-    """Sums over the micro-batches of one optimizer step, in one float64 vector so that one reduction suffices.
+    """Sums over the micro-batches of one optimizer step, in one vector, so that a single reduction is enough.
 
     Attributes:
-        vector: S [K], m [K], p [K], micro-batches with a non-finite loss or gradients that are not finite [K], of the
-            branches; then non-finite gradients of the selector, Σ p·S, L_pair, rows with a supervised token.
+        vector: [4·K + 4], float64 where the device has it. For each branch: S, m, p, and the number of non-finite
+            losses and gradients. Then: the number of non-finite gradients of the selector, Σ p·S, L_pair, and the
+            number of rows with a supervised token.
     """
 
     def __init__(self, k: int, device: torch.device) -> None:
         self.k = k
-        # float64 is not known to every accelerator (MPS)
+        # MPS has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.vector = torch.zeros(4 * k + 4, dtype=dtype, device=device)
 
     def add(
         self, nll: Tensor, ran: Tensor, tokens: Tensor, probabilities: Tensor | None, pairwise: Tensor | None
     ) -> None:
-        """Adds a micro-batch: S [K, R], which rows ran [K, R], m [R], p [R, K] or None, L_pair's share or None."""
+        """Adds a micro-batch.
+
+        Args:
+            nll: S, the summed negative log-likelihood of each row under each branch, [K, R].
+            ran: whether a row has run through a branch, bool [K, R].
+            tokens: m, the supervised tokens of each row, [R].
+            probabilities: p, [R, K]; None without a selector.
+            pairwise: the micro-batch's part of L_pair; None without a selector.
+        """
         k, supervised = self.k, tokens > 0
         finite = nll.isfinite()
         nll = torch.where(finite, nll, torch.zeros_like(nll))
@@ -668,7 +732,7 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """[`StepSums`] of all processes, on the host."""
+    """The sums of [`StepSums`] over all processes, on the host."""
 
     k: int
     values: list[float]
@@ -678,18 +742,18 @@ class StepFigures:
 
     @property
     def nll(self) -> list[float]:
-        """Mean NLL of each branch on the rows it saw."""
+        """Mean NLL of each branch on the rows that it saw, in nats per token."""
         k = self.k
         return [s / max(m, 1.0) for s, m in zip(self.values[:k], self.values[k : 2 * k], strict=True)]
 
     @property
     def tokens(self) -> list[float]:
-        """Supervised tokens that each branch saw."""
+        """Number of supervised tokens that each branch saw."""
         return self.values[self.k : 2 * self.k]
 
     @property
     def probabilities(self) -> list[float]:
-        """p summed over the rows, of each branch."""
+        """p of each branch, summed over the rows."""
         return self.values[2 * self.k : 3 * self.k]
 
     @property
@@ -699,6 +763,7 @@ class StepFigures:
 
     @property
     def selector_diverged(self) -> bool:
+        """Whether the selector had a gradient that is not finite."""
         return self.values[-4] > 0
 
     @property
@@ -708,17 +773,18 @@ class StepFigures:
 
     @property
     def pairwise(self) -> float:
+        """L_pair (eq. 9)."""
         return self.values[-2]
 
     @property
     def rows(self) -> float:
-        """Rows with a supervised token."""
+        """Number of rows with a supervised token."""
         return self.values[-1]
 
 
 @dataclass
 class LogWindow:
-    """Averages between two logs of the Trainer, as the entries `comlora/...`."""
+    """The figures between two logs of the Trainer, as entries `comlora/...`."""
 
     k: int
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -726,7 +792,7 @@ class LogWindow:
     def add_step(
         self, figures: StepFigures, eta: float, state: CompetitionState, settings: CompetitionSettings
     ) -> None:
-        """Adds a finished step; branches that are out have no entries."""
+        """Adds a finished step. Retired and disqualified branches have no entries."""
         rows, losses = max(figures.rows, 1.0), figures.nll
         entry = {f"comlora/loss_{branch}": losses[branch] for branch in state.living}
         if settings.independent:
@@ -748,7 +814,7 @@ class LogWindow:
         self.steps.append(entry)
 
     def flush(self) -> dict[str, float]:
-        """The window's entries, means over the steps that have them (wins are counts), and begins the next window."""
+        """Returns the entries as means over the steps that have them (wins as sums), and starts a new window."""
         steps, self.steps = self.steps, []
         logs = {}
         for name in dict.fromkeys(name for step in steps for name in step):
@@ -759,7 +825,7 @@ class LogWindow:
 
 
 def step_winner(figures: StepFigures, living: list[int]) -> int | None:
-    """The branch that won a step (lowest NLL), or None when fewer than two in the race had a token."""
+    """The branch with the lowest NLL in a step; None if fewer than two living branches saw a supervised token."""
     racing = [branch for branch in living if figures.tokens[branch]]
     return min(racing, key=lambda branch: figures.nll[branch]) if len(racing) > 1 else None
 
@@ -770,9 +836,12 @@ def step_winner(figures: StepFigures, living: list[int]) -> int | None:
 def gradient_norms(
     groups: Sequence[Sequence[nn.Parameter]], device: torch.device, accelerator: Accelerator | None = None
 ) -> Tensor:
-    """Norms of the gradients of groups of parameters, [n], float32 or wider; 0 for a group without a gradient.
+    """The norm of the gradients of each of n groups of parameters.
 
-    Every process has to call it. The norms of all gradients are one launch, however many parameters there are.
+    All processes must call this. The norms of all gradients are computed in one launch.
+
+    Returns:
+        [n], float32 or float64; 0 for a group without gradients.
     """
     if _may_be_sharded(accelerator) and sharding.has_sharded_gradients(groups, accelerator):
         return sharding.norms(groups, device, accelerator)
@@ -781,7 +850,7 @@ def gradient_norms(
     if not flat:
         return torch.zeros(len(groups), device=device)
     found = compat.foreach_norm(flat)
-    if len({norm.device for norm in found}) > 1:  # a model that is split over devices
+    if len({norm.device for norm in found}) > 1:  # the model is split over several devices
         found = [norm.to(device) for norm in found]
     norms = torch.stack(found).to(device)
     norms = norms if norms.dtype == torch.float64 else norms.float()
@@ -791,12 +860,15 @@ def gradient_norms(
 def clip_gradients(
     groups: Sequence[Sequence[nn.Parameter]], norms: Tensor, max_norm: float, accelerator: Accelerator | None = None
 ) -> None:
-    """Scales each group's gradients to a norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+    """Scales the gradients of each group to a norm of at most `max_norm`, like `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        norms: of [`gradient_norms`].
+        groups: groups of parameters.
+        norms: the result of [`gradient_norms`], [n].
+        max_norm: the largest norm.
+        accelerator: the accelerator; None for a single process.
     """
-    # A factor of 1 changes nothing and needs no answer from the device
+    # Small gradients are multiplied by 1, so that the host need not read the norms from the device
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for group, factor in zip(groups, factors, strict=True):
         if _may_be_sharded(accelerator) and sharding.is_sharded(group[:1]):

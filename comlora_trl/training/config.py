@@ -1,7 +1,7 @@
-"""The configurations: TRL's own with the competition's settings, each checked where it arrives.
+"""The configurations of the trainers: TRL's configurations with the settings of the competition.
 
-[`CompetitionConfig`] has the competition's fields and checks alone, [`IndependentConfig`] those of trainers whose
-branches train by losses of their own.
+[`CompetitionConfig`] has the fields and checks of the competition. [`IndependentConfig`] is for trainers whose
+branches each train by their own loss, and [`BetaConfig`] for those of them whose loss has a β.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from comlora_trl.competition.selector import SELECTOR_INPUTS, SelectorSettings
 from comlora_trl.data.prompts import PROMPT_TEMPLATES
 
 WINNER_CRITERIA = ("selector", "validation_loss", "validation_accuracy")
-# Settings that only a run with a selector reads
+# Settings that have an effect only in a run with a selector
 _OF_THE_SELECTOR = ("top_n", "annealing", "annealing_rate", "noise", "alignment_weight", "pairwise_weight")
 _OF_THE_SELECTOR += ("selector_dim", "selector_ffn_dim", "selector_heads", "selector_input", "selector_learning_rate")
 _OF_THE_SELECTOR += ("equation_signs",)
@@ -31,19 +31,20 @@ logger = get_logger(__name__)
 
 @dataclass
 class CompetitionConfig:
-    """The competition's settings, before a configuration of TRL's: `class Mine(CompetitionConfig, SFTConfig)`.
+    """The competition's settings, as the first base class of a configuration: `class Mine(CompetitionConfig,
+    SFTConfig)`.
 
-    Each field's help text is its documentation.
+    Each field is documented by its help text.
 
     Raises:
-        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+        ValueError: if a value is not allowed; the message names the value, what is allowed and what to do.
     """
 
     comlora_k: int | None = field(
         default=None,
         metadata={
-            "help": "Number of LoRA branches that compete (K). 1 without a selector is plain LoRA. None means 2, in a "
-            "tournament 4."
+            "help": "Number of LoRA branches that compete (K). 1 without a selector is plain LoRA. None means 2, or 4 "
+            "in a tournament."
         },
     )
     comlora_top_n: int | None = field(
@@ -79,13 +80,13 @@ class CompetitionConfig:
     comlora_selector: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to train a selector. Without it the branches train by eq. 4 alone and the winner is the "
-            "branch with the lowest validation NLL. None means yes, in a tournament no."
+            "help": "Whether to train a selector. Without it the branches train by eq. 4 only, and the branch with "
+            "the lowest validation NLL wins. None means yes, but no in a tournament or with comlora_rows='shared'."
         },
     )
     comlora_selector_dim: int | None = field(
         default=None,
-        metadata={"help": "Width of the selector (d_sel). None means the base model's embedding width; 512 is small."},
+        metadata={"help": "Width of the selector (d_sel), e.g. 512. None means the base model's embedding width."},
     )
     comlora_selector_ffn_dim: int | None = field(
         default=None, metadata={"help": "Width of the selector's feed-forward layer. None means 1.5 times its width."}
@@ -108,67 +109,69 @@ class CompetitionConfig:
         default=None,
         metadata={
             "help": "How the winner is chosen: 'selector' (highest accumulated score on the validation set, eq. "
-            "11-12; without a selector the validation loss), 'validation_loss' (lowest NLL) or "
-            "'validation_accuracy' (tokens predicted right; of preferences the reward accuracy). None means "
-            "'selector', in a tournament 'validation_loss', and of preferences 'validation_accuracy'.",
+            "11-12; the validation loss if there is no selector), 'validation_loss' (lowest loss) or "
+            "'validation_accuracy' (most tokens predicted right; with preferences, the reward accuracy). None means "
+            "'selector', or 'validation_loss' in a tournament, or 'validation_accuracy' with preferences.",
             "choices": list(WINNER_CRITERIA),
         },
     )
     comlora_validation_size: int | None = field(
         default=None,
         metadata={
-            "help": "Examples taken out of the training set, by the seed, to choose the winner when no eval_dataset "
-            "is given. None means 120 or a tenth of the examples, whichever is less."
+            "help": "Number of examples that are taken out of the training set (chosen by the seed) to select the "
+            "winner, if there is no eval_dataset. None means 120 or a tenth of the examples, whichever is less."
         },
     )
     comlora_branch_chunk: int | None = field(
         default=None,
         metadata={
-            "help": "Branches that run at a time, 1..K. None means all K in one forward; 1 needs a single LoRA's "
-            "memory, more time, and gives the same gradients."
+            "help": "Number of branches that run at a time, 1..K. None means all K in one forward. With 1, a step "
+            "needs the memory of a single LoRA and more time, and gives the same gradients."
         },
     )
     comlora_graphs: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed: the same loss and "
-            "gradients to rounding, a step several times as fast for small models. None means where they can be, on "
-            "one GPU; each shape is compared with the layers as they are before it is used. Batches are then padded "
-            "to multiples of 64 tokens, unless pad_to_multiple_of is given, and torch_compile=True means the same. "
-            "True also asks for it over several processes. False turns it off."
+            "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed. Loss and gradients "
+            "are the same up to rounding, and a step of a small model is several times as fast. None means yes on one "
+            "GPU, if the model allows it. Each shape is compared with the uncompiled layers before it is used. "
+            "Batches are padded to multiples of 64 tokens, unless pad_to_multiple_of is given. torch_compile=True "
+            "means the same. True also uses graphs with several processes. False turns graphs off."
         },
     )
     comlora_equation_signs: str = field(
         default="as_described",
         metadata={
-            "help": "'as_described' follows the paper's text: the preferred branch's loss goes down and scores follow "
-            "performance. 'as_printed' follows the letter of eq. 5 and 7, which raises it; for study.",
+            "help": "'as_described' follows the paper's text: the loss of the preferred branch goes down, and better "
+            "branches get higher scores. 'as_printed' follows eq. 5 and 7 exactly as printed, which raises that loss; "
+            "it is for studies only.",
             "choices": list(EQUATION_SIGNS),
         },
     )
     comlora_tournament: bool = field(
         default=False,
         metadata={
-            "help": "Tournament of learning rates, at the cost of one LoRA run: 4 branches at half, one, two and four "
-            "times `learning_rate`, rows shared among them, half of them retired after a tenth of training and all "
-            "but one after a quarter. What else is given besides wins."
+            "help": "Tournament of learning rates, at the cost of one LoRA run. 4 branches train at half, one, two "
+            "and four times `learning_rate`, and each row goes to one branch. Half of the branches are retired after "
+            "a tenth of training, and all but one after a quarter. Settings that are given explicitly override these."
         },
     )
     comlora_branch_learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "Peak learning rate of each branch, K of them. None means `learning_rate`."}
+        default=None, metadata={"help": "Peak learning rate of each branch, K values. None means `learning_rate`."}
     )
     comlora_rungs: str | None = field(
         default=None,
         metadata={
-            "help": "Points of training at which branches are retired, as FRACTION:BRANCHES, e.g. '0.1:2,0.25:1': the "
-            "best 2 go on after a tenth of the steps, the best one after a quarter. None: all go on to the end."
+            "help": "Points of training at which branches are retired, as FRACTION:BRANCHES. With '0.1:2,0.25:1', the "
+            "best 2 branches go on after a tenth of the steps, and the best one after a quarter. None means that all "
+            "branches train to the end."
         },
     )
     comlora_rows: str | None = field(
         default=None,
         metadata={
-            "help": "'all': every living branch sees every row; 'shared': each row goes to one of them, which costs "
-            "what one LoRA costs. None means 'all', in a tournament without a selector 'shared'.",
+            "help": "'all': every living branch sees every row. 'shared': each row goes to one living branch, so the "
+            "run costs as much as one LoRA run. None means 'all', or 'shared' in a tournament without a selector.",
             "choices": list(ROWS),
         },
     )
@@ -176,23 +179,23 @@ class CompetitionConfig:
         default=None,
         metadata={
             "help": "Prompt template that the instruction data was built with: 'comlora', 'llm_adapters' or 'hira' "
-            "(their white space), or 'plain' (the instruction alone). The winner records it and is scored under it. "
-            "None: the data's prompts are its own. scripts/sft.py builds instruction data with it, and with 'comlora' "
-            "if it is left out.",
+            "(which differ in white space), or 'plain' (the instruction only). It is recorded with the winner and "
+            "used when the winner is scored. None means that the data's prompts use no template. scripts/sft.py "
+            "builds instruction data with this template, and with 'comlora' if it is left out.",
             "choices": sorted(PROMPT_TEMPLATES),
         },
     )
     comlora_winner_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder the winning adapter is exported to. None means `{output_dir}/winner`."},
+        metadata={"help": "Folder that the winner is exported to. None means `{output_dir}/winner`."},
     )
     comlora_overwrite_winner: bool = field(
-        default=False, metadata={"help": "Whether to replace a winner folder that exists and is not empty."}
+        default=False, metadata={"help": "Whether to replace the winner's folder if it exists and is not empty."}
     )
 
     def __post_init__(self) -> None:
         if self.torch_compile and self.torch_compile_backend is None and self.torch_compile_mode is None:
-            # The same by another name; the whole model compiled takes minutes, for less
+            # Graphs compile each decoder layer already. Compiling the whole model takes minutes and is not faster
             self.torch_compile = not takes_graphs(self)
         lengths_are_free = self.pad_to_multiple_of == "auto"
         with settled_without_gpu(self):
@@ -203,7 +206,7 @@ class CompetitionConfig:
         check_config(self)
 
     def _fill_in(self) -> None:
-        """What is left out, by whether this is a tournament."""
+        """Sets the fields that are None to their defaults, which depend on `comlora_tournament`."""
         tournament = self.comlora_tournament
         if self.comlora_k is None:
             self.comlora_k = 4 if tournament else 2
@@ -226,7 +229,7 @@ class CompetitionConfig:
 
     @property
     def independent(self) -> bool:
-        """Whether each branch trains as it would alone, by a loss of its own."""
+        """Whether each branch trains by its own loss, as it would in a run with one branch."""
         own = self.comlora_branch_learning_rates is not None or self.comlora_rungs or self.comlora_rows == "shared"
         return bool(own) and not self.comlora_selector
 
@@ -261,12 +264,12 @@ class CompetitionConfig:
 
     @property
     def winner_dir(self) -> str:
-        """Folder the winner is exported to."""
+        """The folder that the winner is exported to."""
         return self.comlora_winner_dir or f"{self.output_dir}/winner"
 
     @classmethod
     def from_arguments(cls, args: TrainingArguments) -> "CompetitionConfig":
-        """A plain configuration of TRL's, or `TrainingArguments`, as this one, with the competition's defaults."""
+        """Converts a configuration of TRL or `TrainingArguments`, with the defaults of the competition."""
         known: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
         return cls(**known)
 
@@ -274,14 +277,14 @@ class CompetitionConfig:
 @dataclass
 class ComLoRAConfig(CompetitionConfig, SFTConfig):
     """
-    Configuration of the [`ComLoRASFTTrainer`]: every field of TRL's `SFTConfig`, and those of the competition, whose
-    names begin with `comlora_`. Each field's help text is its documentation (`scripts/sft.py --help` prints them).
+    Configuration of the [`ComLoRASFTTrainer`]: all fields of TRL's `SFTConfig`, and the fields of the competition,
+    whose names begin with `comlora_`. Each field is documented by its help text (`scripts/sft.py --help`).
 
     > [!NOTE]
-    > `learning_rate` defaults to `1e-4` instead of TRL's `2e-5`, as LoRA and the paper use it.
+    > `learning_rate` defaults to `1e-4` instead of TRL's `2e-5`. This is the paper's value and usual for LoRA.
 
     Raises:
-        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+        ValueError: if a value is not allowed; the message names the value, what is allowed and what to do.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -289,10 +292,10 @@ class ComLoRAConfig(CompetitionConfig, SFTConfig):
 
 @dataclass
 class IndependentConfig(CompetitionConfig):
-    """The competition's settings where each branch trains as it would alone, by TRL's loss of its own outputs.
+    """The competition's settings for trainers whose branches each train by TRL's loss, as in a run with one branch.
 
-    There is no selector. The winner is the branch with the highest reward accuracy on the validation set, unless
-    `comlora_winner_by` asks for the loss.
+    There is no selector. The branch with the highest reward accuracy on the validation set wins, unless
+    `comlora_winner_by` is "validation_loss".
     """
 
     comlora_graphs: bool | None = field(
@@ -322,7 +325,7 @@ class IndependentConfig(CompetitionConfig):
 
     @property
     def independent(self) -> bool:
-        """Always: each branch trains as it would alone."""
+        """Always True: each branch trains by its own loss."""
         return True
 
     @property
@@ -338,16 +341,16 @@ class IndependentConfig(CompetitionConfig):
 
 @dataclass
 class BetaConfig(IndependentConfig):
-    """The settings of trainers whose loss has a β, which may be each branch's own."""
+    """The settings of trainers whose loss has a β, which may differ between branches."""
 
     comlora_branch_betas: list[float] | None = field(
-        default=None, metadata={"help": "β of each branch's loss, K of them. None means `beta`."}
+        default=None, metadata={"help": "β of each branch's loss, K values. None means `beta`."}
     )
     comlora_grid: bool = field(
         default=False,
         metadata={
-            "help": "Whether comlora_branch_learning_rates and comlora_branch_betas are the sides of a grid, of which "
-            "each point is a branch, instead of one entry for each branch."
+            "help": "Whether comlora_branch_learning_rates and comlora_branch_betas are the two sides of a grid, with "
+            "one branch for each combination. If False, they have one entry for each branch."
         },
     )
 
@@ -367,11 +370,11 @@ class BetaConfig(IndependentConfig):
                 )
             self.comlora_branch_learning_rates = [rate for rate, _ in points]
             self.comlora_branch_betas = betas = [beta for _, beta in points]
-            self.comlora_grid = False  # what is listed now is each branch's own, as a record of this run reads it
+            self.comlora_grid = False  # the lists now have one entry for each branch, and the record must say so
         if betas is not None:
             if self.comlora_k is None:
                 self.comlora_k = len(betas)
-            if self.comlora_branch_learning_rates is None:  # a tournament of β alone, at one rate
+            if self.comlora_branch_learning_rates is None:  # only β differs
                 self.comlora_branch_learning_rates = [self.learning_rate] * self.comlora_k
             found = f"{len(betas)} betas"
             advice = "leave it out for the same beta"
@@ -402,14 +405,14 @@ class BetaConfig(IndependentConfig):
 @dataclass
 class ComLoRADPOConfig(BetaConfig, DPOConfig):
     """
-    Configuration of the [`ComLoRADPOTrainer`]: every field of TRL's `DPOConfig`, and those of the competition, whose
-    names begin with `comlora_`.
+    Configuration of the [`ComLoRADPOTrainer`]: all fields of TRL's `DPOConfig`, and the fields of the competition,
+    whose names begin with `comlora_`.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-5` instead of TRL's `1e-6`, as TRL's documentation advises for adapters.
 
     Raises:
-        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+        ValueError: if a value is not allowed; the message names the value, what is allowed and what to do.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -418,14 +421,14 @@ class ComLoRADPOConfig(BetaConfig, DPOConfig):
 @dataclass
 class ComLoRAKTOConfig(BetaConfig, KTOConfig):
     """
-    Configuration of the [`ComLoRAKTOTrainer`]: every field of TRL's `KTOConfig`, and those of the competition, whose
-    names begin with `comlora_`.
+    Configuration of the [`ComLoRAKTOTrainer`]: all fields of TRL's `KTOConfig`, and the fields of the competition,
+    whose names begin with `comlora_`.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-5` instead of TRL's `1e-6`, as TRL's documentation advises for adapters.
 
     Raises:
-        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+        ValueError: if a value is not allowed; the message names the value, what is allowed and what to do.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -444,19 +447,19 @@ class ComLoRAKTOConfig(BetaConfig, KTOConfig):
 @dataclass
 class ComLoRARewardConfig(IndependentConfig, RewardConfig):
     """
-    Configuration of the [`ComLoRARewardTrainer`]: every field of TRL's `RewardConfig`, and those of the competition,
-    whose names begin with `comlora_`.
+    Configuration of the [`ComLoRARewardTrainer`]: all fields of TRL's `RewardConfig`, and the fields of the
+    competition, whose names begin with `comlora_`.
 
     Raises:
-        ValueError: if a value is out of its range; the message names the value, what is allowed and what to do.
+        ValueError: if a value is not allowed; the message names the value, what is allowed and what to do.
     """
 
 
 @contextmanager
 def settled_without_gpu(args: "CompetitionConfig") -> Iterator[None]:
-    """Around TRL's own checks: without a GPU its default of bf16 would end in an error.
+    """The context of TRL's own checks. Without a GPU, the run uses the CPU, in float32 unless bf16 is asked for.
 
-    Float32 it is then, unless bf16 is asked for; the CPU is taken, and a line says so.
+    Otherwise TRL's default, bf16, would raise an error. A warning tells the user.
     """
     settle = not (args.use_cpu or args.fp16 or args.bf16 is False or torch.accelerator.is_available())
     if settle:
@@ -467,20 +470,20 @@ def settled_without_gpu(args: "CompetitionConfig") -> Iterator[None]:
 
 
 def packs(args: "CompetitionConfig") -> bool:
-    """Whether batches are lines of rows without padding; not every trainer of TRL's has the options."""
+    """Whether batches are packed lines without padding. Not every TRL trainer has these options."""
     return any(getattr(args, option, False) for option in ("packing", "padding_free"))
 
 
 def takes_graphs(args: "CompetitionConfig") -> bool:
-    """Whether a run's decoder layers are to be compiled and replayed as CUDA graphs, if they can be."""
+    """Whether a run shall replay its decoder layers as CUDA graphs, if the model allows it."""
     return args.comlora_graphs is not False and not args.use_cpu and torch.cuda.is_available()
 
 
 def check_config(args: "CompetitionConfig") -> None:
-    """Checks every setting of the competition, those left out being filled in.
+    """Checks all settings of the competition, after the defaults have been filled in.
 
     Raises:
-        ValueError: naming the value, what is allowed and what to do.
+        ValueError: if a value is not allowed; the message names the value, what is allowed and what to do.
     """
     _check_ranges(args)
     _check_tournament(args)
@@ -505,8 +508,8 @@ def _check_ranges(args: "CompetitionConfig") -> None:
     _require(size is None or size > 0, "comlora_validation_size", size, "1 or more", "the paper uses 120")
     if args.comlora_lm_weight == 0 and (args.comlora_alignment_weight == 0 or not args.comlora_selector):
         raise ValueError(
-            "comlora_lm_weight=0 without an alignment loss leaves the branches nothing to learn from: raise "
-            "comlora_lm_weight, or set comlora_alignment_weight above 0 with comlora_selector=True."
+            "comlora_lm_weight=0 without an alignment loss leaves the branches nothing to learn from: set "
+            "comlora_lm_weight above 0, or set comlora_alignment_weight above 0 with comlora_selector=True."
         )
 
 
@@ -514,7 +517,7 @@ def _check_tournament(args: "CompetitionConfig") -> None:
     k, rates = args.comlora_k, args.comlora_branch_learning_rates
     advice = "leave it out for the default"
     if args.comlora_tournament:
-        _require(k > 1, "comlora_k", k, "2 or more in a tournament", "one branch has nobody to compete with")
+        _require(k > 1, "comlora_k", k, "2 or more in a tournament", "one branch can't compete")
     if rates is not None:
         found = f"{len(rates)} rates"
         _require(len(rates) == k, "comlora_branch_learning_rates", found, f"comlora_k={k} rates", advice)
@@ -548,7 +551,11 @@ def _check_choices(args: "CompetitionConfig") -> None:
 
 
 def _check_used(args: "CompetitionConfig") -> None:
-    """Refuses a setting that nothing would read."""
+    """Checks that every setting that differs from its default has an effect.
+
+    Raises:
+        ValueError: if one has none.
+    """
     unread = {
         "comlora_selector=False": () if args.comlora_selector else _OF_THE_SELECTOR,
         "comlora_alignment_weight=0": () if args.comlora_alignment_weight else ("annealing", "annealing_rate"),

@@ -1,4 +1,4 @@
-"""Checks of the data, each in one line, before TRL prepares them and after."""
+"""Checks of the data before and after TRL prepares it."""
 
 import textwrap
 from typing import Any
@@ -17,14 +17,17 @@ def check_columns(
     text_field: str = "text",
     template: str | None = None,
 ) -> None:
-    """Refuses a data set without a column that TRL's SFT trainer can read, or with prompts of another template.
+    """Checks that TRL's SFT trainer can read a data set, and that its prompts were built with the given template.
 
     Args:
-        text_field: the column of plain text (`dataset_text_field`).
-        template: the prompt template that is said to have built the prompts (`comlora_prompt`).
+        dataset: the data set.
+        name: its name in messages, such as "training".
+        formatting_func: the user's function that makes texts of examples, or None.
+        text_field: name of the column with plain text (`dataset_text_field`).
+        template: the prompt template (`comlora_prompt`); None for no check.
 
     Raises:
-        ValueError: naming what was found and what is allowed.
+        ValueError: if the data set is empty, has images, lacks columns or values, or has prompts of another template.
     """
     first = next(iter(dataset), {})
     columns = list(first)
@@ -51,10 +54,10 @@ def check_columns(
 
 
 def check_text_only(dataset: Dataset | IterableDataset) -> None:
-    """Refuses a data set without an example, or with images.
+    """Checks that a data set has examples and no images.
 
     Raises:
-        ValueError: saying so.
+        ValueError: if it is empty or has images.
     """
     columns = list(next(iter(dataset), {}))
     if not columns:
@@ -64,10 +67,15 @@ def check_text_only(dataset: Dataset | IterableDataset) -> None:
 
 
 def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:
-    """Refuses data of which TRL's preparation has left nothing, for no supervised token lies within `max_length`.
+    """Checks that prepared data sets are not empty. TRL drops examples without a supervised token in `max_length`.
+
+    Args:
+        train: the prepared training set.
+        validation: the prepared validation set, a dict of several, or None.
+        max_length: the longest length of an example, in tokens; None for no limit.
 
     Raises:
-        ValueError: saying so.
+        ValueError: if one is empty.
     """
     sets = validation if isinstance(validation, dict) else {"validation": validation}
     for name, dataset in {"training": train, **sets}.items():
@@ -80,7 +88,8 @@ def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:
 
 def _check_filled(dataset: Dataset, name: str, columns: set[str]) -> None:
     for column in sorted(columns):
-        if not dataset.data.column(column).null_count:  # of the whole table, of which this may be a selection
+        # The count is that of the whole table, from which this data set may select some rows
+        if not dataset.data.column(column).null_count:
             continue
         if (row := next((row for row, value in enumerate(dataset[column]) if value is None), None)) is not None:
             raise ValueError(f"row {row} of the {name} dataset has no {column}: fill it in, or leave the row out.")

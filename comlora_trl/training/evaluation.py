@@ -1,4 +1,4 @@
-"""Every branch on a validation set, each example once, whatever the number of processes or the kind of data set."""
+"""Validation of all branches. Each example counts once, with any number of processes and any kind of data set."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +17,14 @@ from comlora_trl.training.competition import ROWS_PER_LINE, Competition
 
 
 class Measured(NamedTuple):
-    """A batch's figures, as [`ValidationTally.add`] takes them.
+    """The figures of a batch, in the order of [`ValidationTally.add`].
 
     Attributes:
-        losses: sums of each row's losses of each branch, [K, R].
-        correct: what each branch got right of each row, [K, R].
-        counts: what losses and right answers are counted by, of each row, [R].
-        scores: sim, [R, K], None without a selector.
+        losses: the summed loss of each row under each branch, [K, R].
+        correct: number of correct predictions of each branch on each row, [K, R].
+        counts: number of items (tokens or pairs) of each row, by which losses and correct predictions are divided,
+            [R].
+        scores: sim, [R, K]; None without a selector.
     """
 
     losses: Tensor
@@ -35,10 +36,19 @@ class Measured(NamedTuple):
 def own_batches(
     dataset: Dataset | IterableDataset, size: int, rank: int, processes: int
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """This process's examples, batch by batch, and how many of them count.
+    """Splits a validation set among the processes.
 
-    All processes get as many batches, for sharded weights are gathered by all at once: one that has no example left
-    repeats another's, which does not count.
+    All processes get the same number of batches, because all of them must gather sharded weights at the same time. A
+    process without examples in a batch gets an example of another process, which does not count.
+
+    Args:
+        dataset: the validation set.
+        size: examples of a batch, for each process.
+        rank: this process.
+        processes: number of processes.
+
+    Yields:
+        this process's examples of a batch, and how many of them count.
     """
     for group in _groups(dataset, size * processes):
         own = group[rank * size : (rank + 1) * size]
@@ -57,9 +67,9 @@ def _groups(dataset: Dataset | IterableDataset, size: int) -> Iterator[Sequence[
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again.
+    """Within the block, the model is in evaluation mode. Afterwards, the mode of each module is restored.
 
-    The flags alone: `eval()` and `train()` call every module's own, some 10 ms a call in a model of thousands.
+    Only the flags are set. `eval()` and `train()` would take about 10 ms each in a model with thousands of modules.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -79,21 +89,27 @@ def validate(
     trainer: Any,
     measure: Callable[[torch.nn.Module, dict[str, Any], Any, int], Measured],
 ) -> ValidationTally:
-    """S, correct tokens and scores of every living branch over all the sets together.
+    """Measures all living branches on all validation sets together. All processes must call this.
 
     Args:
-        model: the model as the accelerator wrapped it.
-        competition: its living branches are measured.
-        trainer: the trainer whose collator, batch size, devices and precision are used.
-        measure: measures the living branches on a batch, of which so many examples count.
+        model: the model in the accelerator's wrapper.
+        competition: the competition.
+        datasets: the validation sets.
+        trainer: the trainer, whose collator, batch size, device and precision are used.
+        measure: measures the living branches on a batch. Its arguments are the model, the batch, a pass over the
+            living branches, and the number of examples that count.
+
+    Returns:
+        the sums over all processes.
     """
     accelerator: Accelerator = trainer.accelerator
     tally, rows = ValidationTally.empty(competition.settings.k, accelerator.device), competition.branch_pass()
     with evaluation_mode(model):
         for dataset in datasets:
-            loader = trainer.get_eval_dataloader(dataset)  # its columns and its collator, not its batches
+            loader = trainer.get_eval_dataloader(dataset)  # for its columns and its collator only
             readable = dataset if isinstance(dataset, IterableDataset) else loader.dataset
-            # As many rows as a training step has, which needs more memory: the same sums in fewer, fuller launches
+            # A training batch fits into memory, so a validation batch of the same size does too, and takes fewer
+            # launches
             size = max(trainer.args.per_device_eval_batch_size, trainer.args.per_device_train_batch_size)
             batches = own_batches(readable, size, accelerator.process_index, accelerator.num_processes)
             hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
@@ -109,7 +125,7 @@ def validate(
 
 
 def selection_metrics(selection: dict[str, Any], prefix: str) -> dict[str, float]:
-    """A selection's figures as log entries `PREFIX_comlora/...`."""
+    """The figures of a selection as log entries `PREFIX_comlora/...`."""
     metrics = {}
     columns = {"loss": "validation_nll", "accuracy": "validation_accuracy", "score": "scores"}
     for entry, column in columns.items():

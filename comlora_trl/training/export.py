@@ -1,6 +1,6 @@
-"""Exporting a branch as an ordinary PEFT adapter: one rank-r LoRA at the folder's root, safetensors only.
+"""Exports a branch as an ordinary PEFT adapter: a LoRA of rank r at the root of a folder, as safetensors.
 
-The export is atomic: it is written into a temporary folder beside the target and renamed.
+The export is atomic. The files are written into a temporary folder next to the target, which is then renamed.
 """
 
 import os
@@ -23,9 +23,9 @@ from comlora_trl.training.saved import SavedAdapter
 from comlora_trl.winner.files import LM_EVAL_FILE, read_training_record, write_training_record, write_winner_files
 from comlora_trl.winner.folder import TOKENIZER_FILES
 
-# Where branches that a rung has retired are kept, below output_dir
+# The folder below output_dir in which retired branches are saved
 RETIRED = "retired"
-# What a checkpoint folder holds for every branch alike, to be kept beside the exported adapter
+# Files of a checkpoint folder that belong to all branches and are copied to an exported adapter
 _TOKENIZER_PARTS = (
     *TOKENIZER_FILES,
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"),
@@ -33,11 +33,11 @@ _TOKENIZER_PARTS = (
 
 
 def check_target(target: str | Path, overwrite: bool) -> None:
-    """Refuses a target that can't be written or would lose something, before training starts.
+    """Checks before training that an export to a folder is possible and loses no files.
 
     Raises:
-        FileExistsError: if the folder exists, is not empty and `overwrite` is False.
-        PermissionError: if it can't be written.
+        FileExistsError: if the target is a file, or a folder that is not empty while `overwrite` is False.
+        PermissionError: if the target can't be written.
     """
     target = Path(target)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -51,10 +51,14 @@ def check_target(target: str | Path, overwrite: bool) -> None:
 
 
 def check_writable(folder: str | Path, option: str) -> None:
-    """Refuses a folder that can't be made or written to, in one line.
+    """Checks that a folder can be written, and creates it if it does not exist.
+
+    Args:
+        folder: the folder.
+        option: the option to change, for the message.
 
     Raises:
-        PermissionError: naming the folder, the reason and the option to change.
+        PermissionError: if it can't; the message names the folder, the reason and the option.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -68,13 +72,17 @@ def check_writable(folder: str | Path, option: str) -> None:
 
 @contextmanager
 def new_folder(target: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends without an error, and vanishes otherwise."""
+    """A temporary folder that is renamed to `target` if the block ends without an error, and is deleted otherwise.
+
+    Raises:
+        FileExistsError, PermissionError: as for [`check_target`].
+    """
     target = Path(target).absolute()
     check_target(target, overwrite)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        # mkdtemp makes a private folder; the export is as readable as any other new folder
+        # mkdtemp makes a private folder, but the export shall have the usual permissions of a new folder
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -90,7 +98,7 @@ def new_folder(target: str | Path, overwrite: bool) -> Iterator[Path]:
 
 
 def save_branch(snapshot: SavedAdapter, folder: Path, summary: dict[str, Any], processing_class: Any = None) -> None:
-    """Writes a branch into a folder as an ordinary PEFT adapter, with tokenizer and `competition.json`."""
+    """Writes a branch as an ordinary PEFT adapter into a folder, with the tokenizer and `competition.json`."""
     snapshot.save(folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
@@ -98,19 +106,23 @@ def save_branch(snapshot: SavedAdapter, folder: Path, summary: dict[str, Any], p
 
 
 class Background:
-    """Writes in a thread while training goes on; an error comes out where the writing is waited for."""
+    """Writes files in a thread while training continues. An error in the thread is raised by [`wait`]."""
 
     def __init__(self) -> None:
         self._pending: list[Future[None]] = []
 
     def start(self, write: Callable[..., None], *args: Any) -> None:
-        """Begins to write."""
+        """Calls `write(*args)` in a thread."""
         thread = ThreadPoolExecutor(1, thread_name_prefix="comlora-export")
         self._pending.append(thread.submit(write, *args))
-        thread.shutdown(wait=False)  # it ends with its work, which the interpreter's end waits for too
+        thread.shutdown(wait=False)  # the thread ends after this call; Python waits for it at exit
 
     def wait(self) -> None:
-        """Waits for all that was begun."""
+        """Waits for all calls that were started.
+
+        Raises:
+            Exception: the error of a call that failed.
+        """
         pending, self._pending = self._pending, []
         for written in pending:
             written.result()
@@ -119,12 +131,15 @@ class Background:
 def write_snapshots(
     snapshots: dict[int, SavedAdapter], folder: Path, summary: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    """Writes branches as plain adapters, each into a folder of its own, with `competition.json` and `training.json`.
+    """Writes branches as PEFT adapters, each into a subfolder, with `competition.json` and `training.json`.
 
-    Tokenizer and card are the winner's: an adapter gets its own when it is exported from a checkpoint.
+    There is no tokenizer and no card. An adapter gets these when it is exported from a checkpoint.
 
     Args:
-        folder: what they lie in; an earlier run's are replaced.
+        snapshots: the adapters by branch.
+        folder: the folder for the subfolders. Subfolders of an earlier run are replaced.
+        summary: content of `competition.json`.
+        record: content of `training.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for branch, snapshot in snapshots.items():
@@ -134,10 +149,11 @@ def write_snapshots(
 
 
 def push_winner(args: CompetitionConfig, **options: Any) -> CommitInfo:
-    """Uploads `output_dir`, at whose root the winner lies, without checkpoints and a second copy of it.
+    """Uploads `output_dir`, whose root contains the winner, without checkpoints and without the winner's own folder.
 
     Args:
-        options: of [`HfApi.upload_folder`].
+        args: the training arguments.
+        options: as for [`HfApi.upload_folder`].
     """
     winner, output = Path(args.winner_dir).absolute(), Path(args.output_dir).absolute()
     inside = [f"{winner.relative_to(output).as_posix()}/*"] if output in winner.parents else []
@@ -150,13 +166,16 @@ def export_checkpoint(checkpoint: str | Path, branch: int | None, target: str | 
 
     Args:
         checkpoint: a `checkpoint-N` folder of a ComLoRA run.
-        branch: the branch, or None for the winner of the newest evaluation before the checkpoint.
+        branch: the branch; None for the winner of the newest evaluation before the checkpoint.
+        target: the folder to export to.
+        overwrite: whether to replace the target if it exists and is not empty.
 
     Returns:
         the exported branch.
 
     Raises:
-        ValueError: if the folder is no such checkpoint, has no such branch or no winner yet.
+        ValueError: if the folder is not such a checkpoint, does not have the branch, or has no winner yet.
+        FileExistsError, PermissionError: as for [`check_target`].
     """
     checkpoint = Path(checkpoint)
     state = load_state(checkpoint)

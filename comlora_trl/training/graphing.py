@@ -1,4 +1,4 @@
-"""Whether a run's decoder layers are replayed as CUDA graphs, and the lengths that batches are padded to for them."""
+"""Decides whether a run replays its decoder layers as CUDA graphs, and tells the user what the padding costs."""
 
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -19,12 +19,17 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 def settle_graphs(model: BranchModel, args: Any, accelerator: Accelerator) -> str | None:
-    """Gives the model graphs to replay its decoder layers with, where it is of a kind that can be captured.
+    """Turns on CUDA graphs for a model's decoder layers, if these can be captured.
 
-    Each shape is compared with the layers as they are when it is captured, see [`comlora_trl.branches.graphs`].
+    When a shape is captured, it is compared with the uncompiled layers, see [`comlora_trl.branches.graphs`].
+
+    Args:
+        model: the model with its branches.
+        args: the training arguments.
+        accelerator: the accelerator.
 
     Returns:
-        one line that says why not, None where there are graphs or none were to be expected.
+        a line with the reason why there are no graphs; None if there are, or if the run did not ask for any.
     """
     model.competing.graphs = None
     wanted = args.comlora_graphs
@@ -45,41 +50,41 @@ def settle_graphs(model: BranchModel, args: Any, accelerator: Accelerator) -> st
 
 
 def compile_regionally(function: Callable) -> Callable:
-    """A function that runs one decoder layer, compiled once for all layers, lengths and numbers of branches."""
+    """Compiles a function that runs a decoder layer, once for all layers, lengths and numbers of branches."""
     return torch.compile(function, fullgraph=True)
 
 
 def why_not(model: BranchModel, args: Any, accelerator: Accelerator) -> str | None:
-    """Why a model's decoder layers can't be captured in a run, None if they can be tried."""
+    """The reason why a run can't capture the decoder layers; None if no reason is known."""
     base, layers = model.get_base_model(), model.expansion.layers
     if accelerator.device.type != "cuda":
         return f"they need an NVIDIA GPU, and the run is on {accelerator.device.type}"
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return f"{accelerator.distributed_type.value} moves the weights"
     if accelerator.num_processes > 1 and args.comlora_graphs is not True:
-        return "several processes (comlora_graphs=True asks for them nevertheless)"
+        return "there are several processes (comlora_graphs=True uses graphs nevertheless)"
     if not layers or model.expansion.place == SEPARATELY:
         return "the branches do not run through one stack of decoder layers together"
     if any(getattr(base.config.get_text_config(), name, None) for name in _EXPERTS):
         return "a router sends tokens to experts"
     if not compat.compiles_whole(base):
-        return f"transformers does not hold {type(base).__name__} for compilable as a whole"
+        return f"transformers does not declare that {type(base).__name__} compiles without a graph break"
     attention = compat.attention_of(base)
     if attention not in ("sdpa", "eager"):
-        return f"attn_implementation={attention!r} is not among those that were tried (sdpa, eager)"
+        return f"attn_implementation={attention!r} is not one of the tested ones (sdpa, eager)"
     if packs(args):
         return "batches without padding differ in length"
     if getattr(args, "activation_offloading", False):
-        return "activation_offloading moves what a graph has to keep in place"
+        return "activation_offloading moves tensors that must stay in place for a graph"
     known = {id(layer) for group in model.competing.groups for layer in group.layers if group.is_plain}
     if any(id(layer) not in known for layer in model.adapted_layers):
-        return "an adapted layer is quantised, has dropout or is no plain linear LoRA"
+        return "an adapted layer is quantised, has dropout or is not a plain linear LoRA layer"
     dropout = next((name for layer in layers for name in _dropouts(layer)), None)
-    return None if dropout is None else f"{dropout} draws new numbers in each pass"
+    return None if dropout is None else f"{dropout} draws a new dropout mask in each pass"
 
 
 def _dropouts(layer: nn.Module) -> Any:
-    """Names of what draws dropout in a decoder layer."""
+    """The names of modules and attributes with dropout in a decoder layer."""
     for name, module in layer.named_modules():
         if compat.is_dropout(module) and module.p > 0:
             yield name
@@ -88,7 +93,15 @@ def _dropouts(layer: nn.Module) -> Any:
 
 
 def padding_line(args: Any, dataset: Any) -> str | None:
-    """A line on what padding to multiples costs, from lengths in the training set; None without such padding."""
+    """A line that says what padding to multiples costs, from the lengths in the training set.
+
+    Args:
+        args: the training arguments.
+        dataset: the prepared training set.
+
+    Returns:
+        the line; None without such padding, or if the lengths are not known.
+    """
     multiple, sizes = args.pad_to_multiple_of, []
     if not isinstance(multiple, int) or packs(args) or not hasattr(dataset, "column_names"):
         return None
@@ -103,6 +116,6 @@ def padding_line(args: Any, dataset: Any) -> str | None:
     padded = sum(-(-length // multiple) * multiple for length in longest)
     more = padded / max(sum(longest), 1) - 1
     return (
-        f"Batches are padded to multiples of {multiple} tokens (pad_to_multiple_of), so that lengths and CUDA graphs "
-        f"are few: about {100 * more:.0f}% more tokens than padding to each batch's longest row."
+        f"Batches are padded to multiples of {multiple} tokens (pad_to_multiple_of), so that few CUDA graphs are "
+        f"needed: about {100 * more:.0f}% more tokens than with padding to each batch's longest row."
     )

@@ -1,4 +1,4 @@
-"""The validation set: the user's own, or examples taken out of the training set."""
+"""The validation set: the user's, or examples that are held out of the training set."""
 
 import json
 from itertools import islice
@@ -13,32 +13,36 @@ from comlora_trl.training.config import ComLoRAConfig
 
 logger = get_logger(__name__)
 
-DEFAULT_SIZE = 120  # the paper's
-_SHARE = 10  # of small data, at most one example in ten
+DEFAULT_SIZE = 120  # as in the paper
+_SHARE = 10  # from small data, at most one example in ten is held out
 
 
 def hold_out(
     train: Dataset | IterableDataset, validation: Any, args: ComLoRAConfig
 ) -> tuple[Dataset | IterableDataset, Any]:
-    """Takes validation examples out of the training set if none are given, drawn by the seed (streams: the first).
+    """Holds validation examples out of the training set if the user gives no validation set.
 
-    With one branch there is nothing to choose, and nothing is taken.
+    The examples are drawn by the seed; from a stream, the first ones are taken. With one branch there is no choice to
+    make, so none are held out unless `comlora_validation_size` is given.
 
     Args:
-        validation: the user's eval_dataset, a dict of several, or None.
+        train: the training set.
+        validation: the user's `eval_dataset`, a dict of several, or None.
+        args: the training arguments.
 
     Returns:
-        what is left to train on, and the validation set.
+        the examples to train on, and the validation set, or None.
 
     Raises:
-        ValueError: if a size is given that can't be met, or beside a validation set; or if that set is empty.
+        ValueError: if `comlora_validation_size` is too large, or given together with a validation set, or if a
+            validation set is empty.
     """
     size = args.comlora_validation_size
     if validation is not None:
         if size is not None:
             raise ValueError(
-                f"comlora_validation_size={size} is given beside an eval_dataset, the validation set already: "
-                "leave one of them out."
+                f"comlora_validation_size={size} is given beside an eval_dataset, which is the validation set: leave "
+                "one of them out."
             )
         _check_not_empty(validation)
         return train, validation
@@ -52,12 +56,12 @@ def hold_out(
 
 
 def _out_of_stream(train: IterableDataset, size: int | None) -> tuple[IterableDataset, Dataset]:
-    # Read once: a stream that shuffles would give other examples at another reading
+    # The stream is read only once here, because a shuffled stream may give other examples the next time
     wanted = DEFAULT_SIZE * _SHARE if size is None else size + 1
     examples = list(islice(train, wanted))
-    # A stream that goes on has at least one example more than were read
+    # If the stream did not end, it may have more examples than were read
     size = _checked(size, len(examples) if len(examples) < wanted else max(wanted, (size or 0) + 1))
-    # A stream that shuffles without a seed gives each process others: the main process's are everyone's
+    # A stream that shuffles without a seed gives each process other examples, so all use those of the main process
     examples = broadcast_object_list(examples[:size])
     held_out = {_content(example) for example in examples}
     rest = train.filter(lambda example: _content(example) not in held_out)
@@ -70,7 +74,11 @@ def _out_of_stream(train: IterableDataset, size: int | None) -> tuple[IterableDa
 
 
 def _checked(size: int | None, available: int) -> int:
-    """The number of examples to take out of `available` ones."""
+    """The number of examples to hold out of `available` examples.
+
+    Raises:
+        ValueError: if it is not possible.
+    """
     if available < 2:
         raise ValueError(
             "the training set has a single example, so none can be held out to choose the winner by: pass an "
@@ -80,8 +88,8 @@ def _checked(size: int | None, available: int) -> int:
         size = max(1, min(DEFAULT_SIZE, available // _SHARE))
         if size < DEFAULT_SIZE:
             logger.warning(
-                f"{size} of {available} training examples are held out to choose the winner by (a tenth, the data "
-                f"being small; otherwise {DEFAULT_SIZE}): set comlora_validation_size, or pass an eval_dataset."
+                f"{size} of {available} training examples are held out to choose the winner. This is a tenth of the "
+                f"small data, instead of {DEFAULT_SIZE}: set comlora_validation_size, or pass an eval_dataset."
             )
     if size >= available:
         raise ValueError(

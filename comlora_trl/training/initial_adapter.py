@@ -1,7 +1,8 @@
-"""An adapter that the branches start from: loaded by its name, taken out of its model, and put into the branches.
+"""An existing adapter that the branches start from: it is loaded, taken out of its model, and copied into the
+branches.
 
-Branch 0 starts as the adapter is. The others start from it too, each with its own small noise on A ([`START_NOISE`]):
-branches that are alike would stay alike without a selector.
+Branch 0 starts with the adapter's weights. The other branches start with the same weights and small noise on A
+([`START_NOISE`]). Without noise, equal branches would stay equal in a run without a selector.
 """
 
 from collections.abc import Mapping
@@ -29,11 +30,12 @@ from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.saved import matrix_names, redone_at_loading, takes_part_out
 
-# Standard deviation of the noise, in those of the matrix A it is added to
+# Standard deviation of the noise, as a fraction of the standard deviation of the matrix A
 START_NOISE = 0.01
-# Two weights are the same up to this part of their norm, in float32
+# Two float32 weights count as equal if they differ by at most this fraction of their norm
 _SAME = 1e-5
-# What may differ between the adapter to start from and a peft_config: nothing that its weights' meaning depends on
+# Fields in which a peft_config may differ from the adapter to start from, because they don't change how the weights
+# act
 _FREE = {"lora_dropout", "init_lora_weights", "inference_mode", "base_model_name_or_path", "revision", "task_type"}
 
 
@@ -42,10 +44,12 @@ class Start:
     """An adapter to start from.
 
     Attributes:
-        config: its configuration.
-        weights: its weights, under the names PEFT saves them by.
-        taken: the part that its initialisation took out of the base, by the names of the weights.
-        saved_config: fields of its configuration that hold for its files, though the base is changed already.
+        config: the adapter's configuration.
+        weights: the adapter's weights, by their names in PEFT's files.
+        taken: the low-rank part that the adapter's initialisation took out of the base, by the names of the weights;
+            empty if there is none.
+        saved_config: fields of the configuration that must be in saved files. The base is already changed by them, so
+            they are not in the configuration of the branches.
     """
 
     config: LoraConfig
@@ -55,11 +59,16 @@ class Start:
 
 
 def load_adapter(name: str, config: PeftConfig, args: CompetitionConfig, quantization_config: Any = None) -> PeftModel:
-    """An adapter on the base that it names, which is loaded as TRL loads a model.
+    """Loads an adapter and the base model that it names. The base is loaded as TRL loads a model.
 
     Args:
         name: the adapter's hub id or folder.
-        config: of [`adapter_config`].
+        config: the result of [`adapter_config`].
+        args: the training arguments.
+        quantization_config: the quantisation of the base, or None.
+
+    Raises:
+        ValueError: if the quantisation is given twice.
     """
     kwargs = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
@@ -69,18 +78,18 @@ def load_adapter(name: str, config: PeftConfig, args: CompetitionConfig, quantiz
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None  # each process holds the whole model
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    revision = kwargs.pop("revision", None)  # the adapter's own; its base has another
+    revision = kwargs.pop("revision", None)  # this is the revision of the adapter, not of the base
     base = create_model_from_path(config.base_model_name_or_path, **kwargs, revision=config.revision or "main")
     options = {} if revision is None else {"revision": revision}
     place = next(path for path, module in base.named_modules() if module is base.get_input_embeddings())
     rows = load_peft_weights(name, device="cpu", **options).get(f"base_model.model.{place}.weight")
     if rows is not None and len(rows) != base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(len(rows), mean_resizing=False)  # the adapter's vocabulary was resized
+        base.resize_token_embeddings(len(rows), mean_resizing=False)  # the adapter was trained on a resized vocabulary
     return PeftModel.from_pretrained(base, name, **options)
 
 
 def load_processing_class(name: str, config: PeftConfig, args: CompetitionConfig) -> Any:
-    """The tokenizer (or processor) that belongs to an adapter: its own, or else its base's."""
+    """The tokenizer or processor of an adapter, or of its base if the adapter's folder has none."""
     source, revision = name, (args.model_init_kwargs or {}).get("revision")
     if Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file():
         source, revision = config.base_model_name_or_path, config.revision
@@ -88,7 +97,7 @@ def load_processing_class(name: str, config: PeftConfig, args: CompetitionConfig
 
 
 def adapter_config(name: str, revision: str | None = None) -> PeftConfig | None:
-    """The configuration of the adapter that a hub id or folder holds, None when it holds no adapter."""
+    """The configuration of the adapter in a hub repository or folder; None if there is no adapter."""
     options = {} if revision is None else {"revision": revision}
     if find_adapter_config_file(name, **options) is None:
         return None
@@ -96,10 +105,10 @@ def adapter_config(name: str, revision: str | None = None) -> PeftConfig | None:
 
 
 def take_apart(model: PeftModel) -> tuple[PreTrainedModel, Start]:
-    """The base of a model with one adapter, without it, and the adapter to start from.
+    """Separates a model with one adapter into the base model and the adapter to start from.
 
     Raises:
-        ValueError: if it has several adapters.
+        ValueError: if the model has several adapters, or if the initialisation's change of the base can't be found.
     """
     if len(model.peft_config) != 1:
         raise ValueError(
@@ -122,18 +131,23 @@ def take_apart(model: PeftModel) -> tuple[PreTrainedModel, Start]:
 def part_taken_out(
     base: PreTrainedModel, config: LoraConfig, weights: Mapping[str, Tensor], scaling: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """What an adapter's initialisation took out of a base, as matrices A0, B0 by the names of the adapter's weights.
+    """The low-rank part that an adapter's initialisation took out of the base, as matrices A0 and B0.
 
-    It is the difference to the base that the adapter names, which is loaded for it. A base without a name is taken to
-    be as the initialisation left it, where that shows: then the adapter is what was taken out.
+    The part is the difference between the given base and the base that the adapter names, which is loaded to compute
+    it. If the base has no name, the adapter's weights must still be the initial ones, and are themselves the part;
+    this can be tested for PiSSA and OLoRA.
 
     Args:
-        base: without the adapter.
-        weights: of the adapter, under the names PEFT saves them by.
-        scaling: of each adapted layer, by its name in the base.
+        base: the base model, without the adapter.
+        config: the adapter's configuration.
+        weights: the adapter's weights, by their names in PEFT's files.
+        scaling: the scaling of each adapted layer, by the layer's name in the base.
+
+    Returns:
+        the matrices by the names of the adapter's weights; empty if the base was not changed.
 
     Raises:
-        ValueError: if it can't be known.
+        ValueError: if the part can't be determined.
     """
     method, name = config.init_lora_weights, config.base_model_name_or_path or base.name_or_path
     advice = (
@@ -168,28 +182,32 @@ def part_taken_out(
             what = f"differs from {name} by more than that" if name else "has no name to compare it with"
             raise ValueError(f"{changed} the base given here {what} ({layer}): {advice}")
         taken |= dict(zip(keys, (a, b), strict=True))
-    # An initialisation that PEFT did not do again as it loaded the adapter has left the base as it is
+    # If PEFT did not repeat the initialisation when it loaded the adapter, the base is unchanged and all matrices are
+    # 0
     return taken if any(matrix.count_nonzero() for matrix in taken.values()) else {}
 
 
 def _is_as_initialised(method: str, a: Tensor, b: Tensor, weight: Tensor, factor: float) -> bool:
-    """Whether A and B are still what an initialisation took out of a weight, as far as that shows."""
-    if method.startswith("pissa"):  # the columns of B are singular vectors, of which nothing is left
+    """Whether A and B are still the matrices that an initialisation took out of a weight.
+
+    Returns False for initialisations for which this can't be tested.
+    """
+    if method.startswith("pissa"):  # the columns of B are singular vectors that are no longer part of the weight
         return bool((b.T @ weight).norm() <= _SAME * b.norm() * weight.norm())
-    if method.startswith("olora"):  # B is orthonormal and A its products with the weight as it was
+    if method.startswith("olora"):  # B is orthonormal, and A is its product with the original weight
         return bool((b.T @ (weight + factor * b @ a) - a).norm() <= _SAME * a.norm())
     return False
 
 
 def _as_matrix(layer: nn.Module) -> Tensor:
-    """A layer's weight, [out, in]."""
+    """The weight of a linear layer or Conv1D as a float32 matrix on the CPU, [out, in]."""
     weight = layer.weight.detach().float().cpu()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B of a rank with B·A closest to a matrix, and the norm of what is left."""
-    with torch.random.fork_rng(devices=[]):  # the branches' own draws stay as they are
+    """The matrices A [rank, in] and B [out, rank] with B·A closest to a matrix, and the norm of the remainder."""
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank draws random numbers, which must not change the branches
         u, s, v = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)
     root = s[:rank].sqrt()
     a, b = root[:, None] * v[:, :rank].T, u[:, :rank] * root
@@ -197,10 +215,10 @@ def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_same_shape(given: PeftConfig, start: LoraConfig) -> None:
-    """Refuses a `peft_config` that describes another adapter than the one to start from.
+    """Checks that a `peft_config` describes the same adapter as the one to start from.
 
     Raises:
-        ValueError: naming the first difference.
+        ValueError: if it does not; the message names the first difference.
     """
     for field in fields(start):
         wanted, found = _comparable(getattr(given, field.name, None)), _comparable(getattr(start, field.name))
@@ -216,10 +234,10 @@ def _comparable(value: Any) -> Any:
 
 
 def start_branches(model: ComLoRAModel, start: Start) -> None:
-    """Puts an adapter's weights into the branches, see the module's text.
+    """Copies an adapter's weights into the branches, with noise for all but branch 0.
 
     Raises:
-        ValueError: if they do not fit.
+        ValueError: if names or shapes of the weights do not fit.
     """
     own = get_peft_model_state_dict(model, adapter_name=model.branch_names[0], save_embedding_layers=False)
     shapes, given = ({key: tuple(value.shape) for key, value in w.items()} for w in (own, start.weights))

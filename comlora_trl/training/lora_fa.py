@@ -1,4 +1,4 @@
-"""LoRA-FA's optimizer (PEFT's `create_lorafa_optimizer`, every A frozen) over several branches."""
+"""Support for several branches in LoRA-FA's optimizer (PEFT's `create_lorafa_optimizer`), which freezes all A."""
 
 import re
 from typing import Any
@@ -7,21 +7,26 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 
 
 def pair_branches(optimizer: Any, rungs: str | None = None) -> None:
-    """Puts each branch's A and B beside each other in a LoRA-FA optimizer; any other one is left alone.
+    """Reorders the parameters of a LoRA-FA optimizer, so that A and B of a branch follow each other in each layer.
 
-    It takes two adapter parameters in a row for a layer's A and B, and keeps their moments under the layer's name. A
-    model with branches has all A of a layer before all B, and every layer once for each branch.
+    The optimizer assumes that two consecutive adapter parameters are A and B of one layer, and it stores their moments
+    by the layer's name. In a model with branches, all A of a layer come before all B, and each layer has several
+    adapters. Other optimizers are not changed.
+
+    Args:
+        optimizer: the optimizer, possibly in accelerate's wrapper.
+        rungs: the run's `comlora_rungs`.
 
     Raises:
-        ValueError: if rungs retire branches: the optimizer knows a layer by its place among all of them.
+        ValueError: if there are rungs. The optimizer finds layers by position, so no parameter may be removed.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not isinstance(optimizer, LoraFAOptimizer):
         return
     if rungs:
         raise ValueError(
-            f"comlora_rungs={rungs!r} does not go with LoRA-FA's optimizer, which can't do without a retired branch's "
-            "gradients: leave one of them out."
+            f"comlora_rungs={rungs!r} does not go with LoRA-FA's optimizer, which also needs the gradients of retired "
+            "branches: leave one of them out."
         )
     for group in optimizer.param_groups:
         entries = list(zip(group["names"], group["params"], group["scaling_factors"], strict=True))
@@ -32,7 +37,7 @@ def pair_branches(optimizer: Any, rungs: str | None = None) -> None:
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """The branch and the layer of an adapter's parameter."""
+    """The branch and the layer of an adapter parameter, from its name."""
     branch = re.search(r"branch_\d+", name)
     return (branch.group() if branch else "", name.partition("lora")[0])
 

@@ -1,7 +1,7 @@
-"""The model that trains: K branches and the selector that scores them, in one module.
+"""The model that is trained: K branches and the selector, in one module.
 
-DDP, FSDP and DeepSpeed wrap it whole; everything trainable runs inside its forward. It knows nothing of a competition:
-each forward over the branches is told by a [`BranchPass`] which of them run, and with which weights.
+DDP, FSDP and DeepSpeed wrap the whole module, and everything that trains runs inside its forward. The module does not
+hold the state of the competition. A [`BranchPass`] tells each forward which branches run, and with which weights.
 """
 
 import shutil
@@ -40,19 +40,21 @@ from comlora_trl.training.sharding import is_sharded, load_trained_state, whole_
 
 @dataclass(frozen=True)
 class BranchPass:
-    """How one forward over the competing branches is to run; made by [`Competition.rows_of`].
+    """The settings of one forward over the branches; made by [`Competition.rows_of`].
 
     Attributes:
-        settings: the competition's settings, which the rows' weights follow.
+        settings: the competition's settings, which determine the weights of the rows.
         living: the branches that run.
-        remaining: the branches that eq. 4 takes the mean over, those that diverged among them.
-        alive: bool [K], False for a branch that is out.
+        remaining: number of branches that eq. 4 takes the mean over, including those that have diverged.
+        alive: bool [K], False for a branch that is retired or disqualified.
         eta: η(t).
-        chunk: branches run at a time; None for all at once.
-        owners: the branch each line goes to where rows are shared, None where every branch sees all.
-        rows_per_line: rows of each line of a packed batch whose lines are shared.
-        branch_weights: a factor on the weights of a branch's rows, [K]; with shared rows M over the branch's tokens.
-        router_weights: on the branches' load-balancing losses, [K], where rows are shared; from the step's plan.
+        chunk: number of branches that run at a time; None for all at once.
+        owners: the branch of each line if rows are shared; None if every branch sees all lines.
+        rows_per_line: number of rows of each line of a packed batch whose rows are shared; None for one row each.
+        branch_weights: factors on the weights of each branch's rows, [K]. If rows are shared, this is M divided by the
+            branch's own tokens. None for no factors.
+        router_weights: weights of the branches' load-balancing losses, [K], if rows are shared; see
+            [`StepPlan.router_weights`].
     """
 
     settings: CompetitionSettings
@@ -69,11 +71,11 @@ class BranchPass:
 
 @dataclass
 class CompetitionOutput(BranchOutput):
-    """A run over branches, and the selector's part in it.
+    """Output of a pass over branches, with the selector's results.
 
     Attributes:
-        scores: sim, [R, K], or None without a selector.
-        probabilities: p of eq. 5, [R, K], or None without a selector.
+        scores: sim, [R, K]; None without a selector.
+        probabilities: p of eq. 5, [R, K]; None without a selector.
     """
 
     scores: Tensor | None = None
@@ -81,17 +83,24 @@ class CompetitionOutput(BranchOutput):
 
 
 class ComLoRAModel(BranchModel):
-    """K LoRA adapters of one configuration that compete, and the selector that scores them.
+    """K competing LoRA adapters with the same configuration, and the selector that scores them.
 
-    Called as usual the model is an ordinary `PeftModel` with one active adapter. Called with
-    `branch_pass=BranchPass(...)` all living branches run, and a [`CompetitionOutput`] comes back.
+    An ordinary call runs the active adapter, as in any `PeftModel`. A call with `branch_pass=BranchPass(...)` runs all
+    living branches and returns a [`CompetitionOutput`].
 
     Args:
         model: the base model.
-        peft_config: the adapters' configuration; copied for each branch.
+        peft_config: the adapters' configuration, which is copied for each branch.
         k: number of branches.
-        selector: the selector's settings, or None to train without one.
+        selector: the selector's settings; None for no selector.
         kwargs: as for `PeftModelForCausalLM`.
+
+    Attributes:
+        selector: the selector; None without one.
+        selector_settings: the selector's settings; None without one.
+        taken: the low-rank part that the adapters' initialisation took out of the base, see [`taken_part`]; empty if
+            there is none.
+        saved_config: fields of the adapters' configuration that differ in saved files.
     """
 
     def __init__(
@@ -108,32 +117,31 @@ class ComLoRAModel(BranchModel):
         if selector is not None:
             embeddings = self.get_base_model().get_input_embeddings()
             with torch.device(embeddings.weight.device):
-                # ZeRO-3 leaves an empty weight behind, and its shape beside it
+                # Under ZeRO-3 the weight is empty and ds_shape is its real shape
                 width = getattr(embeddings.weight, "ds_shape", embeddings.weight.shape)[-1]
                 self.selector = Selector(width, k, selector)
             if embeddings.weight.dtype == torch.float64:
-                self.selector.double()  # half precisions train in float32, as PEFT's adapters do
-        # Names are known before a wrapper changes them
+                self.selector.double()  # with half precisions, the selector stays in float32, as PEFT's adapters do
+        # The names are collected now, because wrappers change them later
         self._selector_names = {name for name, _ in self.named_parameters() if name.startswith("selector.")}
         self._saved_names: dict[str, dict[str, str]] = {}
         self._trained_names: dict[str, set[str]] = {}
         for name in self.branch_names:
             self._names_to_save(name)
-        # What the initialisation took out of the base, and fields of the configuration that differ in its files
         changed = takes_part_out(peft_config, self.get_base_model())
         self.taken = taken_part(self, branch_name(0)) if changed else {}
         self.saved_config: dict[str, Any] = {}
 
     def selector_parameters(self) -> list[nn.Parameter]:
-        """The selector's parameters, none without a selector."""
+        """The selector's parameters; an empty list without a selector."""
         return [] if self.selector is None else list(self.selector.parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The branches' and the selector's parameters, all that a run trains."""
+        """All parameters that a run trains: those of the branches and the selector."""
         return super().trainable_parameters() + self.selector_parameters()
 
     def forward(self, *args: Any, branch_pass: BranchPass | None = None, **kwargs: Any) -> Any:
-        """An ordinary PEFT forward, or with `branch_pass` one over the branches (see [`CompetitionOutput`])."""
+        """An ordinary PEFT forward, or with `branch_pass` a forward over the branches (see [`CompetitionOutput`])."""
         if branch_pass is None:
             return super().forward(*args, **kwargs)
         return self._forward_branches(branch_pass, **kwargs)
@@ -157,8 +165,8 @@ class ComLoRAModel(BranchModel):
         """The selector's scores sim, [R, K], for the rows of a batch (eq. 1–3)."""
         embedding = self.get_base_model().get_input_embeddings()
         if isinstance(embedding, LoraLayer):
-            embedding = embedding.get_base_layer()  # the selector reads the frozen embeddings, not a branch's own
-        # In evaluation mode, for NEFTune's noise is the branches'
+            embedding = embedding.get_base_layer()  # the selector reads the frozen embeddings without an adapter
+        # In evaluation mode, so that the selector's input has no NEFTune noise
         training, embedding.training = embedding.training, False
         with torch.no_grad():
             embeddings = embedding(input_ids)
@@ -167,7 +175,7 @@ class ComLoRAModel(BranchModel):
         return self.selector(*rows.split(embeddings, keep))
 
     def revive_branches(self) -> None:
-        """Gives branches that an earlier competition has dropped, or made the base model, new adapters."""
+        """Gives branches that an earlier competition has dropped or set to zero new weights."""
         for branch in range(self.k):
             if branch_name(branch) not in self.peft_config:
                 self.restore_branch(branch)
@@ -175,7 +183,7 @@ class ComLoRAModel(BranchModel):
                 self.redraw_branches([branch])
 
     def redraw_branches(self, branches: Iterable[int]) -> None:
-        """Draws new adapters for branches that were out: a new competition begins.
+        """Draws new weights for branches, when a new competition begins.
 
         Raises:
             ValueError: if a branch's weights are sharded.
@@ -193,30 +201,37 @@ class ComLoRAModel(BranchModel):
 
     @torch.no_grad()
     def zero_branch(self, branch: int) -> None:
-        """Makes a branch's adapter the base model itself, with nothing non-finite left in it."""
+        """Sets a branch's weights to zero, so that they are finite and the branch equals the base model."""
         name = branch_name(branch)
         zero_weights(self.branch_parameters(branch))
         if is_sharded(self.branch_parameters(branch)):
-            return  # the base's norms would have to be gathered, for a branch that never runs again
+            return  # the rest would gather weights of the base, for a branch that never runs again
         for module in self.saved_modules:
             module.reset(name)
         for layer in self.adapted_layers:
             if name in layer.lora_magnitude_vector:
-                # DoRA scales each output by its magnitude over the weight's norm: with B = 0 that is the base's own
+                # DoRA scales each output by magnitude / norm of the weight, so with B = 0 the magnitude must be the
+                # norm of the base's weight
                 magnitude, base = layer.lora_magnitude_vector[name], layer.get_base_layer()
                 parameter = magnitude.weight
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                 magnitude.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=layer.scaling[name])
                 parameter.copy_(magnitude.weight)
-                magnitude.weight = parameter  # the optimizer's
+                magnitude.weight = parameter  # the same object, because the optimizer holds it
 
     def save_pretrained(
         self, save_directory: str, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **_: Any
     ) -> None:
-        """Saves each branch as a PEFT adapter in its own folder, and the selector.
+        """Saves each branch as a PEFT adapter in a subfolder, and the selector.
 
-        The active adapter's files lie at the root too, where whatever takes an adapter finds it. PEFT's other options
-        change nothing: the files are small, and always safetensors.
+        The files of the active adapter are copied to the root, so that other software can load the folder as an
+        adapter. The files are always safetensors.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: whether this process writes.
+            state_dict: the result of [`state_to_save`]; None to gather it now, which all processes must do together.
+            _: PEFT's other options, which are ignored.
         """
         state_dict = state_dict or self.state_to_save()
         if not is_main_process:
@@ -232,22 +247,26 @@ class ComLoRAModel(BranchModel):
             save_file(weights, folder / SELECTOR_FILE, metadata={"format": "pt"})
 
     def load_branches(self, folder: str | Path, root: nn.Module | None = None) -> None:
-        """Loads what [`save_pretrained`] saved, into the branches and the selector that exist.
+        """Loads the files of [`save_pretrained`] into the present branches and the selector.
 
         Args:
-            root: the wrapped model, where FSDP1 shards it.
+            folder: the folder.
+            root: the wrapped model, which is needed under FSDP1.
 
         Raises:
-            ValueError: if the checkpoint has other weights.
+            ValueError: if the names or shapes of the weights do not fit.
         """
         folder = Path(folder)
         load_trained_state(self, self._saved_weights(folder), root)
 
     def state_to_save(self, root: nn.Module | None = None) -> dict[str, Tensor]:
-        """Everything that [`save_pretrained`] writes, whole; every process has to call it.
+        """Gathers all tensors that [`save_pretrained`] writes. All processes must call this.
 
         Args:
-            root: the wrapped model.
+            root: the wrapped model, which is needed under FSDP1.
+
+        Returns:
+            the whole tensors on the CPU, by their names in the model.
         """
         names = {own for name in self.peft_config for own in self._names_to_save(name).values()}
         if self.selector is not None:
@@ -255,25 +274,26 @@ class ComLoRAModel(BranchModel):
         return whole_state(self, root, names)
 
     def snapshot(self, branch: int, root: nn.Module | None = None) -> SavedAdapter:
-        """A branch as it is now, as it is to be written; every process has to call it.
+        """A copy of a branch's present weights, ready to be written. All processes must call this.
 
         Args:
-            root: the wrapped model.
+            branch: the branch.
+            root: the wrapped model, which is needed under FSDP1.
         """
         name = branch_name(branch)
         return self._saved_adapter(name, whole_state(self, root, set(self._names_to_save(name).values())))
 
     def restore_branch(self, branch: int) -> None:
-        """Adds an adapter for a branch that was dropped, with new weights."""
+        """Adds an adapter with new weights for a branch that was dropped."""
         super().restore_branch(branch)
         self._names_to_save(branch_name(branch))
 
     def config_to_save(self, branch: int) -> LoraConfig:
-        """The configuration in a branch's files."""
+        """The configuration that is written into a branch's files."""
         return config_to_save(self, branch_name(branch), self.taken, self.saved_config)
 
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base model as it was before the branches, and before what their initialisation took out of it."""
+        """Removes the branches and returns the original base model, with the part that the initialisation took out."""
         name, layers = self.active_adapter, self.get_base_model().named_modules()
         scaling = {place: layer.scaling[name] for place, layer in layers if isinstance(layer, LoraLayer)}
         base = super().unload(*args, **kwargs)
@@ -284,14 +304,18 @@ class ComLoRAModel(BranchModel):
         return saved_adapter(self, name, self._names_to_save(name), state, self.taken, self.saved_config)
 
     def _names_to_save(self, name: str) -> dict[str, str]:
-        """[`names_to_save`] of a branch; FSDP1 leaves no names to find, and those from before it hold."""
+        """The result of [`names_to_save`] for a branch; under FSDP1, which hides the names, an earlier result."""
         if not any(isinstance(module, FSDP) for module in self.modules()):
             self._saved_names[name] = names_to_save(self, name)
             self._trained_names[name] = set(self.named_branch_parameters(self.branch_names.index(name)))
         return self._saved_names[name]
 
     def _saved_weights(self, folder: Path) -> dict[str, Tensor]:
-        """The weights in a checkpoint, by the names that they have in the model."""
+        """The weights in a checkpoint, by their names in the model.
+
+        Raises:
+            ValueError: if the checkpoint lacks weights.
+        """
         weights = {}
         for name in self.peft_config:
             saved, names = load_file(folder / name / WEIGHTS_FILE), self._names_to_save(name)

@@ -1,7 +1,7 @@
-"""What a competition asks of an optimizer: its evaluation weights, and the learning rate of each branch.
+"""The optimizer's part in a competition: its evaluation weights, and the learning rate of each branch.
 
-The optimizer may be the Trainer's or the user's, and wrapped by accelerate. Its parameter groups are the only source
-of the rates that a run reports.
+The optimizer may be made by the Trainer or by the user, and may be in accelerate's wrapper. The rates that a run
+reports are always read from the optimizer's parameter groups.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ from comlora_trl.training.lora_fa import pair_branches
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.training.sharding import is_sharded, local, reshard
 
-# The key of a parameter group that names the branch, or the selector, that all of its parameters belong to
+# The key of a parameter group for its owner: the name of the branch that all its parameters belong to, or SELECTOR
 OWNER = "comlora_owner"
 SELECTOR = "selector"
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer itself, out of accelerate's wrapper, which has every method that any optimizer has."""
+    """The optimizer without accelerate's wrapper. The wrapper always has the methods `train` and `eval`."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
@@ -32,34 +32,36 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def has_evaluation_weights(optimizer: Any) -> bool:
-    """Whether an optimizer evaluates other weights than those it trains, as schedule-free ones do."""
+    """Whether an optimizer has separate weights for evaluation, as schedule-free optimizers do."""
     own = unwrapped(optimizer)
     return any(
         callable(getattr(one, "train", None)) and callable(getattr(one, "eval", None))
-        for one in (own, getattr(own, "optimizer", None))  # DeepSpeed's holds the one that it was given
+        for one in (own, getattr(own, "optimizer", None))  # DeepSpeed's optimizer contains the given one
     )
 
 
 def enter_evaluation_weights(optimizer: Any, model: nn.Module) -> None:
-    """Gives the model the optimizer's evaluation weights, until the Trainer's next training step.
+    """Switches the model to the optimizer's evaluation weights, until the Trainer's next training step.
 
-    The Trainer does the same before it evaluates. A checkpoint that is saved now resumes bit by bit: the next training
-    step turns these weights into the training iterate, in the run that goes on and in the one that resumes.
+    The Trainer does the same before an evaluation. A run that resumes from a checkpoint saved now gives exactly the
+    same numbers as the run that continues, because both convert these weights back into the training weights at their
+    next step.
     """
     if has_evaluation_weights(optimizer):
-        reshard(model)  # FSDP2's gathered copies would keep the old values
+        reshard(model)  # otherwise the gathered copies of FSDP2 would keep the old values
         optimizer.eval()
 
 
 @contextmanager
 def evaluation_weights(optimizer: Any, model: nn.Module) -> Iterator[None]:
-    """The optimizer's evaluation weights within the block, and afterwards the training iterate, bit by bit.
+    """Within the block, the model has the optimizer's evaluation weights. Afterwards, the training weights are
+    restored exactly.
 
-    An optimizer that is in evaluation mode stays in it. One without evaluation weights is left alone.
+    An optimizer that is already in evaluation mode stays in it. Optimizers without evaluation weights are not changed.
 
     Args:
-        optimizer: may be None, before training.
-        model: the model that the optimizer trains, wrapped or not.
+        optimizer: the optimizer; None before training.
+        model: the model that the optimizer trains, with or without a wrapper.
     """
     if not has_evaluation_weights(optimizer):
         yield
@@ -70,28 +72,28 @@ def evaluation_weights(optimizer: Any, model: nn.Module) -> Iterator[None]:
     iterate = [weight.clone() for weight in weights]
     trains = any(group.get("train_mode") for group in groups)
     optimizer.eval()
-    trains |= not all(map(torch.equal, weights, iterate))  # an optimizer may keep its mode elsewhere
+    trains |= not all(map(torch.equal, weights, iterate))  # not all optimizers store their mode in the groups
     try:
         yield
     finally:
-        reshard(model)  # a forward leaves copies behind, which the next one would take for the weights
+        reshard(model)  # a forward leaves gathered copies behind, which the next forward would use
         if trains:
             optimizer.train()
             with torch.no_grad():
                 for weight, value in zip(weights, iterate, strict=True):
-                    weight.copy_(value)  # the way there and back rounds
+                    weight.copy_(value)  # the conversion there and back has rounding errors
 
 
 def forget_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
-    """Removes what an optimizer with evaluation weights keeps of parameters that another hand has set.
+    """Removes the state of parameters that were set from outside, in an optimizer with evaluation weights.
 
-    Otherwise its next change between training and evaluation moves them towards what it remembers.
+    Otherwise the next switch between training and evaluation would move these parameters towards the old state.
     """
     if not has_evaluation_weights(optimizer):
         return
     state = unwrapped(optimizer).state
     for parameter in parameters:
-        if is_sharded([parameter]):  # its entries are part of a sharded checkpoint
+        if is_sharded([parameter]):  # the entries must exist, because they are part of a sharded checkpoint
             for value in state.get(parameter, {}).values():
                 if torch.is_tensor(value):
                     local(value).zero_()
@@ -108,14 +110,15 @@ def group_by_owner(
     rates: Mapping[str, float | None],
     learning_rate: float,
 ) -> None:
-    """Splits an optimizer's groups, so that each holds parameters of one branch or of the selector, at its rate.
+    """Splits an optimizer's groups, so that each group has parameters of one owner only, and sets the owners' rates.
 
-    Groups of one branch keep the ratio of their rates, as LoRA+ has it for A and B.
+    The groups of one branch keep the ratio of their rates. LoRA+, for example, has different rates for A and B.
 
     Args:
-        owners: the branch's name, or "selector", by the parameter's id.
-        rates: by owner; None for the rates that the groups have.
-        learning_rate: the one in the groups that `rates` stand for, where the groups have several.
+        optimizer: the optimizer.
+        owners: the owner of each parameter by the parameter's id: the name of a branch, or "selector".
+        rates: the learning rate of each owner; None to keep the rates of the groups.
+        learning_rate: the rate in the groups that `rates` replace. Groups with another rate keep their ratio to it.
 
     Raises:
         ValueError: if the groups have several rates and none of them is `learning_rate`.
@@ -132,8 +135,8 @@ def group_by_owner(
         own = {owner: [p for p in group["params"] if owners.get(id(p)) == owner] for owner in rates}
         branches = any(own[owner] for owner in rates if owner != SELECTOR)
         for owner, rate in rates.items():
-            # A retired branch's group stays, empty, where the others have theirs: the schedule counts groups. One
-            # that never had a parameter would be lost in a sharded checkpoint, which names groups by parameters
+            # The group of a retired branch is kept without parameters, because the schedule has one entry for each
+            # group. Groups that no branch has parameters in are left out: a sharded checkpoint would lose them
             if not own[owner] and (owner == SELECTOR or not branches):
                 continue
             lr = group["lr"] if rate is None else rate * (float(group["lr"]) / base)
@@ -146,19 +149,23 @@ def group_by_owner(
 
 
 def steps_by_itself(optimizer: Any) -> bool:
-    """Whether an optimizer steps within the backward, so that its groups do not say how (LOMO, layer-wise ones)."""
+    """Whether an optimizer takes its steps during the backward pass, as LOMO and layer-wise optimizers do.
+
+    The groups of such an optimizer do not determine its learning rates.
+    """
     own = unwrapped(optimizer)
     return hasattr(own, "optimizer_dict") or type(own).__module__.split(".")[0] == "lomo_optim"
 
 
 def groups_of_owners(optimizer: Any, owners: Mapping[int, str]) -> dict[str, list[dict[str, Any]]]:
-    """The parameter groups that train each branch, and the selector; several where a branch is spread over them.
+    """The parameter groups of each owner. A branch may have several groups.
 
     Args:
-        owners: the branch's name, or "selector", by the parameter's id.
+        optimizer: the optimizer.
+        owners: the owner of each parameter by the parameter's id: the name of a branch, or "selector".
     """
     own = unwrapped(optimizer)
-    layers = getattr(own, "optimizer_dict", None)  # one optimizer for each parameter
+    layers = getattr(own, "optimizer_dict", None)  # layer-wise: one optimizer for each parameter
     groups = own.param_groups if layers is None else [group for one in layers.values() for group in one.param_groups]
     found: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
@@ -169,19 +176,24 @@ def groups_of_owners(optimizer: Any, owners: Mapping[int, str]) -> dict[str, lis
 
 
 def peak_rate(group: Mapping[str, Any]) -> float:
-    """The rate that a group's schedule is a share of; without a schedule the rate itself."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))  # OneCycleLR has the first
+    """The peak learning rate of a group's schedule; without a schedule, the group's rate."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))  # OneCycleLR sets max_lr
 
 
 def same_rate(first: float | None, second: float | None) -> bool:
-    """Whether two rates are equal, up to rounding."""
+    """Whether two rates are equal up to rounding, or both None."""
     if first is None or second is None:
         return first is second
     return abs(first - second) <= 1e-6 * max(abs(first), abs(second))
 
 
 def untrained(optimizer: Any, parameters: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, int]:
-    """How many parameters of each owner no group of the optimizer holds; owners that miss none are left out."""
+    """For each owner, how many of its trained parameters are in no group of the optimizer; owners with 0 are left out.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: the parameters of each owner.
+    """
     own = unwrapped(optimizer)
     known = {id(p) for group in own.param_groups for p in group["params"]}
     known |= {id(p) for p in getattr(own, "optimizer_dict", None) or ()}
@@ -190,7 +202,7 @@ def untrained(optimizer: Any, parameters: Mapping[str, Iterable[nn.Parameter]]) 
 
 
 def told_settings(optimizer: Any) -> dict[str, Any]:
-    """What a run's record tells of an optimizer that the user made, in the place of the arguments' settings."""
+    """The settings of an optimizer that the user made. They replace those of the arguments in a run's record."""
     own = unwrapped(optimizer)
     decays = {group.get("weight_decay") for group in own.param_groups}
     settings: dict[str, Any] = {"optim": f"{type(own).__module__}.{type(own).__qualname__}"}
@@ -198,17 +210,18 @@ def told_settings(optimizer: Any) -> dict[str, Any]:
 
 
 class BranchRates:
-    """The learning rates of the branches: asked for by the options, and read from the optimizer that trains.
+    """The learning rates of the branches: those that the options ask for, and those that the optimizer has.
 
     Args:
         model: the branches and the selector.
         args: the run's configuration.
 
     Attributes:
-        made: whether the Trainer made the optimizer, and not the user.
-        peaks: each branch's peak rate, that of the optimizer's first group of the branch; None for unknown.
-        texts: the peak rates of all groups of each branch.
-        used: each living branch's rate of the newest optimizer step.
+        made: whether the Trainer made an optimizer.
+        given: whether the user gave an optimizer.
+        peaks: peak rate of each branch, from the first of its groups; None if it is not known.
+        texts: peak rates of all groups of each branch, as text.
+        used: rate of each branch in the newest optimizer step.
     """
 
     def __init__(self, model: ComLoRAModel, args: CompetitionConfig) -> None:
@@ -222,10 +235,14 @@ class BranchRates:
     # ---- The optimizer's groups ----
 
     def take(self, optimizer: Any, existed: bool) -> None:
-        """Takes an optimizer that `create_optimizer` gave, and splits its groups by branch where their rates differ.
+        """Takes the result of `create_optimizer`, and splits its groups by branch if the options ask for rates.
 
         Args:
-            existed: whether it was there before.
+            optimizer: the optimizer.
+            existed: whether the optimizer existed before `create_optimizer` was called.
+
+        Raises:
+            ValueError: if the optimizer does not work with the options.
         """
         pair_branches(optimizer, self.args.comlora_rungs)
         if existed:
@@ -237,7 +254,7 @@ class BranchRates:
             group_by_owner(optimizer, self._parameter_owners(), asked, self.args.learning_rate)
 
     def forget(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
-        """Frees what an optimizer keeps of parameters that are gone for good."""
+        """Removes deleted parameters and their state from an optimizer."""
         gone = {id(parameter): parameter for parameter in parameters}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
@@ -245,7 +262,7 @@ class BranchRates:
             optimizer.state.pop(parameter, None)
 
     def asked(self) -> dict[str, float | None]:
-        """The rates that the options ask for, by owner; None where an option is left out."""
+        """The rates that the options ask for, by owner; None for an owner without an option."""
         rates = self.args.comlora_branch_learning_rates or [None] * self.model.k
         selector = {} if self.model.selector is None else {SELECTOR: self.args.comlora_selector_learning_rate}
         return dict(zip(self.model.branch_names, rates, strict=True)) | selector
@@ -257,7 +274,7 @@ class BranchRates:
     def _parameter_owners(self) -> dict[int, str]:
         return {id(p): name for name, parameters in self._owned_parameters().items() for p in parameters}
 
-    # ---- The rates that are trained with ----
+    # ---- The rates of the run ----
 
     def settle(
         self,
@@ -268,26 +285,29 @@ class BranchRates:
         deepspeed: Mapping[str, Any] | None = None,
         fsdp: bool = False,
     ) -> list[float] | None:
-        """Reads the rates of the branches from the optimizer's groups, once it is ready to train.
+        """Reads the rates of the branches from the optimizer's groups, at the start of training.
 
         Args:
+            optimizer: the optimizer.
             living: the branches that train.
-            resumed: the rates that a checkpoint's record has.
-            goes_on: whether the run goes on from a checkpoint.
-            deepspeed: DeepSpeed's configuration where it is in use.
+            resumed: the rates in the checkpoint's state; None for a new run.
+            goes_on: whether the run continues from a checkpoint.
+            deepspeed: DeepSpeed's configuration; None without DeepSpeed.
             fsdp: whether FSDP is in use.
 
         Returns:
-            each branch's peak rate; None where all have the same and none was asked for, or one is unknown.
+            the peak rate of each branch. None if all branches have the same rate and the options don't ask for rates,
+            or if a rate is not known.
 
         Raises:
-            ValueError: if the optimizer misses a branch or the selector, or has other rates than the options ask for.
+            ValueError: if the optimizer does not train a living branch or the selector, or has other rates than the
+                options ask for.
         """
-        if deepspeed is None:  # its groups hold flat copies
+        if deepspeed is None:  # DeepSpeed's groups hold flat copies of the parameters
             self._check_trained(optimizer, living, fsdp)
         groups = groups_of_owners(optimizer, self._parameter_owners())
         everywhere = {peak_rate(group) for group in unwrapped(optimizer).param_groups}
-        if not groups and len(everywhere) == 1:  # DeepSpeed's and layer-wise optimizers hold other tensors
+        if not groups and len(everywhere) == 1:  # DeepSpeed's optimizers and layer-wise ones hold other tensors
             groups = dict.fromkeys(self.asked(), unwrapped(optimizer).param_groups[:1])
         peaks, names = (
             {name: [peak_rate(group) for group in own] for name, own in groups.items()},
@@ -296,7 +316,7 @@ class BranchRates:
         for branch, name in enumerate(names):
             scheduled = all("initial_lr" in group for group in groups.get(name, []))
             if resumed and (name not in peaks or not scheduled):
-                peaks[name] = [resumed[branch]]  # retired before the checkpoint, or its rate was lowered on the way
+                peaks[name] = [resumed[branch]]  # the branch was retired, or its groups only have the present rate
         self._check_rates(optimizer, peaks, goes_on, deepspeed or {})
         self.peaks = [peaks[name][0] if name in peaks else None for name in names]
         self.texts = [_rates_text(peaks.get(name, [])) for name in names]
@@ -306,13 +326,14 @@ class BranchRates:
         return self.peaks if None not in self.peaks and (asked or not one) else None
 
     def note(self) -> None:
-        """Keeps each branch's rate of the optimizer step that was just taken, before the schedule goes on."""
+        """Stores the rate of each branch in the last optimizer step, before the schedule changes it."""
         self.used = {branch: float(group["lr"]) for branch, group in self._groups.items()}
 
     def settings(self, optimizer: Any, own: bool) -> dict[str, Any]:
-        """The settings of the optimizer that are other ones than the arguments', for the run's record.
+        """The optimizer's settings that differ from the arguments, for the run's record.
 
         Args:
+            optimizer: the optimizer, or None.
             own: whether the user chose the optimizer's class.
         """
         settings = told_settings(optimizer) if (own or not self.made) and optimizer is not None else {}
@@ -329,7 +350,7 @@ class BranchRates:
         owned = {name: own for name, own in self._owned_parameters().items() if name in names and own}
         missed = untrained(optimizer, owned)
         if fsdp and all(missed.get(name) == len(own) for name, own in owned.items()):
-            return  # nothing is known of what it holds
+            return  # FSDP has replaced all parameters, so nothing can be checked
         counts = {missed.get(name, 0) for name in owned if name != SELECTOR}
         whole = [name for name, count in missed.items() if count == sum(p.requires_grad for p in owned[name])]
         if whole or len(counts) > 1:
@@ -369,7 +390,7 @@ class BranchRates:
 
 
 def _rates_text(rates: Iterable[float]) -> str:
-    """Different rates as text, in their order; more than one where a branch's groups have several."""
+    """The different rates in their order, as text such as "0.001/0.016"."""
     return "/".join(dict.fromkeys(f"{rate:g}" for rate in rates))
 
 

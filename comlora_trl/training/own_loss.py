@@ -1,8 +1,9 @@
-"""A loss that TRL or the user computes from `model(**inputs)`: once for each living branch, on the branch's view.
+"""Losses that TRL or the user computes from `model(**inputs)`. They are computed for each living branch, on its view.
 
-A `compute_loss` of the user's that only goes on from `super().compute_loss` is called once a micro-batch, as in TRL.
-One that calls the model with gradients is called once for each living branch, each time with a view
-([`comlora_trl.branches.views`]) in the model's place. So are TRL's own losses that are no sum over rows.
+A user's `compute_loss` that only calls `super().compute_loss` and changes the result is called once for each
+micro-batch, as in TRL. If it calls the model with gradients, it is called once for each living branch, with a view
+([`comlora_trl.branches.views`]) instead of the model. The same is done with those of TRL's losses that are not a sum
+over rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +20,14 @@ from comlora_trl.training.competition import Competition
 
 
 class _CallsTheModel(BaseException):
-    """A loss is about to be computed from the model's outputs; no Exception, which a user's code may catch."""
+    """Raised when a loss calls the model. It is not an `Exception`, because user code may catch those."""
 
 
 class UndecidedView(BranchView):
-    """Stands in for the model until a loss calls it with gradients; without them it is the model."""
+    """A stand-in for the model that finds out whether a loss calls the model with gradients.
+
+    A call with gradients raises `_CallsTheModel`. A call without gradients runs the model.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and self.views.branches_answer:
@@ -34,11 +38,11 @@ class UndecidedView(BranchView):
 
 
 class OwnLosses:
-    """The losses of one trainer that are computed branch by branch.
+    """Computes a loss for each branch.
 
     Args:
-        trainer: its metrics are put back where a loss is computed again.
-        competition: takes the losses.
+        trainer: the trainer. Its metrics are restored if a loss is computed a second time.
+        competition: the competition, which combines the losses.
     """
 
     def __init__(self, trainer: Any, competition: Competition) -> None:
@@ -47,13 +51,13 @@ class OwnLosses:
 
     @property
     def possible(self) -> bool:
-        """Whether branches can train by a loss of their own: eq. 5-9 of several need the loss of each row instead."""
+        """Whether losses can be computed for each branch. With a selector, eq. 5-9 need the loss of each row."""
         model = self.competition.model
         return model.selector is None or model.k == 1
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block the trainer's `compute_loss`, which is the user's, is called as [`step_loss`] does."""
+        """Within the block, the trainer's `compute_loss`, which is a user's, is called through [`step_loss`]."""
         trainer = self.trainer
         users, given = trainer.compute_loss, "compute_loss" in trainer.__dict__
         if not self.possible:
@@ -68,11 +72,14 @@ class OwnLosses:
                 trainer.compute_loss = users
 
     def step_loss(self, compute_loss: Callable, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """A micro-batch's loss by a `compute_loss` of the user's, in the place of it.
+        """The loss of a micro-batch by a user's `compute_loss`.
 
         Args:
-            compute_loss: the user's.
-            model, inputs, args, kwargs: what the Trainer calls it with.
+            compute_loss: the user's method.
+            model, inputs, args, kwargs: the Trainer's arguments for the method.
+
+        Returns:
+            the result of the method, or of [`per_view`] if the method calls the model with gradients.
         """
         if not self._calls_the_model:
             views = BranchViews(self.competition.model, [0], wrapped=model)
@@ -85,7 +92,7 @@ class OwnLosses:
         return self.per_view(compute_loss, model, inputs, *args, **kwargs)
 
     def _kept(self) -> Callable[[], None]:
-        """Puts back what `super().compute_loss` has counted of a micro-batch, when called."""
+        """Returns a function that restores the present figures of the step and TRL's metrics."""
         restore_step, restore_logs = self.competition.savepoint(), self.kept_logs()
 
         def restore() -> None:
@@ -95,7 +102,7 @@ class OwnLosses:
         return restore
 
     def kept_logs(self) -> Callable[[], None]:
-        """Puts back TRL's metrics and its count of tokens as they are now, when called."""
+        """Returns a function that restores TRL's present metrics and count of tokens."""
         trainer, tokens = self.trainer, compat.train_tokens(self.trainer)
         metrics = {name: list(values) for name, values in compat.train_metrics(trainer).items()}
 
@@ -114,8 +121,19 @@ class OwnLosses:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The living branches' losses, each computed on its view, as one: their mean (eq. 4) or, of independent
-        branches, their sum. With `return_outputs` beside the outputs of the first branch."""
+        """Computes the loss of each living branch on its view and combines them.
+
+        Args:
+            compute_loss: computes a loss; called with a view, the view's batch, and TRL's other arguments.
+            model: the model in its wrapper.
+            inputs: the micro-batch.
+            return_outputs: whether to return the outputs of the first branch too.
+            num_items_in_batch: as for TRL's `compute_loss`.
+
+        Returns:
+            the mean of the losses (eq. 4), or their sum for independent branches; with `return_outputs`, a pair of the
+            loss and the outputs.
+        """
         trainer, competition = self.trainer, self.competition
         plan, inputs = competition.plan, dict(inputs)
         owners, rows_per_line = competition.deal_of(inputs)
@@ -146,9 +164,13 @@ class OwnLosses:
 
 
 def refuse_lone_gradients(competition: Competition, output: Any) -> None:
-    """Ends a backward pass from these outputs of an ordinary forward, if it would train the active branch alone.
+    """Makes the backward from an ordinary forward's outputs raise an error if it would train the active branch only.
 
-    Such a loss was computed from `trainer.model(...)`, past the model that `compute_loss` is given.
+    This happens if a user computes a loss from `trainer.model(...)` and not from the model that `compute_loss` gets.
+
+    Args:
+        competition: the competition.
+        output: the output of the ordinary forward.
     """
     model, active = competition.model, competition.model.active_adapter
     if active not in model.branch_names or model.is_switched_off:

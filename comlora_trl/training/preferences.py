@@ -1,10 +1,11 @@
-"""[`CompetingPreferences`]: what TRL's preference trainers share when their branches compete.
+"""[`CompetingPreferences`]: the code that TRL's preference trainers share when their branches compete.
 
-The loss is TRL's own, called once for each living branch on the branch's view of one pass over all of them. A line of
-their batches, which goes to one branch whole, is a pair of completions, or one completion with all that belongs to it.
+The loss is TRL's. It is called once for each living branch, on the branch's view of one pass over all branches. A line
+of a batch is a pair of completions, or one completion with everything that belongs to it. If rows are shared, a line
+goes to one branch as a whole.
 
-TRL's loss is a mean over the lines of a micro-batch. Here a branch's loss is the mean over its own lines of the whole
-optimizer step: each micro-batch, on each process, counts by its share of them.
+TRL's loss is a mean over the lines of a micro-batch. Here, a branch's loss is the mean over its lines in the whole
+optimizer step, so each micro-batch of each process is weighted by its number of lines.
 """
 
 from collections import Counter, defaultdict
@@ -35,12 +36,12 @@ from comlora_trl.training.model import BranchPass, ComLoRAModel
 from comlora_trl.training.own_loss import OwnLosses, UndecidedView
 from comlora_trl.training.trainer import CompetingTrainer
 
-# TRL's names of the adapter that it trains, and of that adapter's copy that stays as it was
+# TRL's names for the adapter that it trains, and for the frozen copy of it that serves as the reference
 _DEFAULT, REFERENCE = "default", "ref"
 
 
 class _Alone:
-    """Stands in for an accelerator whose process knows of no other: what TRL gathers is this process's own."""
+    """A stand-in for an accelerator whose gather methods return only this process's values."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -56,7 +57,7 @@ class _Alone:
 
 
 class PreferenceLosses(OwnLosses):
-    """A preference trainer's losses: TRL's, or a user's, of each branch."""
+    """Computes TRL's or a user's loss for each branch of a preference trainer."""
 
     def per_view(
         self,
@@ -66,7 +67,7 @@ class PreferenceLosses(OwnLosses):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The living branches' losses, each computed on its view, as one: their sum."""
+        """The sum of the living branches' losses, each computed on the branch's view."""
         trainer, competition = self.trainer, self.competition
         plan, place = competition.plan, competition.plan.used
         owners, _ = competition.deal_of(inputs)
@@ -101,9 +102,10 @@ class PreferenceLosses(OwnLosses):
         return (loss, outputs[0]) if return_outputs else loss
 
     def _everywhere(self, place: int) -> bool:
-        """Whether TRL may gather from every process in each branch's loss of a micro-batch.
+        """Whether TRL may gather values from all processes in each branch's loss of a micro-batch.
 
-        Each process must have lines of the same branches, and as many of each where TRL gathers a figure of each line.
+        Each process must have lines of the same branches. If TRL gathers a value for each line, each process must also
+        have the same number of lines of each branch.
         """
         competition, processes = self.competition, self.competition.processes
         if processes == 1:
@@ -118,7 +120,7 @@ class PreferenceLosses(OwnLosses):
         return all(branches == found[0] for branches in found)
 
     def _keep(self, metrics: dict[int, dict], lines: dict[int, int], seen: int, lonely: bool) -> None:
-        """Keeps the leader's metrics as the run's, and each branch's reward accuracy beside them."""
+        """Adds the leader's metrics to those of the run, and the `branch_metric` of each branch."""
         trainer, leader = self.trainer, self.competition.state.leader
         if lonely:
             metrics, tokens = _over_processes(metrics, lines, compat.train_tokens(trainer) - seen)
@@ -133,7 +135,7 @@ class PreferenceLosses(OwnLosses):
 
 
 def _over_processes(metrics: dict[int, dict], lines: dict[int, int], tokens: int) -> tuple[dict[int, dict], int]:
-    """Each branch's metrics over all processes, means by the lines that it has on each; and all tokens."""
+    """Merges each branch's metrics over all processes, as means weighted by its lines; and sums the tokens."""
     extremes = {"min_reward": min, "max_reward": max}
     entries = gather_object([({branch: (found, lines[branch]) for branch, found in metrics.items()}, tokens)])
     merged: dict[int, dict[str, list[float]]] = {}
@@ -150,10 +152,10 @@ def _over_processes(metrics: dict[int, dict], lines: dict[int, int], tokens: int
 
 
 def check_default_adapter(model: PeftModel) -> None:
-    """Refuses an adapter to start from that TRL does not find, to keep its copy as the reference.
+    """Checks the name of the adapter to start from. TRL copies the adapter as the reference, and finds it by its name.
 
     Raises:
-        ValueError: naming what it is called.
+        ValueError: if the model has other adapters than the one with TRL's default name.
     """
     if list(model.peft_config) != [_DEFAULT]:
         raise ValueError(
@@ -164,14 +166,14 @@ def check_default_adapter(model: PeftModel) -> None:
 
 
 class CompetingPreferences(CompetingTrainer):
-    """Stands before one of TRL's preference trainers in a subclass's bases.
+    """The first base class of a competing preference trainer, before TRL's trainer.
 
     Attributes:
-        stacked: rows of the model's batch that a line has.
-        classifier: whether the model is a classifier, whose head each branch trains too.
-        gathers_lines: whether TRL's loss gathers a figure of each line from all processes.
-        has_reference: whether the loss compares the model with a reference.
-        branch_metric: our name of a metric that is kept of every branch, and TRL's.
+        stacked: number of rows of the model's batch that belong to one line.
+        classifier: whether the model is a classifier, of whose head each branch trains a copy.
+        gathers_lines: whether TRL's loss gathers a value for each line from all processes.
+        has_reference: whether the loss compares the model with a reference model.
+        branch_metric: a metric that is logged for every branch: its name in the log, and TRL's name.
     """
 
     _losses_kind = PreferenceLosses
@@ -195,10 +197,10 @@ class CompetingPreferences(CompetingTrainer):
         quantization_config: Any,
         ref_model: Any = None,
     ) -> Iterator[dict[str, Any]]:
-        """Around TRL's construction: checks what was given before it, and attaches the branches after it.
+        """The context of TRL's `__init__`: checks the arguments before it, and attaches the branches after it.
 
         Yields:
-            the arguments that TRL gets.
+            the arguments for TRL's `__init__`.
         """
         args = settle_arguments(args, config, model, self._name, train_dataset, optimizers[0])
         check_text_only(train_dataset)
@@ -219,7 +221,7 @@ class CompetingPreferences(CompetingTrainer):
         self.compete(attachment)
 
     def compete(self, attachment: Attachment) -> None:
-        """Puts the branches into the model that TRL built; the adapter that TRL keeps as the reference stays."""
+        """Adds the branches to the model that TRL built. The adapter that TRL keeps as the reference is kept."""
         reference = None
         if REFERENCE in getattr(self.model, "peft_config", {}):
             weights = get_peft_model_state_dict(self.model, adapter_name=REFERENCE, save_embedding_layers=False)
@@ -228,7 +230,7 @@ class CompetingPreferences(CompetingTrainer):
         super().compete(attachment)
         if reference is not None and not getattr(self, "precompute_ref_logps", False):
             self.comlora_model.add_reference(REFERENCE, reference)
-        self.loss_is_scaled_for_ga = True  # it is normalised over the whole step
+        self.loss_is_scaled_for_ga = True  # the loss is already normalised over the whole step
         self._leave_out_dropout()
 
     def begin_competition(self) -> None:
@@ -237,7 +239,7 @@ class CompetingPreferences(CompetingTrainer):
         self._leave_out_dropout()  # of branches that were restored
 
     def _trained_settings(self) -> dict[str, Any]:
-        """The settings of optimizer and schedule that are other ones than the arguments', and those of the loss."""
+        """The settings of optimizer and schedule that differ from the arguments, and the settings of the loss."""
         names = ("loss_type", "beta")
         return super()._trained_settings() | {n: getattr(self.args, n) for n in names if hasattr(self.args, n)}
 
@@ -247,16 +249,16 @@ class CompetingPreferences(CompetingTrainer):
 
     @classmethod
     def count(cls, batch: dict[str, Any]) -> Counted:
-        """A batch has a line for each pair, and the loss is a mean over the pairs."""
+        """Counts the lines (pairs) of a batch. The loss is a mean over lines."""
         lines = batch["input_ids"].size(0) // cls.stacked
         return Counted(lines, torch.ones(lines, dtype=torch.long, device=batch["input_ids"].device))
 
     def made_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors that TRL's loss makes of a batch for the model."""
+        """The tensors that TRL's loss derives from a batch and passes to the model."""
         return {"labels": inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)}
 
     def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch with the reference's log-probabilities, which one pass finds for all branches."""
+        """A copy of a batch, with the reference's log-probabilities if the loss needs them."""
         return dict(inputs)
 
     def views(
@@ -270,10 +272,10 @@ class CompetingPreferences(CompetingTrainer):
 
     @contextmanager
     def as_branch(self, branch: int) -> Iterator[dict[str, list[float]]]:
-        """Within the block TRL's loss is a branch's: by its settings, its metrics kept apart.
+        """Within the block, TRL's loss uses a branch's settings, and its metrics are collected separately.
 
         Yields:
-            the metrics that TRL has filled in afterwards.
+            the metrics, which TRL fills in.
         """
         mode = "train" if self.model.training else "eval"
         kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
@@ -287,7 +289,7 @@ class CompetingPreferences(CompetingTrainer):
 
     @contextmanager
     def settings_of_branch(self, branch: int) -> Iterator[None]:
-        """Within the block TRL's loss goes by a branch's own settings."""
+        """Within the block, TRL's loss uses a branch's settings. Here all branches have the same."""
         yield
 
     @contextmanager
@@ -302,10 +304,11 @@ class CompetingPreferences(CompetingTrainer):
             self.accelerator = accelerator
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None):
-        """The sum of the living branches' own losses, each TRL's.
+        """The sum of TRL's losses of the living branches.
 
-        In evaluation mode it is TRL's own, of the leader. Called outside a training step it takes the batch for a
-        whole optimizer step, and no figure of the run changes. Called with a branch's view it is TRL's, of the branch.
+        In evaluation mode, the result is TRL's loss of the leader. With a branch's view as the model, it is TRL's loss
+        of that branch. Outside a training step, the batch counts as a whole optimizer step, and the run's figures do
+        not change.
         """
         own = super().compute_loss
         if type(model) is UndecidedView:
@@ -337,7 +340,7 @@ class CompetingPreferences(CompetingTrainer):
     def measure_branches(
         self, model: Any, inputs: dict[str, Any], rows: BranchPass, loss_of: Callable[[BranchView], Tensor]
     ) -> Measured:
-        """A loss of every living branch and, where TRL has one, its reward accuracy, times the lines of the batch."""
+        """A loss of every living branch and, if TRL has it, its reward accuracy, times the lines of the batch."""
         inputs, count = self.with_reference(inputs), self.count(inputs).lines
         device, chunk = inputs["input_ids"].device, rows.chunk or len(rows.living)
         losses = torch.zeros(self.args.comlora_k, 1, dtype=torch.float64, device=device)
@@ -348,20 +351,20 @@ class CompetingPreferences(CompetingTrainer):
                     with self.as_branch(view.branch) as metrics:
                         losses[view.branch] = loss_of(view) * count
                     if self.branch_metric[0] == "reward_accuracy":
-                        # TRL's mean is float32: only the whole number of pairs makes equal branches equal
+                        # TRL's mean is a rounded float32 number; whole numbers of pairs keep equal branches equal
                         correct[view.branch] = round(metrics[self.branch_metric[1]][-1] * count)
         return Measured(losses, correct, torch.tensor([count], device=device))
 
 
 class ReferenceOnce(CompetingPreferences):
-    """[`CompetingPreferences`] whose loss has a reference and a β.
+    """[`CompetingPreferences`] with a loss that has a reference and a β.
 
-    The reference's log-probabilities are computed once for all branches, by TRL's own method, and put into the batch,
-    where TRL's loss reads precomputed ones.
+    TRL's method computes the reference's log-probabilities once for all branches. They are added to the batch, where
+    TRL's loss reads precomputed log-probabilities.
     """
 
     def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The reference's log-probabilities of a batch, by the names that TRL reads them by."""
+        """The reference's log-probabilities of a batch, by TRL's names for them in a batch."""
         raise NotImplementedError
 
     def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -370,7 +373,7 @@ class ReferenceOnce(CompetingPreferences):
 
     @contextmanager
     def settings_of_branch(self, branch: int) -> Iterator[None]:
-        """Within the block TRL's loss goes by the branch's β."""
+        """Within the block, TRL's loss uses the branch's β."""
         kept, self.beta = self.beta, self.args.branch_betas[branch]
         try:
             yield
@@ -379,7 +382,7 @@ class ReferenceOnce(CompetingPreferences):
 
     @contextmanager
     def as_branch(self, branch: int) -> Iterator[dict[str, list[float]]]:
-        """Within the block TRL's loss is a branch's, and reads the reference's log-probabilities from the batch."""
+        """As in the base class. TRL's loss also reads the reference's log-probabilities from the batch."""
         kept, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
             with super().as_branch(branch) as found:

@@ -1,4 +1,4 @@
-"""What a run tells: the parameter line at its start, the table at its end, and `competition.json`."""
+"""A run's reports: the lines at its start, the tables at rungs and at its end, and `competition.json`."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,13 @@ from comlora_trl.winner.table import cell, competition_table
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model with branches: base, all K adapters, selector."""
+    """Numbers of parameters of a model with branches.
+
+    Attributes:
+        base: parameters of the base model.
+        adapters: parameters of all K adapters.
+        selector: parameters of the selector.
+    """
 
     base: int
     adapters: int
@@ -26,18 +32,19 @@ class ParameterCounts:
 
     @classmethod
     def of(cls, model: ComLoRAModel) -> "ParameterCounts":
+        """Counts the parameters of a model."""
         adapters = sum(_numel(p) for branch in range(model.k) for p in model.branch_parameters(branch))
         selector = sum(_numel(p) for p in model.selector_parameters())
         return cls(sum(_numel(p) for p in model.parameters()) - adapters - selector, adapters, selector)
 
     @property
     def adapter_share(self) -> float:
-        """Adapters over base plus adapters, in percent (the paper's Table 3)."""
+        """Adapters in percent of base and adapters, as in the paper's Table 3."""
         return 100 * self.adapters / (self.base + self.adapters)
 
     @property
     def selector_share(self) -> float:
-        """Selector over base plus adapters plus selector, in percent."""
+        """Selector in percent of base, adapters and selector."""
         return 100 * self.selector / (self.base + self.adapters + self.selector)
 
     def __str__(self) -> str:
@@ -48,16 +55,19 @@ class ParameterCounts:
 
 
 def _numel(parameter: Any) -> int:
-    # 4-bit weights are packed two to a byte; DeepSpeed ZeRO-3 keeps the full count in ds_numel
+    # bitsandbytes packs two 4-bit weights into a byte; under ZeRO-3, ds_numel is the count of the whole parameter
     if type(parameter).__name__ == "Params4bit":
         return parameter.numel() * 2 * parameter.element_size()
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def start_line(model: ComLoRAModel, kernels: str, chunk: int | None, by_module: bool = False) -> str:
-    """The line that training prints at its start.
+    """The line about the branches that training prints at its start.
 
     Args:
+        model: the model with its branches.
+        kernels: "torch" or "triton", see [`selected_kernels`].
+        chunk: number of branches that run at a time; None for all.
         by_module: whether weights are gathered one module at a time, see [`sharding.gathers_by_module`].
     """
     config = model.peft_config[model.active_adapter]
@@ -69,20 +79,23 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None, by_module: 
     elif (chunk or k) > 1:
         how += f"; the batch widens {place}"
     if k > 1 and by_module:
-        how += "; slower than unsharded, for each adapted layer runs its branches one after the other"
+        how += "; slower than unsharded, because each adapted layer runs its branches one after the other"
     return f"ComLoRA: K={k} branches of rank {config.r}, {together} ({how}); {ParameterCounts.of(model)}"
 
 
 def tournament_line(args: Any, rates: list[str] | None, rungs: dict[int, Rung], max_steps: int) -> str | None:
-    """The line on rates, rungs and shared rows that training prints at its start, None without any of them.
+    """The line about rates, rungs and shared rows that training prints at its start.
 
-    A remark follows in a line of its own where the first rung comes too early to tell much.
+    If the first rung comes too early, a second line says so, see [`early_remark`].
 
     Args:
-        args: the `ComLoRAConfig`.
-        rates: each branch's, from the optimizer's groups; None where all are the same.
+        args: the training arguments.
+        rates: rate of each branch, as text from the optimizer's groups; None if all rates are the same.
         rungs: the rungs by optimizer step.
-        max_steps: of the run.
+        max_steps: number of optimizer steps of the run.
+
+    Returns:
+        the text; None if there are no different rates or betas, no rungs and no shared rows.
     """
     parts = []
     if rates is not None:
@@ -103,7 +116,12 @@ def tournament_line(args: Any, rates: list[str] | None, rungs: dict[int, Rung], 
 
 
 def competition_summary(state: CompetitionState, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The content of `competition.json`: the final table and the logged history of the competition."""
+    """The content of `competition.json`: the final table and the logged history of the competition.
+
+    Args:
+        state: the state of the competition.
+        history: the Trainer's log history.
+    """
     result, total = state.selection or {}, sum(state.wins)
     branches = [
         {
@@ -146,7 +164,12 @@ def write_summary(summary: dict[str, Any], folder: Path) -> None:
 
 
 def print_table(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the competition's outcome as a table."""
+    """Prints the outcome of a competition as a table, with remarks below.
+
+    Args:
+        summary: content of `competition.json`.
+        console: where to print; None for the terminal.
+    """
     title = f"Competition of {summary['k']} branches"
     if summary["validation_examples"]:
         title += f", {summary['validation_examples']} validation examples"
@@ -175,7 +198,15 @@ def print_rung(
     state: CompetitionState,
     console: Console | None = None,
 ) -> None:
-    """Prints who goes on at a rung."""
+    """Prints the figures of the branches at a rung, and which of them go on.
+
+    Args:
+        record: the rung's record.
+        rates: rate of each branch; None if it is not known.
+        steps: number of optimizer steps of the run.
+        state: the state of the competition.
+        console: where to print; None for the terminal.
+    """
     loss, accuracy = state.measured
     headings = ["rate", *(["beta"] if state.betas else []), f"validation\n{loss}", accuracy.replace(" ", "\n")]
     table = _table(f"Rung at step {record['step']} of {steps}", headings)
@@ -183,14 +214,14 @@ def print_rung(
         beta = [cell(state.betas[branch], "g")] if state.betas else []
         nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]
         if nll is not None:
-            fate = "retired" if branch in record["retired"] else "goes on"
-            table.add_row(f"branch_{branch}", cell(rate, "g"), *beta, cell(nll, ".4f"), cell(accuracy, ".1%"), fate)
+            outcome = "retired" if branch in record["retired"] else "goes on"
+            table.add_row(f"branch_{branch}", cell(rate, "g"), *beta, cell(nll, ".4f"), cell(accuracy, ".1%"), outcome)
     _print(table, [], console)
 
 
 def _print(table: Table, remarks: list[str], console: Console | None) -> None:
     console = console or Console()
-    console.print()  # a progress bar may stand in this line
+    console.print()  # the cursor may be in the line of a progress bar
     console.print(table)
     for remark in remarks:
         console.print(remark, highlight=False, soft_wrap=True)
@@ -206,7 +237,7 @@ def _table(title: str, headings: list[str]) -> Table:
 
 
 def _last_figures(state: CompetitionState, branch: int) -> dict[str, Any]:
-    """A branch's newest validation figures: of the last selection, or of the rung that retired it."""
+    """A branch's newest validation figures, from the last selection or from the rung that retired it."""
     columns = {"validation_nll": "validation_nll", "validation_accuracy": "validation_accuracy", "score": "scores"}
     for measured in (state.selection, *reversed(state.rungs)):
         if measured is not None and measured["validation_nll"][branch] is not None:

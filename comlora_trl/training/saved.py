@@ -1,11 +1,14 @@
-"""The content of a written adapter.
+"""The content of a saved adapter.
 
-Everything that writes one asks here: the winner's export, retired branches, checkpoints, pushes. Two rules decide.
+All code that writes adapters uses this module: the winner's export, retired branches, checkpoints and pushes to the
+    hub.
+There are two rules.
 
-- An adapter holds every tensor that PEFT would have saved with it: LoRA matrices, `modules_to_save`, trained tokens,
-  trained biases, and the embeddings if the vocabulary was resized.
-- An adapter is for the base that it names. Some initialisations (PiSSA, OLoRA, CorDA, LoRA-GA) take a low-rank part
-  out of the base. Then the adapter holds the difference to the named base, as an ordinary LoRA of twice the rank.
+- An adapter's file has every tensor that PEFT would save: LoRA matrices, `modules_to_save`, trained tokens, trained
+  biases, and the embeddings if the vocabulary was resized.
+- An adapter must work on the base that it names. Some initialisations (PiSSA, OLoRA, CorDA, LoRA-GA) take a low-rank
+  part out of the base weights. The file then has the difference to the named base, as an ordinary LoRA of twice the
+  rank.
 """
 
 import copy
@@ -28,17 +31,17 @@ from comlora_trl import compat
 from comlora_trl.training.sharding import plain_name
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Initialisations that take a low-rank part out of the base weights: W becomes W - s·B0·A0
+# Initialisations that take a low-rank part out of the base weights: W becomes W − s·B0·A0, where s is the scaling
 _TAKE_PART_OUT = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter as PEFT writes it; nothing of the model is needed any more.
+    """The content of an adapter's files. The model is not needed to write them.
 
     Attributes:
         config: the adapter's configuration.
-        weights: under their names in PEFT's files, on the CPU.
+        weights: the weights on the CPU, by their names in PEFT's files.
     """
 
     config: LoraConfig
@@ -51,18 +54,18 @@ class SavedAdapter:
 
 
 def names_to_save(model: PeftModel, adapter: str) -> dict[str, str]:
-    """The tensors that PEFT would save for an adapter: from the name in its files to the name in the model.
+    """The tensors that PEFT would save for an adapter: a dict from the name in PEFT's files to the name in the model.
 
-    The names in the model are those without any wrapper (see [`plain_name`]).
+    The names in the model are those without wrappers, see [`plain_name`].
     """
     marks = {name: torch.empty(0) for name in _state_names(model)}
     known = {id(mark): name for name, mark in marks.items()}
     config = model.peft_config[adapter]
     embeddings = True if _was_resized(model, config) else "auto"
-    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # else PEFT asks the hub each time
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # with a name, PEFT would ask the hub
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT comments on the embeddings each time
+            warnings.simplefilter("ignore")  # PEFT would warn about the embeddings
             saved = get_peft_model_state_dict(model, marks, adapter, save_embedding_layers=embeddings)
     finally:
         config.base_model_name_or_path = named
@@ -77,23 +80,25 @@ def saved_adapter(
     taken: Mapping[str, Tensor],
     changes: Mapping[str, Any],
 ) -> SavedAdapter:
-    """An adapter of a model as it is to be written.
+    """The content of an adapter's files.
 
     Args:
-        names: of [`names_to_save`].
-        state: whole values of the model's tensors, by their names in the model.
-        taken: the part that the base lacks, as [`taken_part`] gives it.
+        model: the model.
+        adapter: the adapter's name.
+        names: the result of [`names_to_save`].
+        state: the model's tensors (whole, not sharded), by their names in the model.
+        taken: the result of [`taken_part`]; empty if nothing was taken out of the base.
         changes: fields of the configuration that differ in the file.
 
     Raises:
-        KeyError: if the state lacks a tensor that PEFT would save.
+        KeyError: if `state` lacks a tensor that PEFT would save.
     """
     config = config_to_save(model, adapter, taken, changes)
     weights: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, own in names.items():
         value = state[own].detach().cpu().contiguous()
-        weights[key] = value.clone() if value.data_ptr() in seen else value  # tied weights are written twice
+        weights[key] = value.clone() if value.data_ptr() in seen else value  # safetensors can't write shared memory
         seen.add(value.data_ptr())
     return SavedAdapter(config, _for_the_named_base(weights, taken) if taken else weights)
 
@@ -101,7 +106,7 @@ def saved_adapter(
 def config_to_save(
     model: PeftModel, adapter: str, taken: Mapping[str, Tensor], changes: Mapping[str, Any]
 ) -> LoraConfig:
-    """The configuration in an adapter's files; arguments as for [`saved_adapter`]."""
+    """The configuration that is written into an adapter's files. The arguments are those of [`saved_adapter`]."""
     config, base = copy.deepcopy(model.peft_config[adapter]), model.get_base_model()
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path or None
@@ -111,7 +116,8 @@ def config_to_save(
         setattr(config, field, value)
     if taken:
         config.init_lora_weights = True
-        factor = math.sqrt(2) if config.use_rslora else 2  # the scaling is alpha / sqrt(r), or alpha / r
+        # Twice the rank must give the same scaling, which is alpha / sqrt(r) with rsLoRA and else alpha / r
+        factor = math.sqrt(2) if config.use_rslora else 2
         config.r, config.lora_alpha = config.r * 2, config.lora_alpha * factor
         config.rank_pattern = {name: rank * 2 for name, rank in (config.rank_pattern or {}).items()}
         config.alpha_pattern = {name: alpha * factor for name, alpha in (config.alpha_pattern or {}).items()}
@@ -119,10 +125,12 @@ def config_to_save(
 
 
 def put_back(base: nn.Module, taken: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
-    """Gives a base without adapters the part that an initialisation took out of it.
+    """Adds the part that an initialisation took out of a base model to its weights again, in place.
 
     Args:
-        scaling: of each adapted layer, by its name in the base.
+        base: the base model, without adapters.
+        taken: the result of [`taken_part`].
+        scaling: the scaling of each adapted layer, by the layer's name in the base.
     """
     for place, factor in scaling.items():
         a, b = (taken.get(key) for key in matrix_names(place))
@@ -134,19 +142,19 @@ def put_back(base: nn.Module, taken: Mapping[str, Tensor], scaling: Mapping[str,
 
 
 def matrix_names(place: str) -> tuple[str, str]:
-    """The names in PEFT's files of A and B of an adapted linear layer, by its name in the base."""
+    """The names of A and B in PEFT's files, for an adapted linear layer with the name `place` in the base."""
     return f"base_model.model.{place}.lora_A.weight", f"base_model.model.{place}.lora_B.weight"
 
 
 def takes_part_out(config: LoraConfig, base: nn.Module) -> bool:
-    """Whether an adapter's initialisation takes a low-rank part out of the base weights, and nothing else."""
+    """Whether an adapter's initialisation changes the base weights only by taking out a low-rank part."""
     return _method(config).startswith(_TAKE_PART_OUT) and not _is_quantised(base)
 
 
 def redone_at_loading(config: LoraConfig, base: nn.Module) -> bool:
-    """Whether an initialisation changes the base by more than a low-rank part: it rounds the weights.
+    """Whether an initialisation also rounds the base weights, which an adapter's file can't describe.
 
-    No adapter can hold that. PEFT does it again where it loads the adapter, and the weights decide how it comes out.
+    PEFT repeats such an initialisation when it loads the adapter, so the configuration must name it.
     """
     return _method(config) == "loftq" or (_method(config) == "olora" and _is_quantised(base))
 
@@ -160,22 +168,35 @@ def _is_quantised(base: nn.Module) -> bool:
 
 
 def taken_part(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """The matrices of a new adapter, by their names in PEFT's files: the part that its initialisation took out."""
+    """The part that the initialisation of a new adapter took out of the base: the adapter's present matrices.
+
+    Returns:
+        copies of the matrices on the CPU, by their names in PEFT's files.
+    """
     names, tensors = names_to_save(model, adapter), dict(model.named_parameters())
     return {key: tensors[own].detach().cpu().clone() for key, own in names.items() if rank_dimension(key) is not None}
 
 
 def rank_dimension(key: str) -> int | None:
-    """The dimension of a matrix in PEFT's files that its rank is the size of; None for other tensors."""
+    """The dimension of a LoRA matrix that has the size of the rank, by its name in PEFT's files; None for others."""
     kind = key.removesuffix(".weight").rpartition(".")[2]
     return {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}.get(kind)
 
 
 def trained_half(key: str, value: Tensor, taken: Mapping[str, Tensor], source: Path) -> Tensor:
-    """The branch's own matrix, from one that was written as a difference to the named base.
+    """The branch's matrix, from a matrix that was saved as a difference to the named base.
+
+    Args:
+        key: name in PEFT's files.
+        value: the saved matrix.
+        taken: the result of [`taken_part`] in this run.
+        source: the folder of the file, for the message.
+
+    Returns:
+        half of the matrix if it was saved with twice the rank; otherwise `value`.
 
     Raises:
-        ValueError: if the difference was to another initialisation than this run's.
+        ValueError: if the other half is not the part that this run's initialisation took out of the base.
     """
     dim = rank_dimension(key)
     if key not in taken or dim is None or value.size(dim) == taken[key].size(dim):
@@ -191,9 +212,9 @@ def trained_half(key: str, value: Tensor, taken: Mapping[str, Tensor], source: P
 
 
 def _for_the_named_base(weights: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`B·A - B0·A0` as one LoRA of twice the rank and the same scaling, which every loader can put on the named base.
+    """B·A − B0·A0 as one LoRA with twice the rank and the same scaling, which works on the named base.
 
-    PEFT's `path_initial_model_for_weight_conversion` makes the same of an adapter in a file.
+    PEFT's `path_initial_model_for_weight_conversion` does the same conversion with files.
     """
     converted = {}
     for key, value in weights.items():
@@ -206,7 +227,7 @@ def _for_the_named_base(weights: Mapping[str, Tensor], taken: Mapping[str, Tenso
 
 
 def _state_names(model: nn.Module) -> Iterator[str]:
-    """Names of the tensors of `state_dict()`, tied ones by each of their names, without gathering any."""
+    """The names of the tensors in `state_dict()`, including all names of tied tensors. No tensor is gathered."""
     for path, module in model.named_modules():
         for name in (*compat.parameters_of(module), *compat.persistent_buffers_of(module)):
             if getattr(module, name) is not None:
@@ -214,16 +235,16 @@ def _state_names(model: nn.Module) -> Iterator[str]:
 
 
 def _was_resized(model: PeftModel, config: LoraConfig) -> bool:
-    """Whether the vocabulary has another size than that of the base that the adapter names.
+    """Whether the model's vocabulary has another size than that of the base that the adapter names.
 
-    PEFT's own check takes it for the same when there is no network, though the configuration is in the cache; and it
-    does not look at the text part of a multimodal model.
+    PEFT's own check answers no if there is no network, even if the configuration is cached, and ignores the text
+    configuration of a multimodal model.
     """
     name, own = config.base_model_name_or_path, model.get_base_model().config
     if not name:
         return False
     try:
-        # A folder may change, a commit on the hub does not
+        # A folder may change during a run, so the result is cached for hub ids only
         find = _named_vocabulary.__wrapped__ if Path(name).is_dir() else _named_vocabulary
         return find(type(own), name, config.revision) != _vocabulary(own)
     except (OSError, ValueError):

@@ -1,13 +1,13 @@
-"""[`CompetingTrainer`]: what every TRL trainer needs for its LoRA branches to compete.
+"""[`CompetingTrainer`]: the code that every TRL trainer needs for competing LoRA branches.
 
-TRL builds the model, the data and the optimizer; the branches are attached to what it built. One optimizer step is
-five calls of the Trainer's, in this order:
+TRL builds the model, the data and the optimizer. Then the branches are attached to TRL's model. In each optimizer
+step, the Trainer makes these calls in this order:
 
 1. `get_batch_samples` plans the step.
-2. `compute_loss`, once a micro-batch, runs the branches and combines their losses. It is the subclass's own.
-3. `on_pre_optimizer_step` ends the step: divergence, wins, the norm and the clipping of each branch.
-4. `on_optimizer_step` notes the learning rates that were used.
-5. `on_step_end` reaches a rung, and selects the leader where the Trainer evaluates.
+2. `compute_loss` runs the branches and combines their losses, once for each micro-batch. The subclass defines it.
+3. `on_pre_optimizer_step` ends the competition's step: disqualification, wins, norm and clipping of each branch.
+4. `on_optimizer_step` stores the learning rates of the step.
+5. `on_step_end` retires branches if a rung is due, and selects the leader if the Trainer will evaluate.
 """
 
 from collections.abc import Callable
@@ -65,18 +65,18 @@ logger = get_logger(__name__)
 
 
 class CompetingTrainer:
-    """Stands before a TRL trainer in a subclass's bases: `class Mine(CompetingTrainer, SFTTrainer)`.
+    """The first base class of a competing trainer, before TRL's: `class Mine(CompetingTrainer, SFTTrainer)`.
 
-    The subclass builds TRL's trainer within [`Attachment.building`], calls [`compete`] at the end of its `__init__`,
-    and has a `compute_loss`.
+    The subclass calls TRL's `__init__` within [`Attachment.building`], calls [`compete`] at the end of its own
+    `__init__`, and defines `compute_loss`.
 
     Attributes:
-        competition: the competition; its `state` is what checkpoints store.
-        rates: the learning rates of the branches, as the optimizer has them.
-        own_losses: computes a loss of each branch on its view, where the loss is no sum over rows.
-        retired_files: writes the retired branches' folders.
-        data_name: what is trained on, a preset's name, a hub id or a path, for the winner's record and card; a data
-            set does not know. Set it before [`train`].
+        competition: the competition. Checkpoints store its `state`.
+        rates: the learning rates of the branches in the optimizer.
+        own_losses: computes the loss of each branch on its view, if the loss is not a sum over rows.
+        retired_files: writes the folders of retired branches in the background.
+        data_name: name of the training data (a preset, a hub id or a path) for the winner's record and card. Set it
+            before [`train`], because a data set does not know its name.
     """
 
     args: CompetitionConfig
@@ -87,13 +87,13 @@ class CompetingTrainer:
     _losses_kind = OwnLosses
     _in_step = False
     _own_evaluation = False
-    current_gradient_accumulation_steps = 1  # the Trainer's own, which it has in its loop alone
+    current_gradient_accumulation_steps = 1  # an attribute of the Trainer, which sets it only in its training loop
 
     def compete(self, attachment: Attachment) -> None:
-        """Puts the branches into the model that TRL built, and tries them on made-up tokens."""
+        """Adds the branches to the model that TRL built, tries them on random tokens, and creates the competition."""
         args, router_loss = self.args, getattr(self, "aux_loss_enabled", False)
         model = self.model = self.model_wrapped = self.callback_handler.model = attachment.branches(self.model)
-        if args.activation_offloading:  # TRL's context is bound to the model that it built
+        if args.activation_offloading:  # TRL's context refers to the model without branches
             self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model=model)
         check_parallelism(self.accelerator, args)
         sharding.settle_fsdp(self.accelerator)
@@ -102,7 +102,7 @@ class CompetingTrainer:
         if args.comlora_rows == "shared" and packed:
             self.data_collator = LineCollator(self.data_collator)
         self._without_graphs = settle_graphs(model, args, self.accelerator)
-        # The loss is normalised over the whole step, whatever the base model says about its own
+        # The loss is normalised over the whole step, even if the base model does not support this for its own loss
         self.model_accepts_loss_kwargs = True
         self.competition = Competition(
             model,
@@ -119,27 +119,35 @@ class CompetingTrainer:
         self._exported: set[Path] = set()
         self._decided = self._unlogged = False
         self._flos_per_token: float | None = None
-        # Right after the Trainer's own flow control, which the callback list begins with
+        # The first callback is the Trainer's flow control, and this one must come directly after it
         self.callback_handler.callbacks.insert(1, CompetitionCallback(self))
 
     @staticmethod
     def count(batch: dict[str, Any]) -> Counted:
-        """Counts what the loss of a batch is a mean over."""
+        """Counts the items of a batch that the loss is a mean over."""
         return supervised_tokens(batch)
 
     @property
     def comlora_model(self) -> ComLoRAModel:
-        """The model with its branches and selector, out of any DDP, FSDP or DeepSpeed wrapper."""
-        if isinstance(self.model, ComLoRAModel):  # unwrapping would walk through every module, at every step
+        """The model with its branches and selector, without any DDP, FSDP or DeepSpeed wrapper."""
+        if isinstance(self.model, ComLoRAModel):  # faster, because unwrapping visits every module
             return self.model
         return self.accelerator.unwrap_model(self.model)
 
-    # ---- A training, from its beginning to its winner ----
+    # ---- A training run, from the start to the winner ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains; at its end the winner is chosen, the table of the branches printed and the winner exported.
+        """Trains, selects the winner, prints the table of the branches and exports the winner.
 
-        Each call is a competition of its own; one that resumes goes on with its checkpoint's.
+        Each call is a new competition. A call with `resume_from_checkpoint` continues the checkpoint's competition.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest one in `output_dir`.
+            args, kwargs: as for the Trainer.
+
+        Raises:
+            FileExistsError: if the winner's folder is not empty and may not be replaced.
+            ValueError: if the checkpoint does not fit.
         """
         if self.args.should_save:
             check_target(self.args.winner_dir, self._may_overwrite(Path(self.args.winner_dir)))
@@ -166,7 +174,7 @@ class CompetingTrainer:
             self.retired_files.wait()
 
     def _reset(self) -> None:
-        """Gives branches that an earlier training retired or disqualified new adapters: a new competition begins."""
+        """Begins a new competition: branches that an earlier run retired or disqualified get new weights."""
         gone = [b for b in self.competition.state.retired if branch_name(b) not in self.comlora_model.peft_config]
         if gone and self.rates.given:
             raise ValueError(
@@ -175,13 +183,16 @@ class CompetingTrainer:
             )
         self.competition.reset()
         if gone:
-            self.optimizer = self.lr_scheduler = None  # they know nothing of the new parameters
+            self.optimizer = self.lr_scheduler = None  # the Trainer makes new ones, with the new parameters
 
     def begin_competition(self) -> None:
-        """Begins a competition, or goes on with that of the checkpoint; again when a smaller batch is tried."""
+        """Begins a competition, or continues that of the checkpoint.
+
+        The Trainer calls this again if it tries a smaller batch size (`auto_find_batch_size`).
+        """
         graphs = self.comlora_model.competing.graphs
         if graphs is not None:
-            graphs.forget_more_than(0)  # a smaller batch is tried where the memory was too little
+            graphs.forget_more_than(0)  # frees the memory of all graphs, in case it was out of memory before
         competition = self.competition
         competition.begin(self.state.max_steps, self.state.global_step)
         self._decided = self._unlogged = False
@@ -197,16 +208,16 @@ class CompetingTrainer:
         )
         if self.is_deepspeed_enabled and has_evaluation_weights(self.optimizer):
             logger.warning(
-                f"optim={self.args.optim} evaluates other weights than it trains, but DeepSpeed steps on a copy of "
-                "them: the weights that it trains are measured and exported; use DDP or FSDP for the others."
+                f"optim={self.args.optim} has separate weights for evaluation, which are not available under "
+                "DeepSpeed: the training weights are measured and exported; use DDP or FSDP for the others."
             )
         rates = None if competition.state.rates is None else self.rates.texts
         if line := tournament_line(self.args, rates, competition.rungs, self.state.max_steps):
             self.accelerator.print(line)
 
     def finish_competition(self) -> None:
-        """Chooses the winner, exports it, prints the table; at the end of training, before any callback's end."""
-        enter_evaluation_weights(self.optimizer, self.model)  # the model that is left is the one that is exported
+        """Selects and exports the winner, and prints the table, at the end of training and before other callbacks."""
+        enter_evaluation_weights(self.optimizer, self.model)  # after training, the model equals the exported one
         if self.can_select and not self._decided:
             self.select()
         folder = self.export_winner()
@@ -221,18 +232,19 @@ class CompetingTrainer:
     # ---- One optimizer step ----
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Fetches an optimizer step's micro-batches, and plans the step."""
+        """Fetches the micro-batches of an optimizer step and plans the step."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, self.competition.normaliser(self.competition.plan_step(batches))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A micro-batch's forward and backward.
+        """Runs the forward and backward of a micro-batch.
 
         Returns:
-            the loss for the Trainer's log; of independent branches the mean, while each trains by its own.
+            the loss for the Trainer's log. Independent branches train by the sum of their losses, and their mean is
+            returned.
         """
         if self.is_deepspeed_enabled:
-            # DeepSpeed's step follows its backward at once, before the Trainer's callback
+            # DeepSpeed steps directly after the backward, before the Trainer's callback
             sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
         self._in_step = True
         try:
@@ -241,12 +253,12 @@ class CompetingTrainer:
                 loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
-            self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
+            self.comlora_model.competing.abandon()  # a backward that failed, e.g. out of memory, does not end its pass
         independent = self.competition.settings.independent
         return loss / len(self.competition.state.living) if independent else loss
 
     def end_step(self) -> None:
-        """Ends the competition's step when its gradients are complete, before the optimizer's own."""
+        """Ends the competition's step after the last backward and before the optimizer's step."""
         scaled, max_norm = self._has_loss_scaler, self.args.max_grad_norm
         if self.is_deepspeed_enabled:
             max_norm = 0.0 if scaled else sharding.take_over_clipping(self.deepspeed)
@@ -264,15 +276,15 @@ class CompetingTrainer:
         return self.accelerator.scaler is not None
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Nothing to do: [`Competition.end_step`] clips each branch by its own norm."""
+        """Clips nothing, because [`Competition.end_step`] clips each branch. DeepSpeed with fp16 is the exception."""
         return super()._clip_grad_norm(model) if self.is_deepspeed_enabled and self._has_loss_scaler else None
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Nothing to compute: the norm that is logged is the competition's, see [`log`]."""
+        """Computes nothing. The norm in the log is that of the competition, see [`log`]."""
         return grad_norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The Trainer's estimate for the rows of all branches; it counts the parameters once, not at every step."""
+        """The Trainer's estimate, for the rows of all branches. The parameters are counted only in the first step."""
         tokens, plan = inputs["input_ids"].numel(), self.competition.plan
         if self._flos_per_token is None:
             self._flos_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
@@ -280,14 +292,14 @@ class CompetingTrainer:
         return int(self._flos_per_token * tokens * (1 if shared else len(self.competition.state.living)))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with groups for each branch and the selector where their rates differ."""
+        """Creates the Trainer's optimizer, with groups for each branch and the selector if the options set rates."""
         existed = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         self.rates.take(optimizer, existed)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the competition's figures since the last log to the Trainer's training logs."""
+        """Logs, and adds the competition's figures since the last log to the Trainer's training logs."""
         if self._unlogged and "loss" not in logs:
             self.log_selection()
         if self.model.training:
@@ -299,9 +311,9 @@ class CompetingTrainer:
             self.log_selection()
 
     def _step_figures(self) -> dict[str, float]:
-        """Entries of the Trainer's log: gradient norm, living branches, cost so far, each branch's rate.
+        """More log entries: gradient norm, number of living branches, cost so far, and the rate of each branch.
 
-        The Trainer's own `learning_rate` would be the first branch's; it becomes the leader's, as `eval_loss` is.
+        `learning_rate` is that of the leader, as `eval_loss` is. The Trainer would log that of the first branch.
         """
         state = self.competition.state
         logs: dict[str, float] = {"comlora/row_passes": state.row_passes}
@@ -316,7 +328,7 @@ class CompetingTrainer:
     # ---- Rungs and the winner ----
 
     def reach_rung(self) -> None:
-        """Retires the worse branches if a rung is due after the step that has just ended."""
+        """Retires the worse branches if a rung is due after the last step."""
         record = self.competition.reach_rung(self._measure)
         if record is None:
             return
@@ -326,9 +338,10 @@ class CompetingTrainer:
         self._drop_retired()
 
     def _keep_retired(self, branches: list[int]) -> None:
-        """Keeps branches as they are, as plain adapters, and frees their optimizer state and gradients.
+        """Saves retired branches as PEFT adapters, and frees their optimizer state and gradients.
 
-        They are written in the background, which ends before a checkpoint relies on it, and before training does.
+        The files are written in the background. The trainer waits for them before a checkpoint and before training
+        ends.
         """
         self.retired_files.wait()
         model = self.comlora_model
@@ -345,24 +358,24 @@ class CompetingTrainer:
             parameter.grad = None
 
     def _drop_retired(self) -> None:
-        """Frees the weights of retired branches, where no wrapper holds them."""
+        """Frees the weights of retired branches, if the model has no wrapper."""
         if self.model_wrapped is not self.comlora_model or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return  # DDP, FSDP and DeepSpeed know every parameter for good; theirs get no gradient any more
+            return  # DDP, FSDP and DeepSpeed can't remove parameters; those of retired branches get no gradient
         self.competition.drop_retired()
 
     @property
     def can_select(self) -> bool:
-        """Whether there is a validation set to choose by."""
+        """Whether there is a validation set, which a selection needs."""
         return self.eval_dataset is not None
 
     def select(self) -> dict[str, Any]:
-        """Measures every living branch on the validation set and makes the best one the leader (eq. 11-12).
+        """Measures every living branch on the validation set and selects the best one as the leader (eq. 11-12).
 
-        Each example counts once, several sets add up. `evaluate()`, `predict()` and callbacks report and change
-        nothing; this alone chooses.
+        Each example counts once. Several validation sets are added up. Only this method selects a leader:
+        `evaluate()`, `predict()` and callbacks do not.
 
         Returns:
-            the result, see [`ValidationTally.result`].
+            the selection, see [`ValidationTally.result`].
 
         Raises:
             RuntimeError: if there is no example, or every branch is disqualified.
@@ -375,21 +388,22 @@ class CompetingTrainer:
             return validate(self.model_wrapped, self.competition, sets, self, self.measure_batch)
 
     def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
-        """The living branches' validation figures of one batch; every process has to call it.
+        """Measures the living branches on a batch. All processes must call this.
 
         Args:
-            model: the model as the accelerator wrapped it, in evaluation mode.
+            model: the model in the accelerator's wrapper, in evaluation mode.
+            inputs: the batch.
             rows: a pass over all living branches.
-            count: examples of the batch that count, 0 for one that is run for the sake of other processes.
+            count: number of examples that count; 0 for a batch that only runs because other processes need it.
         """
         output = model(branch_pass=rows, fused_lm_head=True, use_cache=False, **inputs)
         return Measured(output.nll, output.correct, output.tokens, output.scores)
 
     def determine_winner(self) -> int:
-        """The branch that wins (eq. 11-12): the newest selection's, or that of one made now.
+        """Determines the winner (eq. 11-12) by the newest selection, or by a selection made now if there is none.
 
         Returns:
-            the branch's index, which is also the model's active adapter.
+            the index of the branch, which becomes the model's active adapter.
 
         Raises:
             RuntimeError: if every branch is disqualified.
@@ -400,8 +414,8 @@ class CompetingTrainer:
         return self.competition.state.leader
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's; the loop's own evaluations follow a selection, those too that a user's callback asks for."""
-        # The loop names no data, and then the sets of a dict by their keys
+        """Runs the Trainer's evaluation. An evaluation in the training loop makes a selection first."""
+        # The training loop passes no data set, or the key of one if eval_dataset is a dict
         self._own_evaluation = self.is_in_train and (eval_dataset is None or isinstance(eval_dataset, str))
         if self._own_evaluation and self.control.should_evaluate and self.can_select:
             self.select()
@@ -411,17 +425,17 @@ class CompetingTrainer:
             self._own_evaluation = False
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's, of the leader; the loop's own also has every branch's figures from its selection."""
-        enter_evaluation_weights(self.optimizer, self.model)  # now, for the Trainer would after its cast
+        """Runs the Trainer's evaluation loop with the leader, and adds the figures of a selection made for it."""
+        enter_evaluation_weights(self.optimizer, self.model)  # before the Trainer casts the model to half precision
         parameters = self.comlora_model.trainable_parameters()
         values = [parameter.data for parameter in parameters]
         try:
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         finally:
             if has_evaluation_weights(self.optimizer):
-                sharding.reshard(self.model)  # the next step would take FSDP2's gathered copies for the iterate
+                sharding.reshard(self.model)  # otherwise the next step would use gathered copies of FSDP2
             if self.args.bf16_full_eval or self.args.fp16_full_eval:
-                # The Trainer casts the model for good; what is trained and exported keeps its own precision
+                # The Trainer's cast is permanent, but trained and exported weights must keep their precision
                 for parameter, value in zip(parameters, values, strict=True):
                     parameter.data = value
         if self._own_evaluation and self.competition.selected:
@@ -430,53 +444,54 @@ class CompetingTrainer:
         return output
 
     def log_selection_next(self) -> None:
-        """The newest selection is logged after the step's own figures, and before the run's summary."""
+        """Makes the next log also log the newest selection, after the figures of the step."""
         self._unlogged = True
 
     def log_selection(self) -> None:
-        """Logs the newest selection, where no evaluation does."""
+        """Logs the newest selection. It is needed if no evaluation of the Trainer logs it."""
         self._unlogged = False
         training = self.model.training
-        # What is logged in training mode ends the window of training's own figures. The loggers, TRL's and ours, read
-        # the model's own mode; that of its thousands of modules stays
+        # A log in training mode would include and reset the training figures. TRL and this class only read the flag of
+        # the model itself, so the flags of its thousands of modules need not change
         self.model.training = False
         self.log(selection_metrics(self.competition.state.selection, "eval"))
         self.model.training = training
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Not possible: a search makes the model anew for each trial.
+        """Not supported, because a search makes a new model for each trial.
 
         Raises:
-            NotImplementedError: always, naming the tournament.
+            NotImplementedError: always; the message names the tournament as the alternative.
         """
         raise NotImplementedError(
             "hyperparameter_search needs a model_init, which no TRL trainer takes: set comlora_tournament=True, which "
             "compares learning rates in one run (comlora_branch_learning_rates)."
         )
 
-    # ---- Checkpoints: K branches and a selector, whole, whatever the base is sharded by ----
+    # ---- Checkpoints: the whole weights of K branches and the selector, with any kind of sharding ----
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The Trainer's; under FSDP without its copy of the weights, which gathers the base to save one branch."""
+        """Saves optimizer and schedule. Under FSDP, the Trainer's method would also gather and save the base model."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         plugin = self.accelerator.state.fsdp_plugin
-        sharding.reshard(self.model)  # the optimizer knows these parameters
+        sharding.reshard(self.model)  # the optimizer refers to the sharded parameters
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's.
+        """Loads optimizer and schedule.
 
         Raises:
-            ValueError: under FSDP with an optimizer that has evaluation weights, whose state does not come back whole.
+            ValueError: under FSDP with an optimizer that has evaluation weights, whose state is not restored
+                correctly.
         """
         if checkpoint is not None and self.is_fsdp_enabled and has_evaluation_weights(self.optimizer):
             raise ValueError(
-                f"resuming with optim={self.args.optim} is not possible under FSDP: a resumed run was seen to end "
-                "elsewhere than the one that went on; resume with DDP or in one process, or start a new run."
+                f"resuming with optim={self.args.optim} is not possible under FSDP: a resumed run has given other "
+                "weights than an uninterrupted one; resume with DDP or in one process, or start a new run."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -485,33 +500,36 @@ class CompetingTrainer:
         self.comlora_model.load_branches(resume_from_checkpoint, self.model_wrapped)
 
     def load_checkpoint_branches(self, folder: str) -> None:
-        """Loads a checkpoint's branches, those among them that a rung has retired since."""
+        """Loads the branches of a checkpoint, including those that a rung has retired since then."""
         for branch in load_state(folder).living:
             if branch_name(branch) not in self.comlora_model.peft_config:
                 self.comlora_model.restore_branch(branch)
         self._load_from_checkpoint(folder)
 
     def _load_best_model(self) -> None:
-        enter_evaluation_weights(self.optimizer, self.model)  # what is loaded are evaluation weights
+        enter_evaluation_weights(self.optimizer, self.model)  # checkpoints contain evaluation weights
         best, state = self.state.best_model_checkpoint, self.competition.state
         self.load_checkpoint_branches(best)
-        # The winner is the best checkpoint's leader; wins, rungs and disqualifications are the whole run's
+        # The leader of the best checkpoint wins; wins, rungs and disqualifications stay those of the whole run
         state.selection = load_state(best).selection
-        # A branch that has diverged since can't win: another one of that checkpoint is chosen
+        # A branch that has been disqualified since then can't win, so a new selection is needed in that case
         self._decided = state.selection is not None and state.selection["winner"] not in state.disqualified
         self.competition.follow_leader()
 
-    # ---- Where the Trainer saves or pushes "the model": the winner, as an ordinary adapter ----
+    # ---- The Trainer's methods that save or push "the model" save the winner as an ordinary adapter ----
 
     def export_winner(self, path: str | Path | None = None) -> Path:
-        """Exports the winner (determined first if need be) as an ordinary PEFT adapter, atomically.
+        """Exports the winner as an ordinary PEFT adapter, atomically. If there is no selection yet, one is made.
 
         Args:
-            path: the folder; `comlora_winner_dir` by default.
+            path: the folder; None for `comlora_winner_dir`.
+
+        Returns:
+            the folder.
 
         Raises:
-            FileExistsError: if the folder is not empty, `comlora_overwrite_winner` is False and it is not this
-                trainer's own earlier export.
+            FileExistsError: if the folder is not empty, `comlora_overwrite_winner` is False, and the folder is not an
+                earlier export of this trainer.
         """
         path = Path(path or self.args.winner_dir)
         self.export_branch(self.determine_winner(), path, self._may_overwrite(path))
@@ -519,7 +537,16 @@ class CompetingTrainer:
         return path
 
     def export_branch(self, branch: int, path: Path, overwrite: bool) -> None:
-        """Exports a branch as an ordinary PEFT adapter, with all that an exported one carries; by all processes."""
+        """Exports a branch as an ordinary PEFT adapter with all files of a winner. All processes must call this.
+
+        Args:
+            branch: the branch.
+            path: the folder.
+            overwrite: whether to replace the folder if it is not empty.
+
+        Raises:
+            FileExistsError: if the folder is not empty and `overwrite` is False.
+        """
         self._export(branch, path, lambda: new_folder(path, overwrite))
 
     def _export(self, branch: int, target: Path, folder: Callable[[], Any]) -> None:
@@ -538,7 +565,7 @@ class CompetingTrainer:
         return self.args.comlora_overwrite_winner or path.absolute() in self._exported
 
     def competition_summary(self) -> dict[str, Any]:
-        """The content of `competition.json`: the branches' figures and the history."""
+        """The content of `competition.json`: the figures of the branches and the history."""
         return competition_summary(self.competition.state, self.state.log_history)
 
     def training_record(self) -> dict[str, Any]:
@@ -554,14 +581,14 @@ class CompetingTrainer:
         )
 
     def _trained_settings(self) -> dict[str, Any]:
-        """The settings of optimizer and schedule that are other ones than the arguments'."""
+        """The settings of optimizer and schedule that differ from the arguments."""
         settings = self.rates.settings(self.optimizer, own=self.optimizer_cls_and_kwargs is not None)
         if self.lr_scheduler is not None and not self._created_lr_scheduler:
             settings |= {"lr_scheduler_type": type(self.lr_scheduler).__name__, "warmup_steps": None}
         return settings
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the winner as an ordinary adapter; within a checkpoint, which the Trainer makes, every branch."""
+        """Saves the winner as an ordinary adapter. For a checkpoint of the Trainer, saves every branch."""
         if _internal_call and output_dir is not None:
             self.retired_files.wait()
             enter_evaluation_weights(self.optimizer, self.model)
@@ -590,13 +617,15 @@ class CompetingTrainer:
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | None:
-        """Pushes the winner as the repository's root adapter, with its model card.
+        """Pushes the winner and its model card to the root of the hub repository.
 
         Args:
+            commit_message, token, revision, private: as for the Trainer.
+            blocking: whether to wait for the upload.
             kwargs: as for [`create_model_card`].
 
         Returns:
-            the commit, or its future if not `blocking`; None on processes other than the first.
+            the commit, or its future if not `blocking`; None on all processes but the first.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
@@ -620,12 +649,12 @@ class CompetingTrainer:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes the leader's card and its record into `output_dir`, which the Trainer pushes.
+        """Writes the leader's model card and record into `output_dir`, which the Trainer pushes.
 
         Args:
-            model_name: the card's title; the method's name by default.
-            dataset_name: the training data's name, [`data_name`] from now on.
-            tags: further tags on the hub.
+            model_name: title of the card; None for the method's name.
+            dataset_name: name of the training data, which replaces [`data_name`].
+            tags: additional tags for the hub.
         """
         self.data_name = dataset_name or self.data_name
         if not self.is_world_process_zero():
@@ -641,9 +670,9 @@ class CompetingTrainer:
 
 
 class _Watch:
-    """A forward hook for the time of a training, in which no loss may train the active branch alone.
+    """A forward hook during training, which refuses losses that would train the active branch only.
 
-    Copies and pickles of the model are models of their own, and have no competition.
+    In copies and pickles of the model it does nothing, because they have no competition.
     """
 
     def __init__(self, competition: Competition | None = None) -> None:
@@ -659,10 +688,10 @@ class _Watch:
 
 
 class CompetitionCallback(TrainerCallback):
-    """When the competition acts within the Trainer's loop, by the Trainer's own events.
+    """Calls the competition's methods at the Trainer's events.
 
-    It comes right after the Trainer's own flow control, so that a selection precedes the evaluation and the checkpoint
-    of its step, and the winner is out before any other callback ends the run, or fails.
+    This callback comes directly after the Trainer's flow control. So a selection comes before the evaluation and the
+    checkpoint of the same step, and the winner is exported before another callback ends the run or fails.
     """
 
     def __init__(self, trainer: CompetingTrainer) -> None:
@@ -696,5 +725,6 @@ class CompetitionCallback(TrainerCallback):
             self.trainer.select()
         new = self.trainer.competition.state.selection is not known
         if new and not control.should_evaluate:
-            # A log of a later step would bear that step's number
+            # If the Trainer does not log now, the selection is logged here, because a later log has a later step
+            # number
             (self.trainer.log_selection_next if control.should_log else self.trainer.log_selection)()

@@ -1,4 +1,4 @@
-"""Before training: one tiny pass over made-up tokens, which says where this model's batch can widen to K branches."""
+"""A trial before training: tiny passes over random tokens find out where the batch can be repeated for K branches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,35 +16,40 @@ from comlora_trl.training.model import ComLoRAModel
 
 logger = get_logger(__name__)
 
-# Tokens of the lines of made-up batches: of two sizes, for what is as large as a batch by chance is not twice
+# The lengths of the lines in the trial's batches. There are two numbers of lines, because a dimension that equals one
+# of them by chance will not equal the other
 _LENGTHS = ((7, 4), (5, 8, 6))
-_TOKENS = 64  # ids are drawn below this, where a vocabulary has them
+_TOKENS = 64  # token ids are drawn below this number, or below the size of a smaller vocabulary
 
-_UNTRIED = "no tiny pass was made before training, the batch is taken to widen {}."
+_UNTRIED = "no tiny pass was made before training, so the batch is assumed to widen {}."
 
 
 def try_branches(
     model: ComLoRAModel, collator: Callable, accelerator: Accelerator, packed: bool, router_loss: bool
 ) -> str:
-    """Settles where the model's batch widens ([`settle_expansion`]), on the main process for all of them.
+    """Decides where the model's batch is repeated for the K branches, see [`settle_expansion`].
+
+    The trial runs on the main process, and all processes get the result.
 
     Args:
-        collator: the run's own; plain padded batches are tried where it doesn't take token ids and labels.
+        model: the model with its branches.
+        collator: the run's collator. If it does not accept token ids and labels, plain padded batches are used.
+        accelerator: the accelerator.
         packed: whether the run's batches are padding-free.
-        router_loss: whether the run adds a mixture of experts' load-balancing loss.
+        router_loss: whether the run adds the load-balancing loss of a mixture of experts.
 
     Returns:
-        one of `expansion.PLACES`.
+        one of `passes.PLACES`.
 
     Raises:
-        ValueError: in one line, if the model can't run as branches, or not spread over processes as asked.
+        ValueError: if the model can't run with branches, or not with this kind of distributed training.
     """
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         logger.warning(f"ZeRO-3 partitions the weights: {_UNTRIED.format(model.expansion.place)}")
         return model.expansion.place
     found: list[Any] = [model.expansion.place, None, None]
-    # By a process for itself: elsewhere the mask stays
+    # Only a single process on a GPU leaves the mask out
     alone = accelerator.num_processes == 1 and accelerator.device.type == "cuda" and not router_loss
     if accelerator.is_main_process:
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -74,7 +79,7 @@ def try_branches(
 
 
 def _with_its_cause(error: ValueError, model: ComLoRAModel, batches: list[dict[str, Any]]) -> ValueError:
-    """The error, or one that says what to do where the model runs without its routers' loss."""
+    """The error itself or, if the model runs without its routers' loss, one that says how to turn this loss off."""
     try:
         settle_expansion(model, [batch | {"output_router_logits": False} for batch in batches])
     except ValueError:
@@ -108,7 +113,7 @@ def _made_up_batches(model: ComLoRAModel, collator: Callable, packed: bool, rout
 def _collated(collator: Callable, examples: list[dict[str, list[int]]]) -> dict[str, Any] | None:
     try:
         batch = dict(collator(examples))
-    except Exception:  # a user's own collator may want anything
+    except Exception:  # a user's collator may need other columns
         return None
     batch.pop(ROWS_PER_LINE, None)
     return batch if {"input_ids", "labels"} <= batch.keys() else None

@@ -1,4 +1,4 @@
-"""The files of an exported winner besides PEFT's own: writes and reads them.
+"""Writes and reads the files that an exported winner has in addition to PEFT's own.
 
-Training writes them and evaluation reads them. Nothing here imports torch.
+Training writes these files and evaluation reads them. The modules here do not import torch.
 """

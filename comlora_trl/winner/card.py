@@ -1,6 +1,7 @@
-"""The model card (`README.md`) of a winner, from its records and from lm_eval's results.
+"""The model card (`README.md`) of a winner, made from its records and from lm_eval's results.
 
-Every command in it works as it stands, beside the adapter's folder or with its hub id.
+The commands in the card can be copied: they work from the directory that contains the adapter's folder, or with the
+adapter's hub id.
 """
 
 import json
@@ -34,7 +35,13 @@ _CITATION = """## Citation
 
 @dataclass(frozen=True)
 class Score:
-    """A task's figures, in percent, and the conditions they were taken under."""
+    """The results of one task.
+
+    Attributes:
+        task: the task's name.
+        metrics: the figures by name, in percent.
+        conditions: how the task was run, as text.
+    """
 
     task: str
     metrics: dict[str, float]
@@ -42,15 +49,15 @@ class Score:
 
 
 def write_card(folder: str | Path, scores: Sequence[Score] = (), place: str | None = None) -> Path:
-    """Writes the card of an adapter's folder, in the place of one that is there.
+    """Writes the card of an adapter's folder and replaces an existing card.
 
     Args:
         folder: the adapter's folder.
-        scores: of exactly these weights.
-        place: the folder's name once it is where it will be.
+        scores: the results of exactly these weights.
+        place: the folder's final name, if the folder is renamed later; None for its present name.
 
     Returns:
-        the card's path.
+        the path of the card.
     """
     path = Path(folder) / CARD_FILE
     path.write_text(card(Adapter.read(Path(folder)), place or Path(folder).resolve().name, scores), encoding="utf-8")
@@ -67,11 +74,11 @@ def card(
     """The text of a model card.
 
     Args:
-        adapter: its records.
-        place: where others find it: its folder's name, or its hub id.
-        scores: of exactly these weights.
-        title: the heading; the method's name by default.
-        tags: further tags on the hub.
+        adapter: the adapter's records.
+        place: the name of the adapter's folder, or its hub id.
+        scores: the results of exactly these weights.
+        title: the heading; None for the method's name.
+        tags: additional tags for the hub.
     """
     method = adapter.method or "adapter"
     metadata = _metadata(adapter, method, scores, tags)
@@ -88,7 +95,7 @@ def card(
 
 
 def _metadata(adapter: Adapter, method: str, scores: Sequence[Score], tags: Iterable[str]) -> dict[str, Any]:
-    """The card's YAML head, as the hub reads it. A base that is no hub id is left out, because the hub refuses it."""
+    """The card's YAML metadata. A base model without a hub id is left out, because the hub would reject the card."""
     data: dict[str, Any] = {}
     if _is_hub_id(adapter.base):
         data["base_model"] = adapter.base
@@ -208,7 +215,7 @@ def _loading(adapter: Adapter, place: str) -> str:
 
 
 def _asking(adapter: Adapter) -> str:
-    """A question in the form of the training prompts; of a reward model, an answer to score."""
+    """Code that asks the model a question in the form of the training prompts, or scores a text by a reward model."""
     if adapter.is_classifier:
         return 'inputs = tokenizer("the prompt and the answer", return_tensors="pt")\nprint(model(**inputs).logits)'
     template = adapter.record.get("prompt_template")

@@ -1,8 +1,9 @@
-"""Writes the files of an exported winner besides PEFT's own, so that others can use it and know how it was made.
+"""Writes the files that an exported winner has in addition to PEFT's own.
 
-- `training.json`: base model and revision, tokenizer, prompt template, data, settings, seed; the evaluation reads it.
-- `lm_eval.yaml`: `lm_eval run --config winner/lm_eval.yaml` needs neither our hook nor any other argument.
-- `README.md`: the model card, see [`comlora_trl.winner.card`], with a picture of the competition where matplotlib is.
+- `training.json`: base model and revision, tokenizer, prompt template, data, settings and seed. Evaluation reads it.
+- `lm_eval.yaml`: for `lm_eval run --config winner/lm_eval.yaml`, which needs no other argument and no hook.
+- `README.md`: the model card, see [`comlora_trl.winner.card`].
+- `competition.png`: a picture of the competition, if matplotlib is installed.
 """
 
 import json
@@ -26,13 +27,13 @@ from comlora_trl.winner.folder import TOKENIZER_FILES, TRAINING_FILE, Adapter, d
 logger = logging.getLogger(__name__)
 
 LM_EVAL_FILE = "lm_eval.yaml"
-# TRL's settings that influence the result, in the card's order
-_TOLD = (
+# TRL's settings that influence the result, in the order of the card
+_RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_length", "packing", "bf16"),
 )
-# Fields that are no setting of the method, or that the record has elsewhere
-_NOT_TOLD = ("comlora_winner_dir", "comlora_overwrite_winner", "comlora_prompt")
+# Fields that are not settings of the method, or that another part of the record contains
+_NOT_RECORDED = ("comlora_winner_dir", "comlora_overwrite_winner", "comlora_prompt")
 _PACKAGES = ("trl", "peft", "transformers", "torch")
 
 
@@ -49,16 +50,16 @@ def training_record(
     """The content of `training.json`: the arguments, and the versions of the packages.
 
     Args:
-        base: the base model's hub id or folder, as it was loaded; empty if it has no name.
-        base_revision: its revision on the hub.
-        tokenizer: the tokenizer's name, where it is not saved beside the adapter and not the base's.
-        prompt_template: the template of the training prompts; None for data that had its own (TRL's formats).
-        data: the training data: a preset's name, a hub id or a path.
-        settings: further settings under their flags' names, see [`settings_of`].
+        base: hub id or folder of the base model; empty if it has no name.
+        base_revision: the base model's revision on the hub.
+        tokenizer: the tokenizer's name, if it is neither saved with the adapter nor the base model's.
+        prompt_template: the template of the training prompts; None if the data's prompts use no template.
+        data: the training data: the name of a preset, a hub id or a path.
+        settings: other settings by the names of their flags, see [`settings_of`].
         seed: the run's seed.
 
     Raises:
-        ValueError: the template is unknown.
+        ValueError: if the template is unknown.
     """
     if prompt_template is not None:
         check_template(prompt_template)
@@ -81,54 +82,59 @@ def training_record(
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # an installation for evaluation alone has no trl
+        with suppress(PackageNotFoundError):  # an installation that is only for evaluation has no trl
             found[name] = version(name)
     return found
 
 
 def write_training_record(folder: str | Path, record: dict[str, Any]) -> None:
-    """Writes `training.json`, for checkpoints too, from which a branch may be exported later."""
+    """Writes `training.json` into the folder of an adapter or a checkpoint.
+
+    Checkpoints have this file too, because a branch may be exported from them later.
+    """
     (Path(folder) / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_training_record(folder: str | Path) -> dict[str, Any] | None:
-    """The content of `training.json`, or None where there is none."""
+    """The content of `training.json` in a folder; None if there is no such file."""
     return read_json(Path(folder) / TRAINING_FILE) or None
 
 
 def write_winner_files(folder: str | Path, *, target: str | Path, record: dict[str, Any]) -> None:
     """Writes `training.json`, `lm_eval.yaml` and `README.md` into an exported adapter's folder.
 
-    Call it when `adapter_config.json`, `competition.json` and the tokenizer are there.
+    `adapter_config.json`, `competition.json` and the tokenizer must be in the folder already.
 
     Args:
-        folder: where the adapter is written now (a temporary folder, until it is renamed).
-        target: where it will be, which `lm_eval.yaml` names.
-        record: from [`training_record`], or from a checkpoint by [`read_training_record`].
+        folder: the folder to write into, which may be temporary.
+        target: the final folder; `lm_eval.yaml` contains its path.
+        record: the result of [`training_record`], or of [`read_training_record`] for a checkpoint.
     """
     folder, target = Path(folder), Path(target).expanduser().absolute()
     write_training_record(folder, record)
-    if record["base"]["name"] and not Adapter.read(folder).is_classifier:  # which lm_eval can't ask
+    if record["base"]["name"] and not Adapter.read(folder).is_classifier:  # lm_eval can't evaluate a classifier
         _write_lm_eval_config(folder, target, record)
     _draw_competition(folder)
     write_card(folder, place=target.name)
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """The settings that the record shows, from the training arguments: this package's and the optimizer's.
+    """The settings for the record: this package's, and those of TRL that influence the result.
 
     Args:
-        args: a dataclass of TRL's or ours (`ComLoRAConfig`).
+        args: the training arguments, a dataclass of TRL or of this package.
     """
-    names = [field.name for field in fields(args) if field.name.startswith("comlora_") and field.name not in _NOT_TOLD]
-    settings = {name: getattr(args, name) for name in [*names, *_TOLD] if hasattr(args, name)}
+    names = [
+        field.name for field in fields(args) if field.name.startswith("comlora_") and field.name not in _NOT_RECORDED
+    ]
+    settings = {name: getattr(args, name) for name in [*names, *_RECORDED] if hasattr(args, name)}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
     plain = str | int | float | bool | list | tuple
     return {name: value for name, value in settings.items() if isinstance(value, plain)}
 
 
 def _draw_competition(folder: Path) -> None:
-    """A winner's picture of the competition; none without matplotlib, or without a history to draw."""
+    """Draws the competition into a winner's folder, if matplotlib is installed and there is a history to draw."""
     adapter = Adapter.read(folder)
     if len(adapter.competition.get("branches") or []) < 2 or adapter.branch != adapter.competition.get("winner"):
         return
@@ -138,7 +144,7 @@ def _draw_competition(folder: Path) -> None:
         draw(folder)
     except (ImportError, ValueError):
         return
-    except Exception as error:  # an error in drawing must not lose the winner
+    except Exception as error:  # an error while drawing must not stop the export
         logger.warning(f"no picture of the competition ({type(error).__name__}: {error})")
 
 

@@ -1,7 +1,7 @@
-"""Reads the folder of an adapter: its weights' hash, its training record, the tasks that score it.
+"""Reads the folder of an adapter: the hash of its weights, its training record, and the tasks that score it.
 
-`training.json`, which the export of a winner writes ([`comlora_trl.winner.files`]), has most of it; other adapters
-have only `adapter_config.json`.
+Most of this comes from `training.json`, which [`comlora_trl.winner.files`] writes when a winner is exported. An
+adapter from elsewhere has only `adapter_config.json`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ TRAINING_FILE = "training.json"
 COMPETITION_FILE = "competition.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Pictures of the competition that may lie beside an adapter, as `comlora-plot` names them
+# The files that `comlora-plot` writes into an adapter's folder by default
 PICTURES = tuple(f"{name}.{kind}" for name in ("competition", "wins", "scores") for kind in ("png", "svg"))
 # Ranks vLLM accepts for max_lora_rank
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,14 +27,14 @@ _TASKS_FOR = {"demo": "comlora_demo", "mmlu": "comlora_mmlu", "convai2": "comlor
 
 
 def tasks_for(data: str | None) -> list[str]:
-    """The tasks that score an adapter trained on a data set: a preset's own, else the commonsense ones."""
+    """The lm_eval tasks for an adapter that was trained on `data`: the preset's tasks, or the commonsense tasks."""
     if data in COMMONSENSE_TASKS:
         return [f"comlora_{data.lower().replace('-', '_')}"]
     return [_TASKS_FOR.get(data or "", "comlora_commonsense")]
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is missing or holds something else."""
+    """The JSON object in a file; an empty dict if the file is missing or contains no JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,12 +52,12 @@ def _sha256(state: tuple[str, int, int]) -> str:
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """The SHA-256 of an adapter's weight file, or None if there is none."""
+    """The SHA-256 of an adapter's weight file; None if there is no such file."""
     return next((file_sha256(folder / name) for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
 def file_sha256(file: Path) -> str:
-    """The SHA-256 of a file, read once."""
+    """The SHA-256 of a file. The result is cached while the file does not change."""
     return _sha256(file_state(file))
 
 
@@ -71,11 +71,11 @@ class Adapter:
     """The records of an adapter.
 
     Attributes:
-        config: its `adapter_config.json`.
-        record: its `training.json`, see [`comlora_trl.winner.files.training_record`].
-        competition: its `competition.json`.
-        chats: whether its tokenizer has a chat template.
-        pictures: names of the pictures beside it.
+        config: content of `adapter_config.json`.
+        record: content of `training.json`, see [`comlora_trl.winner.files.training_record`].
+        competition: content of `competition.json`.
+        chats: whether the tokenizer has a chat template.
+        pictures: names of the pictures in the folder.
     """
 
     config: dict[str, Any]
@@ -86,7 +86,7 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: Path) -> "Adapter":
-        """Of a folder; what is missing there is empty."""
+        """Reads an adapter's folder. A missing file is read as an empty record."""
         config, record, competition, tokenizer = (
             read_json(folder / name)
             for name in ("adapter_config.json", TRAINING_FILE, COMPETITION_FILE, "tokenizer_config.json")
@@ -97,7 +97,7 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The base model's name as recorded, a hub id, a folder or `DEMO_BASE`; empty where none is known."""
+        """The recorded name of the base model: a hub id, a folder or `DEMO_BASE`; empty if it is not known."""
         named = (self.record.get("base") or {}).get("name") or self.config.get("base_model_name_or_path")
         return base_name(named) if named else ""
 
@@ -108,17 +108,17 @@ class Adapter:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether it is a reward model, or another classifier, with a head of its own."""
+        """Whether the adapter is a reward model or another classifier."""
         return self.config.get("task_type") == "SEQ_CLS"
 
     @property
     def branch(self) -> int | None:
-        """The branch that this adapter is."""
+        """The index of the branch that this adapter was exported from."""
         return self.competition.get("exported_branch", self.competition.get("winner"))
 
     @property
     def method(self) -> str | None:
-        """The paper's name of what it is, such as "LoRA r=8" or "ComLoRA K=4 r=4, w/o selector"."""
+        """The paper's name for the adapter's method, such as "LoRA r=8" or "ComLoRA K=4 r=4, w/o selector"."""
         if "r" not in self.config:
             return None
         settings = self.record.get("settings") or {}
@@ -132,12 +132,12 @@ class Adapter:
 
 
 def method_name(rank: int, k: int | None, settings: dict[str, Any]) -> str:
-    """The paper's name of a method.
+    """The paper's name for a method.
 
     Args:
-        rank: of each branch.
-        k: the number of branches; None or 0 for an adapter without a competition.
-        settings: `comlora_*` settings; those left out are at their default.
+        rank: rank of each branch.
+        k: number of branches; None or 0 for an adapter without a competition.
+        settings: the `comlora_*` settings; missing ones have their default value.
     """
     selector = settings.get("comlora_selector", True)
     if not k or (k == 1 and not selector):
@@ -146,7 +146,7 @@ def method_name(rank: int, k: int | None, settings: dict[str, Any]) -> str:
 
 
 def _variant(settings: dict[str, Any], k: int, selector: bool) -> list[str]:
-    """The differences of a competition from the paper's default."""
+    """The settings of a competition that differ from the paper's default, as the paper names them."""
     if settings.get("comlora_tournament"):
         return ["tournament"]
     if not selector:
@@ -162,6 +162,6 @@ def _variant(settings: dict[str, Any], k: int, selector: bool) -> list[str]:
 
 
 def vllm_rank(config: dict[str, Any]) -> int:
-    """The `max_lora_rank` that vLLM needs for an adapter's configuration."""
+    """The smallest `max_lora_rank` of vLLM that an adapter's configuration fits."""
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)

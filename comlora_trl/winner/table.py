@@ -1,10 +1,10 @@
-"""The competition's final table, for the terminal and for the model card."""
+"""The final table of a competition, for the terminal and the model card."""
 
 from typing import Any
 
 
 def _columns(measured: list[str]) -> tuple[tuple[str, str, str], ...]:
-    """(heading, key, format); a line break where a narrow table may have one."""
+    """The columns as (heading, key, format). The headings contain line breaks for a narrow table."""
     loss, accuracy = measured
     return (
         ("rate", "learning_rate", "g"),
@@ -17,11 +17,13 @@ def _columns(measured: list[str]) -> tuple[tuple[str, str, str], ...]:
 
 
 def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: the branch, the columns with different values, and the branch's end.
+    """The headings and the rows of cells: each branch with its figures and its outcome.
+
+    Columns without any figure are left out, except for the validation loss.
 
     Args:
-        summary: the content of `competition.json`.
-        adapter: the branch beside which the table stands.
+        summary: content of `competition.json`.
+        adapter: the branch to mark as "this adapter"; None for no mark.
     """
     branches = summary["branches"]
     columns = [
@@ -31,20 +33,20 @@ def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tu
     ]
     rows = []
     for branch in branches:
-        fate = _fate(branch, summary.get("winner"))
+        outcome = _outcome(branch, summary.get("winner"))
         if branch["branch"] == adapter:
-            fate = f"{fate}, this adapter" if fate else "this adapter"
+            outcome = f"{outcome}, this adapter" if outcome else "this adapter"
         cells = [cell(branch.get(key), spec) for _, key, spec in columns]
-        rows.append([f"branch_{branch['branch']}", *cells, fate])
+        rows.append([f"branch_{branch['branch']}", *cells, outcome])
     return ["branch", *(heading for heading, _, _ in columns), ""], rows
 
 
 def cell(value: float | None, spec: str) -> str:
-    """A figure, or a dash where there is none."""
+    """A figure as text, or a dash if there is none."""
     return "–" if value is None else format(value, spec)
 
 
-def _fate(branch: dict[str, Any], winner: int | None) -> str:
+def _outcome(branch: dict[str, Any], winner: int | None) -> str:
     if branch["branch"] == winner:
         return "winner"
     ends = ((what, branch.get(f"{what}_at_step")) for what in ("retired", "disqualified"))

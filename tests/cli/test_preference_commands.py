@@ -11,7 +11,7 @@ COMMANDS = [dpo, kto, reward]
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is no folder"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is not a folder"),
         (["--use_peft", "false"], "--use_peft false is not possible"),
     ],
 )

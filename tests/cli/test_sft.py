@@ -89,7 +89,7 @@ def test_a_row_without_its_completion(sft, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_there(sft, folder):
-    with pytest.raises(SystemExit, match="error: --resume_from_checkpoint nowhere is no folder: give one of comlora"):
+    with pytest.raises(SystemExit, match="error: --resume_from_checkpoint nowhere is not a folder: give one of coml"):
         sft("--dataset_name", folder / "my.json", "--resume_from_checkpoint", "nowhere")
 
 

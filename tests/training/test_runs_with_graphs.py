@@ -108,7 +108,7 @@ class OnGpu:
     [
         ({}, None),
         ({"lora_dropout": 0.1}, "dropout"),
-        ({"use_dora": True}, "no plain linear LoRA"),
+        ({"use_dora": True}, "not a plain linear LoRA"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "one stack"),
     ],
 )

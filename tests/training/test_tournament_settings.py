@@ -45,7 +45,7 @@ def test_the_remark_is_printed_at_the_start(train, capsys):
     train(**settings, warmup_steps=2)
     lines = capsys.readouterr().out.splitlines()
     [place] = [place for place, line in enumerate(lines) if line.startswith("Tournament: ")]
-    assert lines[place + 1].startswith("the rung at step 6 may decide by chance, for each branch has seen 24 rows")
+    assert lines[place + 1].startswith("the rung at step 6 may decide by chance, because each branch has seen 24 rows")
     assert lines[place + 1].endswith("or all rows for every branch (--comlora_rows all)")
 
 
@@ -54,7 +54,7 @@ BAD = {
     "rungs past the end": ({"comlora_rungs": "0.5:2,1.0:1"}, "above 0 and below 1"),
     "counts not falling": ({"comlora_rungs": "0.25:2,0.5:2"}, "must fall from below comlora_k=4"),
     "counts of K": ({"comlora_rungs": "0.25:4"}, "must fall from below comlora_k=4"),
-    "no rung": ({"comlora_rungs": "half"}, "'half' is no FRACTION:BRANCHES"),
+    "no rung": ({"comlora_rungs": "half"}, "'half' is not FRACTION:BRANCHES"),
     "rates not K": (
         {"comlora_branch_learning_rates": [1e-3]},
         "1 rates is not possible: it must be comlora_k=4",

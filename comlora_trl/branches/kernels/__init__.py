@@ -1,7 +1,9 @@
 """LoRA products of K branches over equal shares of the rows, without a loop over branches.
 
-`branches` holds the autograd functions, `stacking` the weights they take, `torch_path` their thin products in plain
-PyTorch (the reference, the CPU path and the fallback), `triton_path` the same products as Triton kernels, for CUDA.
+- `branches`: the autograd functions, and the stacking of weights for them.
+- `ops`: the same functions as custom operators, for compiled layers.
+- `torch_path`: the products with A and B in plain PyTorch: the reference, the path on the CPU, and the fallback.
+- `triton_path`: the same products as Triton kernels for CUDA.
 """
 
 from comlora_trl.branches.kernels.branches import (

@@ -1,11 +1,12 @@
 """LoRA products of K branches on linear layers that read one input, as one autograd function.
 
-Rows come branch-major: the first M rows belong to branch 0, the next M to branch 1, and so on. Equal shares need no
-routing: the activations are viewed as (K, M, features). Layers that read the same input (q, k and v; gate and up)
-share one product with all their A, one saved input and one gradient for it, into which every product accumulates.
-What is saved for the backward pass is x itself (one reference, no copy) and x Aᵀ, which is r wide.
+Rows are branch-major: the first M rows belong to branch 0, the next M to branch 1, and so on. The shares are equal, so
+the activations are simply viewed as (K, M, features). Layers that read the same input (q, k and v; gate and up) share
+one product with all their A, one saved input, and one gradient of the input, to which every product adds. The backward
+pass needs x (a reference, not a copy) and x Aᵀ, whose last dimension is only n·r.
 
-[`selected_kernels`] says which thin products run where, [`stack_branches`] makes the weights they take.
+In the text here, n is the number of layers in a group and r the rank. "Thin products" are the products with A and B.
+[`selected_kernels`] chooses the code for them, and [`stack_branches`] makes their weights.
 """
 
 import importlib.util
@@ -28,14 +29,18 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def selected_kernels(device: torch.device | str, dropout: float) -> str:
-    """Which kernels compute the thin products on `device`, "torch" or "triton".
+    """The kernels that compute the thin products on a device: "torch" or "triton".
 
-    Triton's pay where dropout has to be drawn, on CUDA; without dropout cuBLAS is as fast and launched in less time
-    (README.md beside this file). `COMLORA_KERNELS=torch` or `triton` forces one (Triton's interpreter,
-    `TRITON_INTERPRET=1`, runs on the CPU).
+    Triton is chosen on CUDA if there is dropout. Without dropout, cuBLAS is as fast and takes less time to launch
+    (README.md in this folder has measurements). The environment variable `COMLORA_KERNELS` (`torch` or `triton`)
+    overrides the choice. With `TRITON_INTERPRET=1` the Triton kernels run on the CPU.
+
+    Args:
+        device: the device of the activations.
+        dropout: probability of LoRA dropout.
 
     Raises:
-        ValueError: if `COMLORA_KERNELS` names no kernels that exist, or kernels that can't run here.
+        ValueError: if `COMLORA_KERNELS` has another value, or names kernels that can't run on this device.
     """
     device = device if isinstance(device, torch.device) else torch.device(device)
     forced, interpreted = os.environ.get(VARIABLE, ""), os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,10 +60,10 @@ def _select(device: str, dropout: bool, forced: str, interpreted: bool) -> str:
 
 
 def products(x: Tensor, a: Tensor, dropout: float) -> ModuleType:
-    """The module whose thin products serve x, computing in the type of A, [K, n·r, d].
+    """The module with the thin products for x and A, [K, n·r, d]; they compute in the dtype of A.
 
-    Triton's kernels have no float64 and no ranks above 128 (of all layers together), which would not fit their tiles,
-    and need a row at least: the PyTorch path serves those.
+    The Triton kernels do not support float64, n·r above 128 (the tiles would be too large) and empty inputs. The
+    PyTorch path is used for these.
     """
     if torch.float64 in (a.dtype, x.dtype) or a.size(1) > 128 or x.numel() == 0:
         return torch_path
@@ -81,25 +86,26 @@ class BranchWeights(NamedTuple):
     b: tuple[Tensor, ...]
 
 
-# Master weights of a group of layers: [K][n] matrices
+# The parameters of a group of layers: [K][n] matrices
 Masters = Sequence[Sequence[Tensor]]
 
 
 def stack_branches(
     lora_a: Sequence[Masters], lora_b: Sequence[Masters], scaling: float, dtype: torch.dtype
 ) -> list[BranchWeights]:
-    """Stacks and casts the weights of G groups of layers that are alike, in a few launches whatever G and K are.
+    """Stacks and casts the weights of G groups of layers with equal shapes.
 
-    Differentiable: the masters get their gradients from one cast and views of it, too.
+    The number of kernel launches does not depend on G and K. The function is differentiable, and its backward has few
+    launches too.
 
     Args:
         lora_a: [G][K][n] matrices [r, d].
-        lora_b: [G][K][n] matrices [l_i, r]; l_i may differ within a group, not between groups.
-        scaling: lora_alpha / r, multiplied into A.
-        dtype: to compute in.
+        lora_b: [G][K][n] matrices [l_i, r]; l_i may differ within a group but not between groups.
+        scaling: lora_alpha / r, which A is multiplied by.
+        dtype: dtype of the result.
 
     Returns:
-        G weights.
+        the weights of the G groups.
     """
     groups, branches, layers = len(lora_a), len(lora_a[0]), len(lora_a[0][0])
     a = torch.stack([matrix for group in lora_a for branch in group for matrix in branch])
@@ -129,9 +135,9 @@ def branch_linears(
         x: the layers' common input, [K·B, ..., d], branch-major.
         weights: the frozen weights, n of [l_i, d].
         biases: the frozen biases, n of [l_i] or None.
-        a: A of all branches and layers times lora_alpha / r, [K, n·r, d], in the type to compute in.
+        a: A of all branches and layers times lora_alpha / r, [K, n·r, d]. The products are computed in its dtype.
         b: B of all branches, n of [K, l_i, r].
-        dropout: probability of dropping an input element on the way into the branches; each layer draws its own mask.
+        dropout: probability of dropping an element of the adapters' input. Each layer draws its own mask.
 
     Returns:
         n outputs, [K·B, ..., l_i].
@@ -140,8 +146,8 @@ def branch_linears(
         x = x.to(a.dtype)
     kernels = products(x, a, dropout)
     noise = kernels.draw_noise(x, dropout, len(b)) if dropout else None
-    # The outputs are filled after the function has saved what it needs: a checkpointed layer's second run stops at its
-    # last saved tensor, so that the product of the last layer in it (down) is not computed again
+    # The outputs are filled after the function has saved its tensors. The second run of a checkpointed layer stops at
+    # the last saved tensor, so it does not compute the product of its last layer (down) again
     later: list[tuple[Tensor, ...]] = []
     outputs = _SharedInputLinears.apply(kernels, noise, weights, biases, later, x, a, *b)
     with torch.no_grad():
@@ -153,11 +159,18 @@ def branch_linears(
 def branch_delta(
     x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float = 0.0, overwrite: bool = True
 ) -> Tensor:
-    """base_output + dropout(x) A_kᵀ B_kᵀ: [`branch_linears`] of one layer whose frozen product is made elsewhere.
+    """base_output + dropout(x) A_kᵀ B_kᵀ, for one layer whose frozen product has been computed already.
 
     Args:
-        base_output: the frozen layer's output on x, [K·B, ..., l].
-        overwrite: whether the result may be written into it, nobody else reading it.
+        x: the layer's input, [K·B, ..., d], branch-major.
+        base_output: the output of the frozen layer, [K·B, ..., l].
+        a: A times lora_alpha / r, [K, r, d].
+        b: B, [K, l, r].
+        dropout: probability of dropping an element of the adapters' input.
+        overwrite: whether the result may be written into `base_output`.
+
+    Returns:
+        [K·B, ..., l].
     """
     if is_compiling():
         return _traceable_delta(x, base_output, a, b, dropout)
@@ -165,15 +178,15 @@ def branch_delta(
 
 
 def _traceable_delta(x: Tensor, base_output: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-    """[`branch_delta`] for `torch.compile`, in plain operations: the compiler fuses them, decides what to keep for the
-    backward pass, and draws dropout's masks from seeds of its own."""
+    """[`branch_delta`] in plain operations for `torch.compile`, which fuses them and decides what to save for the
+    backward pass. Dropout's masks come from the compiler's own seeds."""
     rows = x.reshape(a.size(0), -1, x.size(-1))
     rows = _as(functional.dropout(rows, dropout) if dropout else rows, a)
     return base_output + torch.bmm(torch.bmm(rows, a.mT), b.mT).view_as(base_output)
 
 
 class _SharedInputLinears(torch.autograd.Function):
-    """Computes x Aᵀ, saves what the backward pass needs and allocates the outputs, which the caller fills."""
+    """Computes x Aᵀ, saves tensors for the backward pass and allocates the outputs, which the caller fills."""
 
     @staticmethod
     def forward(
@@ -195,7 +208,7 @@ class _SharedInputLinears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs = tuple(x.new_empty(*x.shape[:-1], weight.size(0)) for weight in weights)
         for output, *operands in zip(outputs, weights, biases, _parts(xa, b), b, strict=True):
-            later.append((output.view(-1, output.size(-1)), flat, *operands))  # views without a graph
+            later.append((output.view(-1, output.size(-1)), flat, *operands))  # these views have no autograd graph
         return outputs
 
     @staticmethod
@@ -207,7 +220,7 @@ class _SharedInputLinears(torch.autograd.Function):
         da = kernels.a_gradient(ds, rows, noise)
         dx = None
         if ctx.needs_input_grad[5]:
-            # The branches' share first: the large products then add to it in their epilogue, which hides the reading
+            # The adapters' part of dx first: the large products then add to it in their epilogue at almost no cost
             dx = kernels.project_back(ds, a, rows, noise).view(-1, rows.size(-1))
             for grad, weight in zip(flat, ctx.weights, strict=True):
                 if grad is not None:
@@ -246,10 +259,16 @@ class _BranchDelta(torch.autograd.Function):
 def _rank_gradients(
     kernels: ModuleType, grads: list[Tensor | None], xa: Tensor, b: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(dS, dB): the gradients of x Aᵀ, [K, M, n·r], and of each layer's B.
+    """The gradients of x Aᵀ and of each layer's B.
 
     Args:
-        grads: the outputs' gradients, n of [K·M, l_i]; None where nobody used the output.
+        kernels: the module with the thin products.
+        grads: the gradients of the outputs, n of [K·M, l_i]; None for an output that was not used.
+        xa: x Aᵀ, [K, M, n·r].
+        b: n of [K, l_i, r].
+
+    Returns:
+        dS, [K, M, n·r], and dB, n of [K, l_i, r]; None in dB for an output that was not used.
     """
     ds: list[Tensor] = []
     db: list[Tensor | None] = []
@@ -264,14 +283,14 @@ def _rank_gradients(
 
 
 def _parts(stacked: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The layers' parts of [K, M, n·r]."""
+    """The part of each layer in a tensor [K, M, n·r]."""
     return (stacked,) if len(b) == 1 else stacked.chunk(len(b), dim=-1)
 
 
 def _write(
     kernels: ModuleType, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, xa: Tensor, b: Tensor
 ) -> None:
-    """Writes one layer's output, [K·M, l]."""
+    """Writes x Wᵀ + bias + (x Aᵀ) Bᵀ of one layer into `out`, [K·M, l]."""
     transposed = _as(weight, x).t()
     if bias is None:
         torch.mm(x, transposed, out=out)
@@ -281,7 +300,7 @@ def _write(
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in another's type; asking first is cheaper than a conversion that does nothing."""
+    """The tensor in the dtype of `like`. Comparing first is cheaper than a call of `to` that changes nothing."""
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 

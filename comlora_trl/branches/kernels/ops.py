@@ -1,9 +1,11 @@
 """The K-branch linear product as custom operators, so that a compiled decoder layer has no graph break.
 
-`comlora::branch_linears` and its backward run the same products as [`branch_linears`] without dropout: the compiler
-sees two opaque calls with known shapes and fuses everything around them. It does not see the branches' weights, nor
-K: an operator finds them by a number ([`keep_weights`]) in memory that stays, and its backward leaves their gradients
-there. A compiler that treats the weights' sizes as symbols takes several times as long.
+`comlora::branch_linears` and its backward run the same products as [`branch_linears`] without dropout. For the
+compiler they are two opaque calls with known shapes, and it fuses the operations around them.
+
+The compiler does not see the branches' weights or K. The operators look the weights up by a number ([`keep_weights`])
+in fixed memory, and the backward writes the gradients there. The reason is that compilation takes several times as
+long if the sizes of the weights are symbols.
 """
 
 import weakref
@@ -23,9 +25,9 @@ class KeptWeights:
     """Weights of K branches on n layers that read the same input, and memory for their gradients.
 
     Attributes:
-        a, grad_a: A times lora_alpha / r, [K, n·r, d].
-        b, grad_b: B, n of [K, l_i, r].
-        number: by which an operator finds them, int64 [] on the CPU.
+        a, grad_a: A times lora_alpha / r, and its gradient, [K, n·r, d].
+        b, grad_b: B and its gradient, n of [K, l_i, r].
+        number: the number by which an operator finds the weights, int64 [] on the CPU.
     """
 
     a: Tensor
@@ -40,7 +42,7 @@ _LAST = [0]
 
 
 def keep_weights(weights: KeptWeights) -> KeptWeights:
-    """Gives weights their number; they are found by it as long as somebody holds them."""
+    """Registers weights under a new number and returns them. The registry does not keep the weights alive."""
     _LAST[0] += 1
     weights.number = torch.tensor(_LAST[0])
     _KEPT[_LAST[0]] = weights
@@ -55,19 +57,18 @@ def traceable_linears(
     ranks: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """[`branch_linears`] for a compiler.
+    """[`branch_linears`] for a compiled layer, without dropout.
 
     Args:
         x: the layers' common input, [K·B, ..., d], branch-major.
         weights: the frozen weights, n of [l_i, d].
         biases: the frozen biases, n of [l_i] or None.
-        number: of the branches' weights.
+        number: the number of the branches' weights, see [`keep_weights`].
         ranks: n·r.
-        dtype: to compute in.
+        dtype: dtype of the products and the outputs.
 
     Returns:
-        n outputs, [K·B, ..., l_i]. Their backward writes the gradients of the branches' weights where the weights
-        are kept.
+        n outputs, [K·B, ..., l_i]. Their backward writes the gradients of the branches' weights into [`KeptWeights`].
     """
     if x.dtype != dtype:
         x = x.to(dtype)
@@ -80,7 +81,7 @@ def traceable_linears(
 def _branch_linears(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], given: list[bool], number: Tensor, ranks: int
 ) -> list[Tensor]:
-    """The n outputs and, last, x Aᵀ, [K·M, n·r]."""
+    """The n outputs, and x Aᵀ, [K·M, n·r], as the last item."""
     kept = _KEPT[int(number)]
     flat = x.reshape(-1, x.size(-1))
     xa = torch_path.project_down(flat, kept.a, None)
@@ -108,7 +109,7 @@ def _(
 def _branch_linears_backward(
     grads: list[Tensor], x: Tensor, xa: Tensor, weights: list[Tensor], number: Tensor
 ) -> Tensor:
-    """dx; dA and dB go where the weights are kept."""
+    """Returns dx, and writes dA and dB into the memory of the weights' gradients."""
     kept = _KEPT[int(number)]
     k = kept.a.size(0)
     rows, xa = x.reshape(k, -1, x.size(-1)), xa.view(k, -1, xa.size(-1))

@@ -1,9 +1,9 @@
-"""The thin products of K LoRA branches that read x as Triton kernels, with the signatures of `torch_path`.
+"""The products with A and B of K LoRA branches that involve dropout, as Triton kernels with `torch_path`'s signatures.
 
-They are bandwidth-bound: r is 8 to 32, so each kernel reads its one large operand once, for all layers that read the
-same x, and draws dropout's masks from a seed while it does. Sums over many rows are split among programs, whose
-float32 parts are added in a fixed order: the same input gives the same bits. The products that dropout does not touch
-are `torch_path`'s (README.md beside this file has the measurements).
+The kernels are limited by memory bandwidth, because r is only 8 to 32. So each kernel reads its large operand once for
+all layers that read the same x, and draws dropout's masks from a seed at the same time. Sums over many rows are split
+among programs, and their float32 parts are added in a fixed order: the same input gives the same bits. The products
+without dropout are those of `torch_path`. README.md in this folder has the measurements.
 """
 
 from typing import NamedTuple
@@ -17,17 +17,17 @@ from comlora_trl.branches.kernels.torch_path import add_delta, rank_gradients
 
 __all__ = ["Noise", "a_gradient", "add_delta", "draw_noise", "project_back", "project_down", "rank_gradients"]
 
-# Values that differ from step to step and must not each compile a kernel of their own
+# Arguments that change from step to step; Triton must not compile a new kernel for each value
 _VARYING = ("rows", "seed", "threshold", "factor")
 
 
 class Noise(NamedTuple):
-    """What dropout's masks are drawn from.
+    """The description of dropout's masks in one forward.
 
     Attributes:
         p: probability of dropping an element.
-        layers: layers that read x, each with a mask of its own.
-        seed: of the hash that decides each element's fate.
+        layers: number of layers that read x; each has its own mask.
+        seed: seed of the hash that decides which elements are dropped.
     """
 
     p: float
@@ -36,7 +36,11 @@ class Noise(NamedTuple):
 
 
 def draw_noise(x: Tensor, p: float, layers: int) -> Noise:
-    """The noise of one forward, from torch's CPU generator (which checkpointing restores): no device sync."""
+    """The noise of one forward.
+
+    The seed comes from PyTorch's CPU generator, so nothing waits for the device. Gradient checkpointing restores the
+    state of this generator.
+    """
     return Noise(p, layers, int(torch.randint(2**31 - 1, ())))
 
 
@@ -78,7 +82,7 @@ def a_gradient(ds: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
 
 
 def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise | None) -> Tensor:
-    """The branches' share of dx, [K, M, d]; see `torch_path`."""
+    """The adapters' part of dx, [K, M, d]; see `torch_path`."""
     (k, rows, rank), width = ds.shape, a.size(-1)
     out = ds.new_empty(k, rows, width)
     _project_back[triton.cdiv(rows, 64), triton.cdiv(width, 128), k](
@@ -88,12 +92,12 @@ def project_back(ds: Tensor, a: Tensor, x: Tensor, noise: Noise | None) -> Tenso
 
 
 def _splits(work: int, programs: int) -> int:
-    """Into how many parts to cut a sum of `work` tiles, so that some 528 programs (4 for each of 132 SMs) run."""
+    """The number of parts of a sum over `work` tiles, for about 528 programs in total (4 for each of 132 SMs)."""
     return max(1, min(work, 528 // max(programs, 1)))
 
 
 def _dropout(noise: Noise | None) -> tuple[int, int, float]:
-    """Seed, threshold on a 16-bit hash (0 keeps all), and the factor of what is kept."""
+    """The seed, the threshold for a 16-bit hash (0 keeps all elements), and the factor for kept elements."""
     if noise is None:
         return 0, 0, 1.0
     return noise.seed, round(noise.p * 2**16), 1.0 / (1.0 - noise.p)
@@ -104,20 +108,21 @@ def _options(rank: int, like: Tensor, noise: Noise | None) -> dict[str, object]:
 
 
 def _padded(rank: int) -> int:
-    """The rank as a tile size: a power of two, 16 at least (the matrix units' smallest)."""
+    """The rank rounded up to a tile size: a power of two, at least 16, which is the minimum of the matrix units."""
     return max(16, triton.next_power_of_2(rank))
 
 
 def _precision(like: Tensor) -> str:
     exact = like.dtype == torch.float32 or not like.is_cuda
-    return "ieee" if exact else "tf32"  # the latter means nothing to half precisions
+    return "ieee" if exact else "tf32"  # half precisions ignore "tf32"
 
 
 @triton.jit
 def _kept(row, first, width, seed, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which elements of a tile dropout keeps: a hash of their place and the seed, 16 bits for each of two neighbours.
+    """Which elements of a tile dropout keeps: those whose 16-bit hash of position and seed is at least the threshold.
 
-    `first` is the tile's first column, an even number. The hash is Wellons' lowbias32.
+    One 32-bit hash (Wellons' lowbias32) serves two neighbouring elements. `first` is the tile's first column and must
+    be even.
     """
     seed = seed.to(tl.uint32)
     pair = first // 2 + tl.arange(0, COLUMNS // 2)
@@ -131,13 +136,13 @@ def _kept(row, first, width, seed, threshold, ROWS: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def _layer_seed(seed, layer):
-    """Each layer that reads x has a mask of its own."""
+    """The seed of a layer; each layer that reads x has its own mask."""
     return seed + layer * 0x3C6EF372
 
 
 @triton.jit
 def _dot(left, right, PRECISION: tl.constexpr):
-    """left · right in float32. Triton's interpreter reads bf16 bits as integers in a product, so it gets float32."""
+    """left · right in float32. Triton's interpreter reads bf16 operands as integers, so they are cast to float32."""
     if PRECISION == "ieee":
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision=PRECISION)

@@ -1,7 +1,8 @@
-"""Where the trained weights and their gradients lie, whoever holds them: the model itself, FSDP, or DeepSpeed.
+"""Access to the trained weights and their gradients under DDP, FSDP and DeepSpeed.
 
-Adapters and selector are small. So whatever shards the base, their whole values are gathered here for checkpoints and
-exports, and loaded from them; and the competition reads and changes gradients here, each process the part it holds.
+Adapters and selector are small, so their whole values are gathered for checkpoints and exports, and are loaded from
+them. The competition reads and changes gradients in pieces: each process handles the part that it holds. This table
+shows what a process holds.
 
 | | weights | gradients |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""The competition's part in gradients that are sharded: norms, clipping, what is dropped, and DeepSpeed's step."""
+"""Work of the competition on sharded gradients: norms, clipping, dropping gradients, and the step of DeepSpeed."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,9 +14,12 @@ from comlora_trl.training.sharding.pieces import gradient_piece, put_gradient_pi
 
 
 def norms(groups: Sequence[Sequence[nn.Parameter]], device: torch.device, accelerator: Accelerator) -> Tensor:
-    """Norms of the gradients, in pieces, of groups of parameters, [n], 0 for a group without; called by all processes.
+    """The norm of the gradients of each of n groups of parameters. All processes must call this.
 
-    With DeepSpeed gradients are at hand between backward and step alone (see [`around_step`]).
+    With DeepSpeed, gradients exist only between the backward and the step, see [`around_step`].
+
+    Returns:
+        [n]; 0 for a group without gradients.
     """
     pieces = [[piece for parameter in group if (piece := gradient_piece(parameter)) is not None] for group in groups]
     found = torch.stack([_norm(own, device) for own in pieces])
@@ -24,7 +27,7 @@ def norms(groups: Sequence[Sequence[nn.Parameter]], device: torch.device, accele
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
-    """Multiplies a group's gradients by a factor, in place; each process those that it holds."""
+    """Multiplies gradients by a factor, in place. Each process does this for the pieces that it holds."""
     kept = [(parameter, piece) for parameter in parameters if (piece := gradient_piece(parameter)) is not None]
     if kept:
         compat.foreach_mul_([piece for _, piece in kept], factor.to(kept[0][1].device))
@@ -33,7 +36,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Leaves parameters without a gradient; where DeepSpeed holds it, with zeros."""
+    """Removes the gradients of parameters. Gradients that DeepSpeed holds are set to zero."""
     for parameter in parameters:
         parameter.grad = None
         piece = gradient_piece(parameter)
@@ -42,9 +45,9 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def around_step(engine: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Calls functions before and after each step of a DeepSpeed engine, which follows its backward at once.
+    """Makes a DeepSpeed engine call functions before and after each of its steps.
 
-    Done once for an engine, however often it is called.
+    DeepSpeed steps immediately after the backward. Repeated calls for the same engine have no effect.
     """
     if getattr(engine, "comlora_step", None) is not None:
         return
@@ -60,20 +63,20 @@ def around_step(engine: Any, before: Callable[[], None], after: Callable[[], Non
 
 
 def take_over_clipping(engine: Any) -> float:
-    """The norm that a DeepSpeed engine is to clip to, 0 for none; it does not any more, for the caller does."""
+    """Turns off the gradient clipping of a DeepSpeed engine and returns its maximum norm (0 for no clipping)."""
     engine.optimizer.clip_grad = 0.0
     return engine.gradient_clipping()
 
 
 def has_sharded_gradients(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the gradients only, or DeepSpeed holds them."""
+    """Whether each process holds only a part of the gradients, or DeepSpeed holds them."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return True
     return any(compat.trained_by_zero3(p) or compat.zero_mapping(p)[0] for group in groups for p in group)
 
 
 def _replicas(groups: Sequence[Sequence[nn.Parameter]], accelerator: Accelerator) -> float:
-    """Processes that hold the same piece (hybrid sharding)."""
+    """The number of processes that hold the same piece; more than 1 with hybrid sharding."""
     shards, first = accelerator.num_processes, groups[0][0]
     if isinstance(first, DTensor):
         placements = zip(first.placements, first.device_mesh.shape, strict=True)

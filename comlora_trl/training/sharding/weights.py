@@ -1,4 +1,4 @@
-"""The whole values of trained weights, wherever they lie, and weights loaded from them."""
+"""Gathers the whole values of trained weights that may be sharded, and loads such values."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -13,21 +13,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from comlora_trl import compat
 from comlora_trl.training.sharding.pieces import deepspeed_utils, local
 
-# What FSDP1, activation checkpointing and torch.compile put into parameters' names
+# The parts that FSDP1, activation checkpointing and torch.compile add to the names of parameters
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def whole_state(
     model: nn.Module, root: nn.Module | None = None, names: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """The whole values of parameters and buffers, by their names in the model, as copies on every process's CPU.
-
-    Every process has to call it.
+    """Gathers the whole values of parameters and buffers. All processes must call this.
 
     Args:
-        model: the model with its branches, out of any wrapper.
+        model: the model with its branches, without a wrapper.
         root: the wrapped model, which FSDP1 needs before the first forward.
-        names: of the tensors, without any wrapper ([`plain_name`]); None for all trained parameters.
+        names: the names of the tensors, see [`plain_name`]; None for all trained parameters.
+
+    Returns:
+        copies on the CPU of every process, by their names in the model.
     """
     state: dict[str, Tensor] = {}
     if names is not None:
@@ -40,19 +41,24 @@ def whole_state(
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what FSDP1, activation checkpointing and torch.compile put into it."""
+    """A tensor's name without the parts that FSDP1, activation checkpointing and torch.compile add to it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def load_trained_state(model: nn.Module, values: Mapping[str, Tensor], root: nn.Module | None = None) -> None:
-    """Gives parameters the values that [`whole_state`] gathered; every process has to call it, with the same ones.
+    """Sets parameters to values as [`whole_state`] returns them. All processes must call this with the same values.
+
+    Args:
+        model: the model with its branches, without a wrapper.
+        values: the values, by their names in the model.
+        root: the wrapped model, which FSDP1 needs before the first forward.
 
     Raises:
-        ValueError: if a value's shape is another one than its parameter's, or the model has no such parameter.
+        ValueError: if a value has another shape than its parameter, or the model has no such parameter.
     """
-    reshard(model)  # gathered copies would be written in vain
+    reshard(model)  # values written into gathered copies would be lost
     written: set[str] = set()
     with torch.no_grad():
         for named in _gathered(model, root, True, values.keys()):
@@ -61,13 +67,13 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor], root: nn.
             written |= named.keys()
     if missing := values.keys() - written:
         raise ValueError(
-            f"the checkpoint has {len(missing)} weights that the model has no parameter for, {min(missing)} say: load "
-            "it with the LoRA configuration and the base model it was trained with."
+            f"the checkpoint has {len(missing)} weights that the model has no parameter for, such as {min(missing)}: "
+            "load it with the LoRA configuration and the base model it was trained with."
         )
 
 
 def zero_weights(parameters: Iterable[nn.Parameter]) -> None:
-    """Makes weights zero, and what the optimizer keeps of them; each process those that it holds."""
+    """Sets weights and DeepSpeed's float32 copies of them to zero. Each process does this for its pieces."""
     with torch.no_grad():
         for parameter in parameters:
             local(parameter).zero_()
@@ -80,7 +86,7 @@ def zero_weights(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts FSDP2's own parameters back, in the place of gathered copies that a forward without a backward leaves."""
+    """Replaces gathered copies, which a forward without a backward leaves in FSDP2, by the sharded parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -89,10 +95,16 @@ def reshard(model: nn.Module) -> None:
 def _gathered(
     model: nn.Module, root: nn.Module | None, change: bool, names: Collection[str] | None = None
 ) -> Iterator[Mapping[str, Any]]:
-    """Parameters by name, with their whole values, as many at a time as are gathered together."""
+    """Yields parameters by name with their whole values, in groups that are gathered together.
+
+    Args:
+        model, root: as for [`whole_state`].
+        change: whether the caller changes the values, so that they must be written back.
+        names: the names of the parameters; None for all trained ones.
+    """
     if isinstance(root, FSDP):
         with FSDP.summon_full_params(root, recurse=False, writeback=False):
-            pass  # it becomes the root, which otherwise the first unit asked would
+            pass  # FSDP1 takes the first unit that is gathered as its root, so this must be the root
     units = {name: module for name, module in model.named_modules() if isinstance(module, FSDP)}
     if isinstance(root, FSDP) or units:
         for prefix, unit in (units | ({"": root} if isinstance(root, FSDP) else {})).items():
@@ -109,7 +121,7 @@ def _gathered(
 
 
 def _may_hold(unit: FSDP, names: Collection[str] | None, prefix: str) -> bool:
-    """Whether an FSDP1 unit is to be gathered; one that keeps a flat parameter alone shows no names until then."""
+    """Whether an FSDP1 unit may contain one of the parameters. A flat parameter shows names only when gathered."""
     place = plain_name(f"{prefix}.") if prefix else ""
     if names is not None and any("_flat_param" in name for name, _ in unit.module.named_parameters()):
         return any(name.startswith(place) for name in names)
@@ -117,7 +129,7 @@ def _may_hold(unit: FSDP, names: Collection[str] | None, prefix: str) -> bool:
 
 
 def _wanted(module: nn.Module, names: Collection[str] | None, prefix: str = "") -> dict[str, nn.Parameter]:
-    """A module's own parameters of these names, or all trained ones, without those that a wrapper within it holds."""
+    """A module's parameters with the given names, or all trained ones, without those in FSDP1 units inside it."""
     found = {}
     for name, parameter in module.named_parameters(remove_duplicate=names is None):
         if "_fsdp_wrapped_module." in name:
@@ -141,7 +153,7 @@ def _write(parameter: nn.Parameter, value: Tensor, name: str) -> None:
             "load it with the rank and the base model it was trained with."
         )
     if isinstance(parameter, DTensor):
-        # each process cuts its own piece out of the value, which all of them have
+        # All processes have the whole value, and each of them takes its piece
         value = value.to(parameter.device, parameter.dtype)
         own = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.to_local().copy_(own.to_local())
