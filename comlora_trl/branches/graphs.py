@@ -232,6 +232,8 @@ class LayerGraphs:
             del self._shapes[key]
         for own in [own for own in self._weights if own > k]:
             del self._weights[own]
+        for weights in self._weights.values():
+            weights.forget()
         if not self._shapes:
             self._buffers = {}
             self.maker.release()

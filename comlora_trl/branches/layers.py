@@ -549,14 +549,7 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
     for layer in layers:
         if isinstance(layer, BranchLayer):
             layer.__class__ = plain_class(layer)
-            for own in (
-                "competing",
-                "group",
-                "place",
-                "_trained_when_on",
-                "_trained_before_inference",
-                "_merged_when_on",
-            ):
+            for own in _OWN_ATTRIBUTES:
                 layer.__dict__.pop(own, None)
 
 

@@ -34,7 +34,6 @@ class StaticWeights:
     def __init__(self, k: int, groups: list[list[LayerGroup]], sections: "list[_Section]") -> None:
         self.k, self.groups, self.sections = k, groups, sections
         self._section_of = [section for section in sections for _ in section.layers]
-        self._first = [section.layers[0] for section in sections for _ in section.layers]
         self._parameters: dict[tuple[str, ...], list[tuple[dict[str, Any], nn.Parameter]]] = {}
 
     @classmethod
@@ -93,6 +92,12 @@ class StaticWeights:
         for section in self.sections:
             section.fill(section.parameters(names))
 
+    def forget(self) -> None:
+        """Clears the cached parameters, so that those of dropped branches can be freed."""
+        self._parameters = {}
+        for section in self.sections:
+            section.forget()
+
     def _is_current(self, names: tuple[str, ...]) -> bool:
         """Whether the parameters are the same objects as before. A wrapper around the model may replace them."""
         known = self._parameters.get(names)
@@ -103,9 +108,7 @@ class StaticWeights:
             self._parameters[names] = known
         if all(container["weight"] is parameter for container, parameter in known):
             return True
-        self._parameters.pop(names)
-        for section in self.sections:
-            section.forget()
+        self.forget()
         return False
 
 

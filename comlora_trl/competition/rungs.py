@@ -139,13 +139,15 @@ def retired_at(
         values: the figure of each branch that decides; None for a branch that is already retired or disqualified.
         highest: whether high values are good (scores, accuracy) or low values (NLL).
         ties: the loss of each branch. Of branches with the same value, the lower loss ranks first, then the lower
-            index.
+            index. A loss that is not finite ranks last.
     """
     sign = -1.0 if highest else 1.0
     known = {branch: value for branch, value in enumerate(values) if value is not None}
     # A value that is not finite ranks last
     worth = {branch: sign * value if math.isfinite(value) else math.inf for branch, value in known.items()}
-    ranked = sorted(worth, key=lambda branch: (worth[branch], ties[branch] if ties else 0.0, branch))
+    losses = {branch: ties[branch] if ties else 0.0 for branch in known}
+    losses = {branch: loss if math.isfinite(loss) else math.inf for branch, loss in losses.items()}
+    ranked = sorted(known, key=lambda branch: (worth[branch], losses[branch], branch))
     return sorted(ranked[rung.survivors :])
 
 

@@ -630,12 +630,12 @@ class StepPlan:
         return len(self.lines) / (len(living) * having_lines.clamp(min=1))
 
     def row_passes(self, living: int) -> int:
-        """The cost of the step in row passes, see [`CompetitionState`]. If rows are shared, a packed line counts once.
+        """The cost of the step in row passes, see [`CompetitionState`]. Each row of a packed line counts.
 
         Args:
             living: number of living branches.
         """
-        return sum(self.lines) * (1 if self.owners is not None else living)
+        return self.rows * (1 if self.owners is not None else living)
 
     def next(self, seed: int, step: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Moves on to the next micro-batch.

@@ -149,7 +149,9 @@ def write_snapshots(
 
 
 def push_winner(args: CompetitionConfig, **options: Any) -> CommitInfo:
-    """Uploads `output_dir`, whose root contains the winner, without checkpoints and without the winner's own folder.
+    """Uploads `output_dir`, whose root contains the winner.
+
+    Checkpoints, the retired branches and the winner's own folder are left out.
 
     Args:
         args: the training arguments.
@@ -157,7 +159,7 @@ def push_winner(args: CompetitionConfig, **options: Any) -> CommitInfo:
     """
     winner, output = Path(args.winner_dir).absolute(), Path(args.output_dir).absolute()
     inside = [f"{winner.relative_to(output).as_posix()}/*"] if output in winner.parents else []
-    left_out = ["_*", LM_EVAL_FILE, f"{PREFIX_CHECKPOINT_DIR}-*", *inside]
+    left_out = ["_*", LM_EVAL_FILE, f"{PREFIX_CHECKPOINT_DIR}-*", f"{RETIRED}/*", *inside]
     return HfApi().upload_folder(folder_path=args.output_dir, ignore_patterns=left_out, **options)
 
 

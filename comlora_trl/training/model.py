@@ -168,9 +168,11 @@ class ComLoRAModel(BranchModel):
             embedding = embedding.get_base_layer()  # the selector reads the frozen embeddings without an adapter
         # In evaluation mode, so that the selector's input has no NEFTune noise
         training, embedding.training = embedding.training, False
-        with torch.no_grad():
-            embeddings = embedding(input_ids)
-        embedding.training = training
+        try:
+            with torch.no_grad():
+                embeddings = embedding(input_ids)
+        finally:
+            embedding.training = training
         keep = rows.prompt(labels) if self.selector_settings.input == "prompt" else rows.real
         return self.selector(*rows.split(embeddings, keep))
 

@@ -454,8 +454,10 @@ class CompetingTrainer:
         # A log in training mode would include and reset the training figures. TRL and this class only read the flag of
         # the model itself, so the flags of its thousands of modules need not change
         self.model.training = False
-        self.log(selection_metrics(self.competition.state.selection, "eval"))
-        self.model.training = training
+        try:
+            self.log(selection_metrics(self.competition.state.selection, "eval"))
+        finally:
+            self.model.training = training
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported, because a search makes a new model for each trial.
@@ -578,6 +580,7 @@ class CompetingTrainer:
             data=self.data_name,
             settings=settings_of(self.args) | self._trained_settings(),
             seed=self.args.seed,
+            tags=self._tag_names,
         )
 
     def _trained_settings(self) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from comlora_trl.winner.folder import Adapter, tasks_for, vllm_rank
 from comlora_trl.winner.table import competition_table
 
 CARD_FILE = "README.md"
-_TAGS = ("comlora", "lora", "trl", "sft")
+_TAGS = ("comlora", "lora")
+_SFT_TAGS = ("trl", "sft")  # of a record that names no tags
 _HUB_NAMES = {"commonsense_170k": "commonsense_170k (LLM-Adapters)", "mmlu": "cais/mmlu"}
 _QUESTION = "If you had a time machine, would you go to the past or to the future?"
 _CITATION = """## Citation
@@ -100,7 +101,8 @@ def _metadata(adapter: Adapter, method: str, scores: Sequence[Score], tags: Iter
     if _is_hub_id(adapter.base):
         data["base_model"] = adapter.base
     kind = "text-classification" if adapter.is_classifier else "text-generation"
-    data |= {"library_name": "peft", "pipeline_tag": kind, "tags": list(dict.fromkeys((*_TAGS, *tags)))}
+    tags = list(dict.fromkeys((*_TAGS, *(adapter.record.get("tags") or _SFT_TAGS), *tags)))
+    data |= {"library_name": "peft", "pipeline_tag": kind, "tags": tags}
     if _is_hub_id(adapter.record.get("data") or ""):
         data["datasets"] = [adapter.record["data"]]
     if scores:

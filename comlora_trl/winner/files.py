@@ -8,6 +8,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
 from functools import cache
@@ -31,6 +32,8 @@ LM_EVAL_FILE = "lm_eval.yaml"
 _RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_length", "packing", "bf16"),
+    *("loss_type", "loss_weights", "beta", "label_smoothing", "desirable_weight", "undesirable_weight"),
+    "center_rewards_coefficient",
 )
 # Fields that are not settings of the method, or that another part of the record contains
 _NOT_RECORDED = ("comlora_winner_dir", "comlora_overwrite_winner", "comlora_prompt")
@@ -46,6 +49,7 @@ def training_record(
     data: str | None = None,
     settings: dict[str, Any] | None = None,
     seed: int | None = None,
+    tags: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The content of `training.json`: the arguments, and the versions of the packages.
 
@@ -57,6 +61,7 @@ def training_record(
         data: the training data: the name of a preset, a hub id or a path.
         settings: other settings by the names of their flags, see [`settings_of`].
         seed: the run's seed.
+        tags: the trainer's tags for the hub, such as "dpo".
 
     Raises:
         ValueError: if the template is unknown.
@@ -74,6 +79,7 @@ def training_record(
         "data": data,
         "seed": seed,
         "settings": settings or {},
+        "tags": list(tags),
         "versions": {"comlora-trl": __version__} | _versions(),
     }
 

@@ -1,6 +1,8 @@
 """Decoder layers that are replayed give what layers that run give; here with a stand-in for CUDA graphs."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -189,3 +191,15 @@ def test_nothing_of_graphs_is_left_on_a_model_or_its_copies():
     assert_equal(gradients(copied, k=2)[1], gradients(model, k=2)[1])
     plain = model.merge_and_unload()
     assert model.competing.graphs is None and not any("forward" in layer.__dict__ for layer in plain.model.layers)
+
+
+def test_the_parameters_of_a_dropped_branch_are_freed():
+    """Passes of one branch keep their memory; it must not hold the parameters of a branch that is gone."""
+    model = make(3)
+    graphed(model)
+    for _ in range(3):
+        gradients(model, chunk=1)
+    gone = weakref.ref(next(iter(model.branch_parameters(2))))
+    model.drop_branch(2)
+    gc.collect()
+    assert gone() is None

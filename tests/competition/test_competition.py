@@ -1,5 +1,6 @@
 """The pure functions of the competition against the equations written out in loops."""
 
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from comlora_trl.competition import (
     step_noise,
     winner,
 )
+from comlora_trl.competition.rungs import Rung, retired_at
 
 ROWS = 5
 CHOICES = [(k, n) for k in range(1, 5) for n in (None, *range(1, k + 1))]
@@ -189,3 +191,17 @@ def test_winner(dtype):
     assert winner(torch.tensor([math.nan, math.nan]), torch.tensor([False, True])) == 1
     with pytest.raises(RuntimeError, match="every branch is disqualified"):
         winner(values, torch.zeros(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("highest", [True, False])
+def test_a_rung_never_retires_the_branch_that_a_selection_chooses(highest):
+    """Every combination of two values, nan and a branch that is out, with any losses as ties."""
+    for values in itertools.product([0.5, 1.0, math.nan, None], repeat=3):
+        alive = [value is not None for value in values]
+        if sum(alive) < 2:
+            continue
+        for losses in itertools.product([0.5, math.nan, math.inf], repeat=3):
+            ties = [loss if lives else None for loss, lives in zip(losses, alive, strict=True)]
+            numbers = torch.tensor([0.0 if value is None else value for value in values])
+            chosen = winner(numbers, torch.tensor(alive), highest, torch.tensor(losses))
+            assert chosen not in retired_at(Rung(0.5, 1), values, highest, ties), (values, ties)

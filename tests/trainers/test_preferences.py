@@ -1,6 +1,7 @@
 """Branches of a preference trainer train as TRL's own trainers do, each alone."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def test_one_branch_is_trls_trainer(kind, options, tmp_path):
                 assert entry[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-5), (expected["step"], name)
                 compared += 1
     assert compared > 100
+
+
+@pytest.mark.parametrize("kind, tag", zip(KINDS, ("dpo", "reward-trainer", "kto"), strict=True), ids=names)
+def test_the_card_names_the_trainer_and_its_loss(kind, tag, tmp_path):
+    trainer = kind.run(tmp_path, comlora_k=2, max_steps=1)
+    trainer.train()
+    card = (Path(trainer.args.winner_dir) / "README.md").read_text()
+    assert f"- {tag}\n" in card and "- sft\n" not in card
+    assert ("| `beta` |" in card) is (kind is not REWARD)
 
 
 BETA = [kind for kind in KINDS if kind.name != "reward"]

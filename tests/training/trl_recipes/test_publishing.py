@@ -84,17 +84,21 @@ def test_pushes_hold_the_leader_in_training_and_the_winner_at_the_end(tmp_path, 
         leader = load_state(folder).selection["winner"]
         kept = load_file(folder / f"branch_{leader}" / "adapter_model.safetensors")
         assert all(torch.equal(pushed[name], kept[name]) for name in kept)
+    retired = tmp_path / "out" / "retired" / "branch_1" / "adapter_model.safetensors"
+    retired.parent.mkdir(parents=True)
+    retired.write_bytes(b"of a tournament")
     trainer.push_to_hub(dataset_name="someone/words")
     winner = branch_weights(trainer, trainer.determine_winner())
     pushed = load_file(hub.uploads[-1]["folder"] / "adapter_model.safetensors")
     assert pushed.keys() == winner.keys() and all(torch.equal(pushed[name], winner[name]) for name in winner)
-    assert not [name for name in hub.names(-1) if name.startswith(("winner", "checkpoint", "branch"))]
+    assert not [name for name in hub.names(-1) if name.startswith(("winner", "checkpoint", "branch", "retired"))]
     assert "competition.json" in hub.names(-1)
     assert hub.uploads[-1]["commit_message"] == "End of training" and hub.uploads[-1]["repo_id"] == "someone/tiny"
     assert "training.json" in hub.names(0) & hub.names(-1) and "lm_eval.yaml" not in hub.names(-1)
     assert (tmp_path / "out" / "lm_eval.yaml").is_file()
     card = ModelCard.load(hub.uploads[-1]["folder"] / "README.md")
     assert card.data.library_name == "peft" and card.data.datasets in ("someone/words", ["someone/words"])
+    assert card.data.tags == ["comlora", "lora", "trl", "sft"]
     assert 'AutoTokenizer.from_pretrained("someone/tiny")' in card.text and "peft=someone/tiny --tasks" in card.text
 
 
