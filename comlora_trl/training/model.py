@@ -193,13 +193,11 @@ class ComLoRAModel(BranchModel):
 
     @torch.no_grad()
     def zero_branch(self, branch: int) -> None:
-        """Makes a branch's adapter the base model itself, with nothing non-finite left in it."""
+        """Makes a branch's adapter the base model itself, with nothing non-finite left in it; its head becomes 0."""
         name = branch_name(branch)
         zero_weights(self.branch_parameters(branch))
         if is_sharded(self.branch_parameters(branch)):
             return  # the base's norms would have to be gathered, for a branch that never runs again
-        for module in self.saved_modules:
-            module.reset(name)
         for layer in self.adapted_layers:
             if name in layer.lora_magnitude_vector:
                 # DoRA scales each output by its magnitude over the weight's norm: with B = 0 that is the base's own

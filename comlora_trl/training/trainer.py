@@ -234,6 +234,7 @@ class CompetingTrainer:
         if self.is_deepspeed_enabled:
             # DeepSpeed's step follows its backward at once, before the Trainer's callback
             sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
+        living = len(self.competition.state.living)  # DeepSpeed's step may disqualify branches
         self._in_step = True
         try:
             own = getattr(self.compute_loss, "__func__", None) is type(self)._competing_loss
@@ -242,8 +243,7 @@ class CompetingTrainer:
         finally:
             self._in_step = False
             self.comlora_model.competing.abandon()  # a backward that ran out of memory leaves its pass open
-        independent = self.competition.settings.independent
-        return loss / len(self.competition.state.living) if independent else loss
+        return loss / living if self.competition.settings.independent else loss
 
     def end_step(self) -> None:
         """Ends the competition's step when its gradients are complete, before the optimizer's own."""
