@@ -185,7 +185,7 @@ def _scores(model: BranchModel, batch: dict[str, Any], branches: list[int], chun
     inputs = {name: value for name, value in batch.items() if name != "labels"} | {"use_cache": False}
     parts = [branches[first : first + chunk] for first in range(0, len(branches), chunk)]
     dtype, device = model.get_base_model().dtype, batch["input_ids"].device
-    # PEFT keeps the head's copies in float32, and a run over a base in half precision is autocast
+    # The head's copies may have another precision than the states that reach them, in a run that is autocast
     half = dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
         logits = [model(view_pass=ViewPass(tuple(part)), **inputs).logits for part in parts]
