@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import difference as largest_difference
 from conftest import make_lora, make_model, make_tokenizer
+from datasets import load_dataset
 from kinds import DPO, KINDS, KTO, REWARD, difference, logged, make_classifier, name_of, perturb, start_from
 from peft import PeftModel
+
+from comlora_trl.training.data_checks import check_precomputed
 
 RATES, BETAS = [0.1, 0.3, 0.5], [0.1, 0.3, 0.05]
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant"}
@@ -206,6 +209,19 @@ def test_precomputed_references_need_no_pass(tmp_path):
     forwards = Forwards(trainer)
     trainer.train()
     assert forwards.count == {True: 0, False: 4}
+
+
+@pytest.mark.parametrize("kind", BETA, ids=names)
+def test_references_of_data_in_memory_are_not_precomputed_by_two_processes(kind, tmp_path, monkeypatch):
+    """TRL's own trainer ends in a FileNotFoundError then; data from a file can be."""
+    kind.data().to_json(tmp_path / "data.json")
+    stored = load_dataset("json", data_files=str(tmp_path / "data.json"), split="train", cache_dir=str(tmp_path))
+    check_precomputed(stored, {"one": stored.select(range(4))}, 2)
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    with pytest.raises(ValueError, match="not possible on 2 processes with train_dataset in memory.*load it from a"):
+        kind.run(tmp_path, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="not possible on 2 processes with eval_dataset in memory"):
+        kind.run(tmp_path, given={"train_dataset": stored}, precompute_ref_log_probs=True)
 
 
 @pytest.mark.parametrize("rows", ["all", "shared"])
