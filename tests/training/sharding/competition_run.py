@@ -75,8 +75,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 for kind in map(str, KINDS):
     MODES[f"fsdp2_{kind}"] = {**fsdp(2, cpu_ram_efficient_loading=kind == "dpo"), "trainer": kind}
-    MODES |= {f"{mode}_{kind}": {**MODES[mode], "trainer": kind} for mode in ("zero2", "zero3")}
-MODES["fsdp1_dpo"] = {**MODES["fsdp1"], "trainer": "dpo"}
+    MODES[f"zero2_{kind}"] = {**MODES["zero2"], "trainer": kind}
+MODES["zero3_reward"] = {**MODES["zero3"], "trainer": "reward"}
 
 
 def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False) -> CompetingTrainer:
