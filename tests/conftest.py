@@ -72,9 +72,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def make_dataset(rows: int = 64) -> Dataset:
+def make_dataset(rows: int = 64, seed: int = 0) -> Dataset:
     """Prompts to reverse a word, of ragged length."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     words = ["".join(draw.choice("abcdefgh") for _ in range(draw.randint(2, 9))) for _ in range(rows)]
     return Dataset.from_list([{"prompt": f"reverse {word}:", "completion": f" {word[::-1]}"} for word in words])
 

@@ -18,6 +18,7 @@ from comlora_trl import compat
 from comlora_trl.branches.batches import Rows, indices
 from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
 from comlora_trl.branches.passes import (
+    INPUTS,
     SEPARATELY,
     BranchExpansion,
     is_whole,
@@ -104,6 +105,8 @@ class BranchModel(PeftModelForCausalLM):
         self._modules_in_mode: list[nn.Module] = []
         self.splits_loss = True
         self.expansion = BranchExpansion(self.competing, list(adapted))
+        if base.get_output_embeddings() is None:
+            self.expansion.place = INPUTS  # a classifier finds each row's last token by input_ids, of all rows
         self._router_hook = base.base_model.register_forward_hook(self._keep_router_logits)
 
     @property

@@ -198,7 +198,7 @@ def _scores(model: BranchModel, batch: dict[str, Any], branches: list[int], chun
     inputs = {name: value for name, value in batch.items() if name != "labels"} | {"use_cache": False}
     parts = [branches[first : first + chunk] for first in range(0, len(branches), chunk)]
     dtype, device = model.get_base_model().dtype, batch["input_ids"].device
-    # PEFT keeps the copies of the head in float32, so a base in half precision needs autocast
+    # The copies of the head may have another dtype than the hidden states, so a base in half precision needs autocast
     half = dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
         logits = [model(view_pass=ViewPass(tuple(part)), **inputs).logits for part in parts]

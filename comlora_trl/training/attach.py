@@ -174,7 +174,10 @@ class Attachment:
         args = self.args
         if isinstance(built, ComLoRAModel):
             return continue_branches(built, self.peft_config, args)
-        trained = next((p for p in built.parameters() if p.requires_grad and p.is_floating_point()), None)
+        trained: dict[bool, torch.dtype] = {}
+        for name, parameter in built.named_parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                trained.setdefault(_is_of_head(name), parameter.dtype)
         start, config = None, self.peft_config
         if isinstance(self.given, PeftModel):
             existing = built.active_peft_config
@@ -204,8 +207,8 @@ class Attachment:
             torch.manual_seed(args.seed)
             branches = ComLoRAModel(base, config, args.comlora_k, args.selector_settings)
             _check_head(branches)
-            if trained is not None:
-                _take_dtype(branches, trained.dtype, args)
+            if trained:
+                _take_dtypes(branches, trained, args)
             if start is not None:
                 start_branches(branches, start)
                 # The layers of the given model now hold the branches, so its own method can't save its adapter
@@ -302,18 +305,25 @@ def _check_head(model: ComLoRAModel) -> None:
         )
 
 
-def _take_dtype(model: ComLoRAModel, dtype: torch.dtype, args: CompetitionConfig) -> None:
-    """Gives the branches the dtype that TRL has given its own adapter.
+def _is_of_head(name: str) -> bool:
+    """Whether a parameter belongs to a module that an adapter saves whole, such as a classification head."""
+    return "modules_to_save" in name
 
-    This is bfloat16 on a quantised base, except for DoRA's magnitudes, and the dtype of the base under ZeRO-3. The
-    selector trains in float32, except under ZeRO-3, which gathers only parameters of the same dtype together.
+
+def _take_dtypes(model: ComLoRAModel, dtypes: dict[bool, torch.dtype], args: CompetitionConfig) -> None:
+    """Gives the branches the dtype that TRL has given its own adapter and, under the key True, its own head.
+
+    For both, this is bfloat16 on a quantised base, except for DoRA's magnitudes, and the dtype of the base under
+    ZeRO-3. Otherwise a head has the dtype of the base. The selector trains in float32, except under ZeRO-3, which
+    gathers only parameters of the same dtype together.
     """
     for branch in range(model.k):
         for name, parameter in model.named_branch_parameters(branch).items():
+            dtype = dtypes.get(_is_of_head(name), parameter.dtype)
             if parameter.dtype != dtype and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(dtype)
     if model.selector is not None and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        model.selector.to(dtype)  # ZeRO-3 still trains float32 copies
+        model.selector.to(dtypes[False])  # ZeRO-3 still trains float32 copies
 
 
 def _keep_differentiable(model: nn.Module) -> None:

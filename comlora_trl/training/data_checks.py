@@ -53,6 +53,24 @@ def check_columns(
         _check_filled(dataset, name, {text_field, "completion", *_DATA_COLUMNS} & set(columns))
 
 
+def check_precomputed(train_dataset: Any, eval_dataset: Any, processes: int) -> None:
+    """Refuses reference log-probabilities precomputed by several processes for data that lies in memory.
+
+    TRL's main process writes them into a file, which the others read; for such data each process has another folder.
+
+    Raises:
+        ValueError: naming the data set and what to do.
+    """
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, data in {"train_dataset": train_dataset, **sets}.items():
+        if isinstance(data, Dataset) and not data.cache_files:
+            raise ValueError(
+                f"precompute_ref_log_probs=True is not possible on {processes} processes with {name} in memory, where "
+                "TRL's processes do not find each other's file: load it from a file (datasets.load_dataset), or leave "
+                "precompute_ref_log_probs out."
+            )
+
+
 def check_text_only(dataset: Dataset | IterableDataset) -> None:
     """Checks that a data set has examples and no images.
 

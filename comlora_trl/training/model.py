@@ -203,13 +203,14 @@ class ComLoRAModel(BranchModel):
 
     @torch.no_grad()
     def zero_branch(self, branch: int) -> None:
-        """Sets a branch's weights to zero, so that they are finite and the branch equals the base model."""
+        """Sets a branch's weights to zero, so that they are finite and its adapter equals the base model.
+
+        A head of its own becomes zero too.
+        """
         name = branch_name(branch)
         zero_weights(self.branch_parameters(branch))
         if is_sharded(self.branch_parameters(branch)):
             return  # the rest would gather weights of the base, for a branch that never runs again
-        for module in self.saved_modules:
-            module.reset(name)
         for layer in self.adapted_layers:
             if name in layer.lora_magnitude_vector:
                 # DoRA scales each output by magnitude / norm of the weight, so with B = 0 the magnitude must be the

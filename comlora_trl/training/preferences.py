@@ -29,7 +29,7 @@ from comlora_trl.training.arguments import settle_arguments
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.competition import Counted
 from comlora_trl.training.config import IndependentConfig
-from comlora_trl.training.data_checks import check_prepared, check_text_only
+from comlora_trl.training.data_checks import check_precomputed, check_prepared, check_text_only
 from comlora_trl.training.evaluation import Measured
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import BranchPass, ComLoRAModel
@@ -209,6 +209,8 @@ class CompetingPreferences(CompetingTrainer):
                 "the model has competing branches already, and TRL's preference trainers take one adapter: give the "
                 "exported winner's folder, or model.merge_and_unload(), instead."
             )
+        if getattr(args, "precompute_ref_log_probs", False) and args.world_size > 1:
+            check_precomputed(train_dataset, eval_dataset, args.world_size)
         train_dataset, eval_dataset = hold_out(train_dataset, eval_dataset, args)
         attachment = Attachment(
             model, peft_config, args, processing_class, quantization_config, classifier=self.classifier

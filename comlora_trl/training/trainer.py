@@ -246,6 +246,7 @@ class CompetingTrainer:
         if self.is_deepspeed_enabled:
             # DeepSpeed steps directly after the backward, before the Trainer's callback
             sharding.around_step(self.deepspeed, self.end_step, self.competition.keep_disqualified)
+        living = len(self.competition.state.living)  # DeepSpeed's step may disqualify branches
         self._in_step = True
         try:
             own = getattr(self.compute_loss, "__func__", None) is type(self)._competing_loss
@@ -254,8 +255,7 @@ class CompetingTrainer:
         finally:
             self._in_step = False
             self.comlora_model.competing.abandon()  # a backward that failed, e.g. out of memory, does not end its pass
-        independent = self.competition.settings.independent
-        return loss / len(self.competition.state.living) if independent else loss
+        return loss / living if self.competition.settings.independent else loss
 
     def end_step(self) -> None:
         """Ends the competition's step after the last backward and before the optimizer's step."""

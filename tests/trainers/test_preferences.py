@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import difference as largest_difference
 from conftest import make_lora, make_model, make_tokenizer
+from datasets import load_dataset
 from kinds import DPO, KINDS, KTO, REWARD, difference, logged, make_classifier, name_of, perturb, start_from
 from peft import PeftModel
+
+from comlora_trl.training.data_checks import check_precomputed
 
 RATES, BETAS = [0.1, 0.3, 0.5], [0.1, 0.3, 0.05]
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant"}
@@ -154,6 +158,39 @@ def test_a_resumed_run_ends_bitwise_where_the_whole_one_does(kind, tmp_path):
     assert whole.competition_summary()["branches"] == resumed.competition_summary()["branches"]
 
 
+@pytest.mark.parametrize(
+    "dtype, bf16", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)], ids=str
+)
+def test_a_reward_model_on_a_half_precision_base_trains_as_trls(dtype, bf16, tmp_path):
+    """Adapters are float32, the head has the base's precision, and the error against float32 is that of TRL's run."""
+    options = {"bf16": bf16, "gradient_checkpointing": False, "learning_rate": 0.02, **SGD}
+    half = lambda: {"model": make_classifier().to(dtype)}
+    ours = REWARD.run(tmp_path / "ours", given=half(), comlora_k=2, **options)
+    trl = REWARD.run(tmp_path / "trl", trl=True, given=half(), **options)
+    whole = {"model": make_classifier().to(dtype).float()}
+    exact = REWARD.run(tmp_path / "exact", trl=True, given=whole, **options | {"bf16": False})
+    expected = {name: parameter.dtype for name, parameter in trl.model.named_parameters()}
+    assert set(expected.values()) == {dtype, torch.float32}
+    for branch in range(2):
+        found = {name.replace(f"branch_{branch}", "default"): p.dtype for name, p in ours.model.named_parameters()}
+        assert expected.items() <= found.items()
+    perturb(ours)
+    branches = zip(*map(ours.comlora_model.branch_parameters, range(2)), strict=True)
+    with torch.no_grad():
+        for first, second in branches:
+            second.copy_(first)
+    for trainer in (trl, exact):
+        start_from(trainer, ours, 0)
+    start = {name: p.detach().clone() for name, p in exact.model.named_parameters() if p.requires_grad}
+    for trainer in (ours, trl, exact):
+        trainer.train()
+    ends = [{n: p.detach().float() for n, p in one.model.named_parameters() if n in start} for one in (trl, exact)]
+    theirs = largest_difference(*ends)
+    assert largest_difference(start, ends[1]) > 10 * theirs
+    for branch in range(2):
+        assert difference(ours, branch, exact) < 1.5 * theirs
+
+
 # ---- The reference ----
 
 
@@ -182,6 +219,19 @@ def test_precomputed_references_need_no_pass(tmp_path):
     forwards = Forwards(trainer)
     trainer.train()
     assert forwards.count == {True: 0, False: 4}
+
+
+@pytest.mark.parametrize("kind", BETA, ids=names)
+def test_references_of_data_in_memory_are_not_precomputed_by_two_processes(kind, tmp_path, monkeypatch):
+    """TRL's own trainer ends in a FileNotFoundError then; data from a file can be."""
+    kind.data().to_json(tmp_path / "data.json")
+    stored = load_dataset("json", data_files=str(tmp_path / "data.json"), split="train", cache_dir=str(tmp_path))
+    check_precomputed(stored, {"one": stored.select(range(4))}, 2)
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    with pytest.raises(ValueError, match="not possible on 2 processes with train_dataset in memory.*load it from a"):
+        kind.run(tmp_path, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="not possible on 2 processes with eval_dataset in memory"):
+        kind.run(tmp_path, given={"train_dataset": stored}, precompute_ref_log_probs=True)
 
 
 @pytest.mark.parametrize("rows", ["all", "shared"])

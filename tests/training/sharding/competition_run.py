@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_arguments, make_dataset, make_lora, make_model, make_tokenizer
+from conftest import make_arguments, make_lora, make_model, make_tokenizer
+from kinds import KINDS, SFT, make_classifier
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+from comlora_trl.training.trainer import CompetingTrainer
 
 STEPS, SAVED, HURT_STEP, HURT_BRANCH = 10, 5, 2, 2
 
@@ -39,9 +40,18 @@ def zero(stage: int, **config: Any) -> dict[str, Any]:
 
 
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+TRAINERS = {str(kind): kind for kind in [SFT, *KINDS]}
+# A preference trainer's run has no selector. Its leader changes between the selections, so that one branch's loss says
+# which checkpoint is the best. With an epsilon of 1e-8 Adam divides the rounding of some gradients by itself
+PREFERENCES = {
+    "comlora_branch_learning_rates": [3e-3, 7e-3, 1e-2],
+    "comlora_selector_learning_rate": None,
+    "metric_for_best_model": "comlora/loss_1",
+    "adam_epsilon": 1e-4,
+}
 
-# Arguments of a mode; "dtype" is the base model's. DeepSpeed keeps float32 copies of what it trains, and FSDP1 takes
-# norms in float32
+# Arguments of a mode; "dtype" is the base model's, "trainer" one of `TRAINERS`. DeepSpeed keeps float32 copies of what
+# it trains, FSDP1 takes norms in float32, and the log-probabilities of DPO and KTO are TRL's, in float32
 MODES: dict[str, dict[str, Any]] = {
     "ddp": {"use_cpu": True, "dtype": "float64"},
     "fsdp1": {**fsdp(1, sync_module_states=False), "dtype": "float32"},
@@ -63,15 +73,19 @@ MODES: dict[str, dict[str, Any]] = {
     "zero3_persistent": zero(3),
     "zero3_bf16": {**zero(3, stage3_param_persistence_threshold=0), "bf16": True, "dtype": "bfloat16"},
 }
+for kind in map(str, KINDS):
+    MODES[f"fsdp2_{kind}"] = {**fsdp(2, cpu_ram_efficient_loading=kind == "dpo"), "trainer": kind}
+    MODES[f"zero2_{kind}"] = {**MODES["zero2"], "trainer": kind}
+MODES["zero3_reward"] = {**MODES["zero3"], "trainer": "reward"}
 
 
-def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False) -> ComLoRASFTTrainer:
+def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False) -> CompetingTrainer:
     """Ten steps of three branches, one of which diverges; from the checkpoint at the fifth when `resume`.
 
     The higher loss counts as the better one, so that at the end the fifth step's checkpoint is loaded.
     """
     settings = dict(settings)
-    base = settings.pop("dtype", "float32")
+    base, kind = settings.pop("dtype", "float32"), TRAINERS[settings.pop("trainer", "sft")]
     arguments = {
         "max_steps": STEPS,
         "per_device_train_batch_size": batch,
@@ -91,15 +105,17 @@ def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False
         "comlora_k": 3,
         "comlora_overwrite_winner": True,
         "model_init_kwargs": {"dtype": "auto"},
+        **({} if kind is SFT else PREFERENCES),
+        **kind.of_any_cut,
         **settings,
     }
-    trainer = ComLoRASFTTrainer(
-        str(folder.parent / f"model-{base}"),
-        ComLoRAConfig(**make_arguments(folder, **arguments)),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(13),
+    trainer = kind.ours(
+        str(folder.parent / f"{'classifier' if kind.name == 'reward' else 'model'}-{base}"),
+        args=kind.config(**make_arguments(folder, **arguments)),
+        train_dataset=kind.data(),
+        eval_dataset=kind.data(13),
         processing_class=make_tokenizer(),
-        peft_config=make_lora(),
+        peft_config=make_lora(**kind.lora),
     )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
@@ -126,7 +142,7 @@ class _Infinite(torch.autograd.Function):
         return grad, None, None
 
 
-def hurt(trainer: ComLoRASFTTrainer) -> None:
+def hurt(trainer: CompetingTrainer) -> None:
     """A gradient (not a loss) that is infinite for one branch at one step, on one process."""
     layer = trainer.comlora_model.adapted_layers[-1]
     name = f"branch_{HURT_BRANCH}"
@@ -140,16 +156,17 @@ def hurt(trainer: ComLoRASFTTrainer) -> None:
     layer.register_forward_hook(after)
 
 
-def outcome(trainer: ComLoRASFTTrainer) -> dict[str, Any]:
+def outcome(trainer: CompetingTrainer) -> dict[str, Any]:
     """What a run has logged and decided."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "state": json.loads(json.dumps(vars(trainer.competition.state)))}
 
 
 def prepare(folder: Path) -> None:
-    """The base model in folders, as `from_pretrained` reads it."""
+    """The base models in folders, as `from_pretrained` reads them."""
     for name in ("float32", "float64", "bfloat16"):
         make_model().to(getattr(torch, name)).save_pretrained(folder / f"model-{name}")
+    make_classifier().save_pretrained(folder / "classifier-float32")
 
 
 def run_and_resume(folder: Path, settings: dict[str, Any], batch: int) -> None:

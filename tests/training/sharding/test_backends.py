@@ -11,6 +11,7 @@ import pytest
 import torch
 from competition_run import HURT_BRANCH, HURT_STEP, MODES, SAVED, STEPS, prepare, run_and_resume
 from conftest import make_model
+from kinds import make_classifier
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,6 +38,12 @@ def modes() -> list[str]:
     return list(MODES)
 
 
+def plain(mode: str) -> str:
+    """The folder of the run in one process that a mode's run equals."""
+    settings = MODES[mode]
+    return f"plain-{settings.get('trainer', 'sft')}-{settings.get('dtype', 'float32')}"
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Every mode one after the other in one pair of processes, and meanwhile the plain runs in this one."""
@@ -54,9 +61,10 @@ def runs(tmp_path_factory) -> Path:
         with open(folder / f"log-{rank}", "w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        for base in TOLERANCE:
-            settings = {"use_cpu": True, "dtype": base, "bf16": base == "bfloat16"}
-            run_and_resume(folder / f"plain-{base}", settings, batch=8)
+        for name in dict.fromkeys(map(plain, modes())):
+            _, kind, base = name.split("-")
+            settings = {"use_cpu": True, "dtype": base, "bf16": base == "bfloat16", "trainer": kind}
+            run_and_resume(folder / name, settings, batch=8)
         for process in processes:
             process.wait(timeout=400)
     finally:
@@ -84,9 +92,9 @@ def test_equals_one_process(runs, mode):
     log = "".join(file.read_text() for file in sorted(runs.glob(f"{mode}-*.error")))
     assert (runs / mode / "resumed.json").is_file(), log or (runs / "log-0").read_text()[-3000:]
     base = MODES[mode].get("dtype", "float32")
-    plain, tolerance = runs / f"plain-{base}", TOLERANCE[base]
+    one, tolerance = runs / plain(mode), TOLERANCE[base]
     for result, checkpoint in FOLDERS.items():
-        expected, found = (json.loads((folder / result).read_text()) for folder in (plain, runs / mode))
+        expected, found = (json.loads((folder / result).read_text()) for folder in (one, runs / mode))
         assert found["losses"] == pytest.approx(expected["losses"], abs=LOSS[base])
         state, wanted = found["state"], expected["state"]
         assert state["disqualified"] == wanted["disqualified"] == {str(HURT_BRANCH): HURT_STEP + 1}
@@ -95,13 +103,13 @@ def test_equals_one_process(runs, mode):
         for key in ("step", "examples", "winner"):
             assert state["selection"][key] == wanted["selection"][key]
         assert state["selection"]["step"] == SAVED  # the best checkpoint's
-        nll = "validation_nll"
-        assert state["selection"][nll] == pytest.approx(wanted["selection"][nll], abs=NLL[base])
+        for figure in ("validation_nll", "validation_accuracy"):
+            assert state["selection"][figure] == pytest.approx(wanted["selection"][figure], abs=NLL[base])
         if base != "bfloat16":
             assert state["selection"]["scores"] == pytest.approx(wanted["selection"]["scores"], abs=5e-6)
-        assert difference(runs / mode / checkpoint, plain / checkpoint) < tolerance
+        assert difference(runs / mode / checkpoint, one / checkpoint) < tolerance
     for folder in (f"checkpoint-{SAVED}", "whole-winner", "winner"):
-        assert difference(runs / mode / folder, plain / folder) < tolerance
+        assert difference(runs / mode / folder, one / folder) < tolerance
     disqualified = load_file(runs / mode / "whole" / f"branch_{HURT_BRANCH}" / "adapter_model.safetensors")
     assert not any(value.any() for value in disqualified.values())
 
@@ -110,7 +118,8 @@ def test_equals_one_process(runs, mode):
 def test_winner_is_a_plain_adapter(runs, mode):
     if mode not in modes():
         pytest.skip("needs the deepspeed extra")
-    model = PeftModel.from_pretrained(make_model(), runs / mode / "winner").eval()
+    base = make_classifier() if MODES[mode].get("trainer") == "reward" else make_model()
+    model = PeftModel.from_pretrained(base, runs / mode / "winner").eval()
     ids = torch.arange(3, 21).view(2, 9)
     with model.disable_adapter():
         base = model(input_ids=ids).logits

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import collate, make_arguments, make_dataset, make_lora, make_model, make_rows, make_tokenizer
+from kinds import DPO, KTO, difference, logged, perturb, start_from
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -38,6 +39,13 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+def to_float32(trainer: Trainer) -> None:
+    """Makes what trains float32."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 @pytest.fixture
 def run(base, tmp_path) -> Callable:
     """A short run; its adapters in float32, for TRL's bfloat16 ones round away what is compared."""
@@ -61,9 +69,7 @@ def run(base, tmp_path) -> Callable:
             peft_config=make_lora(),
             quantization_config=quantization(kind),
         )
-        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.data = parameter.data.float()
+        to_float32(trainer)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         named = trainer.model.named_parameters()
@@ -93,6 +99,33 @@ def test_branches_at_once_are_branches_in_chunks(run, kind):
     assert_equal(
         run(ComLoRASFTTrainer, kind, **options), run(ComLoRASFTTrainer, kind, comlora_branch_chunk=1, **options), 2e-6
     )
+
+
+@pytest.mark.parametrize("kind", [DPO, KTO], ids=str)
+def test_branches_of_a_preference_trainer_are_trainers_of_their_own(kind, base, tmp_path):
+    """Over nf4 each branch trains, and is measured, as TRL's own trainer at the branch's rate."""
+    options = {"optim": "sgd", "max_grad_norm": 0.0, "gradient_checkpointing": False}
+    options |= {"per_device_eval_batch_size": 13}  # TRL's mean is over batches
+    options |= {"model_init_kwargs": {"dtype": "float32"}, "max_steps": 4}
+    given = lambda: {"model": str(base), "quantization_config": quantization("nf4")}
+    rates = [0.1, 0.3]
+    ours = kind.run(tmp_path / "ours", given=given(), comlora_k=2, comlora_branch_learning_rates=rates, **options)
+    to_float32(ours)
+    perturb(ours)
+    trls = [kind.run(tmp_path / f"{rate}", True, given(), learning_rate=rate, **options) for rate in rates]
+    for branch, trl in enumerate(trls):
+        to_float32(trl)
+        start_from(trl, ours, branch)
+    trained = ours.comlora_model.branch_parameters(0)
+    start = [parameter.detach().clone() for parameter in trained]
+    ours.train()
+    assert min((p - before).abs().max() for p, before in zip(trained, start, strict=True)) > 1e-5
+    measured = ours.competition.state.selection["validation_nll"]
+    for branch, trl in enumerate(trls):
+        trl.train()
+        assert difference(ours, branch, trl) < 2e-6
+        assert logged(ours, f"comlora/loss_{branch}") == pytest.approx(logged(trl, "loss"), abs=2e-6)
+        assert measured[branch] == pytest.approx(trl.evaluate()["eval_loss"], abs=2e-6)
 
 
 def test_bfloat16s_error_is_pefts(base):

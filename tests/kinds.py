@@ -1,4 +1,4 @@
-"""TRL's preference trainers and ours beside them: data, models and runs that the tests share."""
+"""TRL's trainers and ours beside them: data, models and runs that the tests share."""
 
 import random
 from collections.abc import Callable
@@ -7,19 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_arguments, make_lora, make_model, make_tokenizer
+from conftest import make_arguments, make_dataset, make_lora, make_model, make_tokenizer
 from datasets import Dataset
 from torch import nn
 from transformers import LlamaForSequenceClassification
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from comlora_trl import (
+    ComLoRAConfig,
     ComLoRADPOConfig,
     ComLoRADPOTrainer,
     ComLoRAKTOConfig,
     ComLoRAKTOTrainer,
     ComLoRARewardConfig,
     ComLoRARewardTrainer,
+    ComLoRASFTTrainer,
 )
 
 
@@ -90,6 +101,7 @@ class Kind:
         return kind(**data | (given or {}), args=config(**make_arguments(folder, **defaults | options)))
 
 
+SFT = Kind("sft", ComLoRASFTTrainer, ComLoRAConfig, SFTTrainer, SFTConfig, losses=[{}], data=make_dataset)
 DPO = Kind(
     "dpo",
     ComLoRADPOTrainer,
@@ -147,7 +159,7 @@ KTO = Kind(
     # TRL's KL term is of a micro-batch, and its rows are made for the size of that
     of_any_cut={"loss_type": "apo_zero_unpaired"},
 )
-KINDS = [DPO, REWARD, KTO]
+KINDS = [DPO, REWARD, KTO]  # the preference trainers
 
 
 def name_of(options: dict[str, Any]) -> str:
