@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_DISABLED="true")
 
@@ -25,6 +26,25 @@ CAN_RUN_TRITON = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RATES = [5e-3, 1e-2, 2e-2, 4e-2]
 TOURNAMENT = {"comlora_k": 4, "comlora_selector": False, "comlora_branch_learning_rates": RATES, "max_steps": 12}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers the slow files come first, so that no worker ends with one of them alone."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+def exhaustive(*values: Any) -> list[Any]:
+    """Values of a parameter that `.ci/run` leaves out; see the mark in `pyproject.toml`."""
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
+
+def selected(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
+    """The values of a parameter that the module's selected tests have, for a fixture that runs them all at once."""
+    own = [item for item in request.session.items if item.path == request.path]
+    parameters = [item.callspec.params for item in own if hasattr(item, "callspec")]
+    return list(dict.fromkeys(one[parameter] for one in parameters if parameter in one))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ SHORT = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--per_device_train
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
@@ -56,6 +56,7 @@ def test_bad_input_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["commonsense", "convai2"])
 def test_real_data_trains_every_branch(tmp_path, shared_data, name):
     source = shared_data / name

@@ -122,6 +122,7 @@ def test_base_model_knows_something_of_every_task(model: PreTrainedModel, tokeni
 
 @needs_tools
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_default_run_leaves_every_task_between_chance_and_100(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_dataset, make_model, make_tokenizer
+from conftest import exhaustive, make_dataset, make_model, make_tokenizer
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/quickstart.md", "docs/tournament.md", "docs/evaluation.md")
+PAGES = ["README.md", *exhaustive("docs/quickstart.md", "docs/tournament.md", "docs/evaluation.md")]
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
 COMMANDS = {f"comlora-{name}": f"comlora_trl.cli.{name}" for name in ("sft", "export", "eval", "tables", "plot")}
 SCRIPTS = {"scripts/sft.py": "comlora-sft", "scripts/export_winner.py": "comlora-export"}

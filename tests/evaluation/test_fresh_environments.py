@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import exhaustive
 from environments import REPOSITORY, Environment, run
 
 pytest.importorskip("lm_eval")
@@ -30,7 +31,7 @@ def elsewhere(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["wheel", "editable", "editable lm_eval"])
+@pytest.fixture(scope="module", params=["wheel", *exhaustive("editable", "editable lm_eval")])
 def environment(request, tmp_path_factory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp("environment"))
     environment.install_lm_eval("editable" if request.param == "editable lm_eval" else "linked")
@@ -71,6 +72,7 @@ def test_the_stock_command_runs_the_demo(environment, elsewhere):
     assert 0 <= results["comlora_demo"]["acc,none"] <= 1
 
 
+@pytest.mark.exhaustive
 def test_the_stock_command_runs_seven_tasks_by_name(environment, elsewhere, shared_data):
     names = [f"comlora_{task}" for task in SEVEN]
     results = score(environment, elsewhere, names, COMLORA_DATA_DIR=str(shared_data))
@@ -94,7 +96,7 @@ def test_switched_off_only_our_own_command_knows_the_tasks(environment, elsewher
 
 
 @in_one_of_them
-@pytest.mark.parametrize("how", ["isolated", "unwritable subprocess"])
+@pytest.mark.parametrize("how", ["isolated", *exhaustive("unwritable subprocess")])
 def test_the_hook_works_however_python_starts(environment, elsewhere, how):
     """-I; where no bytecode can be written, as in a read-only site-packages; from another process."""
     command = ["-m", "lm_eval", "validate", "--tasks", "comlora_demo"]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import exhaustive, make_model, make_tokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -37,7 +37,7 @@ def prompts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("beams", [*exhaustive(1), 4])
 def test_answers_do_not_depend_on_the_batch_size(prompts, beams):
     """ "U" is a frequent character of this model, so that most rows meet the stop string, each at its own time."""
     until = ["U", RESPONSE_MARK]
@@ -54,7 +54,7 @@ def test_lm_evals_own_check_does_depend_on_it(prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("beams", [*exhaustive(1), 4])
 def test_nor_do_they_through_a_task(beams):
     """With lm_eval's own check 43 of the 100 answers differ with 4 beams. "F" is a frequent character here."""
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata={})

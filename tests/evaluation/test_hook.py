@@ -142,6 +142,7 @@ def test_the_pth_line_is_switched_off_and_survives_a_missing_module(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stock_results_are_the_same_with_and_without_the_hook(adapter, tmp_path):
     """Samples, byte for byte, and scores: beams and stop strings included, where our tasks' stop check differs."""
     rows = [{"question": f"what is {'abcdefgh'[i % 8] * (1 + i % 5)} ?", "answer": "x"} for i in range(24)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import difference as largest_difference
-from conftest import make_lora, make_model, make_tokenizer
+from conftest import exhaustive, make_lora, make_model, make_tokenizer
 from datasets import load_dataset
 from kinds import DPO, KINDS, KTO, REWARD, difference, logged, make_classifier, name_of, perturb, start_from
 from peft import PeftModel
@@ -16,13 +16,21 @@ from comlora_trl.training.data_checks import check_precomputed
 RATES, BETAS = [0.1, 0.3, 0.5], [0.1, 0.3, 0.05]
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant"}
 CASES = [(kind, options) for kind in KINDS for options in kind.losses]
+FIRST = [(kind, options) for kind, options in CASES if options in kind.losses[:4]]  # of each trainer
+
+
+def names_of(case: tuple) -> str:
+    return "-".join(map(names, case))
 
 
 def names(case: object) -> str:
     return name_of(case) if isinstance(case, dict) else str(case)
 
 
-@pytest.mark.parametrize("kind, options", CASES, ids=names)
+@pytest.mark.parametrize(
+    "kind, options",
+    [pytest.param(*case, marks=[] if case in FIRST else pytest.mark.exhaustive, id=names_of(case)) for case in CASES],
+)
 def test_one_branch_is_trls_trainer(kind, options, tmp_path):
     """Losses, every metric, and weights, over ten steps of AdamW."""
     options = {"learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 5, **options}
@@ -62,10 +70,8 @@ BETA = [kind for kind in KINDS if kind.name != "reward"]
     "more",
     [
         {},
-        {"gradient_checkpointing": False},
-        {"comlora_branch_chunk": 1},
         {"comlora_branch_chunk": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
-        {"max_grad_norm": 0.05},
+        *exhaustive({"gradient_checkpointing": False}, {"comlora_branch_chunk": 1}, {"max_grad_norm": 0.05}),
     ],
     ids=names,
 )

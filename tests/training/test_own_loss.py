@@ -9,6 +9,7 @@ import torch
 from conftest import (
     TOURNAMENT,
     difference,
+    exhaustive,
     make_arguments,
     make_dataset,
     make_lora,
@@ -117,9 +118,8 @@ def check(ours: ComLoRASFTTrainer, trls: list[SFTTrainer], tolerance: float = 1e
     "options",
     [
         {},
-        {"gradient_checkpointing": True},
         {"comlora_branch_chunk": 1, "gradient_checkpointing": True},
-        {"comlora_branch_chunk": 2},
+        *exhaustive({"gradient_checkpointing": True}, {"comlora_branch_chunk": 2}),
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "average_tokens_across_devices": False},
     ],
     ids=lambda options: "-".join(options) or "plain",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import difference
+from conftest import difference, exhaustive
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def test_two_processes_equal_one(one_and_two, mode):
         assert first["scores"] == pytest.approx(second["scores"], abs=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["kill", "kill_in_a_rung"])
+@pytest.mark.parametrize("mode", [*exhaustive("kill"), "kill_in_a_rung"])
 def test_killed_and_resumed_ends_bitwise_where_the_uninterrupted_run_does(start, tmp_path, mode):
     whole = result(start("whole", 4, mode, [sys.executable]), tmp_path / "whole")
     process = start("killed", 4, mode, [sys.executable])

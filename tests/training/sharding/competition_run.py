@@ -77,6 +77,9 @@ for kind in map(str, KINDS):
     MODES[f"fsdp2_{kind}"] = {**fsdp(2, cpu_ram_efficient_loading=kind == "dpo"), "trainer": kind}
     MODES[f"zero2_{kind}"] = {**MODES["zero2"], "trainer": kind}
 MODES["zero3_reward"] = {**MODES["zero3"], "trainer": "reward"}
+# Those that `.ci/run` leaves out
+MORE_MODES = ["fsdp1", "fsdp2_sharded", "fsdp2_gathered_once", "fsdp2_bf16", "zero3_persistent", "zero3_bf16"]
+MORE_MODES += ["fsdp2_reward", "fsdp2_kto", "zero2_dpo", "zero2_reward", "zero2_kto"]
 
 
 def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False) -> CompetingTrainer:

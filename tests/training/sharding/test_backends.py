@@ -1,5 +1,6 @@
 """Sharded runs equal one process with the doubled batch: losses, weights, disqualification, winner, resume, export."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from competition_run import HURT_BRANCH, HURT_STEP, MODES, SAVED, STEPS, prepare, run_and_resume
-from conftest import make_model
+from competition_run import HURT_BRANCH, HURT_STEP, MODES, MORE_MODES, SAVED, STEPS, prepare, run_and_resume
+from conftest import exhaustive, make_model, selected
 from kinds import make_classifier
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -30,12 +31,12 @@ NLL = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 1e-3}
 FOLDERS = {"outcome.json": "whole", "resumed.json": f"checkpoint-{STEPS}"}
 
 
-def modes() -> list[str]:
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        return [name for name in MODES if not name.startswith("zero")]
-    return list(MODES)
+PARAMETERS = [name for name in MODES if name not in MORE_MODES] + exhaustive(*MORE_MODES)
+
+
+def possible(mode: str) -> bool:
+    """Whether the packages of a mode are installed."""
+    return not mode.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
 
 
 def plain(mode: str) -> str:
@@ -45,9 +46,10 @@ def plain(mode: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(tmp_path_factory, request) -> Path:
     """Every mode one after the other in one pair of processes, and meanwhile the plain runs in this one."""
     folder = tmp_path_factory.mktemp("sharded")
+    modes = [mode for mode in selected(request, "mode") if possible(mode)]
     prepare(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,11 +59,11 @@ def runs(tmp_path_factory) -> Path:
     processes = []
     for rank in range(2):
         environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, str(Path(__file__).with_name("competition_run.py")), str(folder), *modes()]
+        command = [sys.executable, str(Path(__file__).with_name("competition_run.py")), str(folder), *modes]
         with open(folder / f"log-{rank}", "w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        for name in dict.fromkeys(map(plain, modes())):
+        for name in dict.fromkeys(map(plain, modes)):
             _, kind, base = name.split("-")
             settings = {"use_cpu": True, "dtype": base, "bf16": base == "bfloat16", "trainer": kind}
             run_and_resume(folder / name, settings, batch=8)
@@ -85,9 +87,9 @@ def difference(folder: Path, other: Path) -> float:
     return max((one[key].double() - two[key].double()).abs().max().item() for key in one)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PARAMETERS)
 def test_equals_one_process(runs, mode):
-    if mode not in modes():
+    if not possible(mode):
         pytest.skip("needs the deepspeed extra")
     log = "".join(file.read_text() for file in sorted(runs.glob(f"{mode}-*.error")))
     assert (runs / mode / "resumed.json").is_file(), log or (runs / "log-0").read_text()[-3000:]
@@ -114,9 +116,9 @@ def test_equals_one_process(runs, mode):
     assert not any(value.any() for value in disqualified.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", PARAMETERS)
 def test_winner_is_a_plain_adapter(runs, mode):
-    if mode not in modes():
+    if not possible(mode):
         pytest.skip("needs the deepspeed extra")
     base = make_classifier() if MODES[mode].get("trainer") == "reward" else make_model()
     model = PeftModel.from_pretrained(base, runs / mode / "winner").eval()
