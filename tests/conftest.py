@@ -1,9 +1,10 @@
 """A tiny model, tokenizer and data set, made on the spot: the suite runs offline and in seconds."""
 
+import gc
 import importlib.util
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from comlora_trl.winner import files
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -48,9 +51,21 @@ def selected(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quiet_and_single_threaded() -> None:
+def quiet_and_single_threaded() -> Iterator[None]:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
+    # accelerate collects garbage in every training, which would look at all that the imports made
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of the competition is a fifth of a test's training; the mark `pictures` keeps it."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(files, "_draw_competition", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "many_gpus.py"
@@ -38,7 +38,6 @@ def lines(results: Path, **wanted: object) -> list[dict]:
     return [line for line in found if all(line[name] == value for name, value in wanted.items())]
 
 
-@pytest.mark.exhaustive
 def test_every_arm_was_measured(results):
     assert [line for line in lines(results) if "ms" not in line] == []
     backends = ["DDP", "FSDP2", *ZERO]
@@ -49,7 +48,6 @@ def test_every_arm_was_measured(results):
     assert all(len(line["losses"]) == 6 for line in lines(results))
 
 
-@pytest.mark.exhaustive
 def test_two_processes_equal_one(results):
     for two in lines(results, processes=2):
         (one,) = lines(results, processes=1, rows=8, resumed=False, method=two["method"])
@@ -57,7 +55,6 @@ def test_two_processes_equal_one(results):
         assert two.get("decided") == one.get("decided"), two["backend"]
 
 
-@pytest.mark.exhaustive
 def test_one_process_resumes_the_run_of_two(results):
     for resumed in lines(results, resumed=True):
         (whole,) = lines(results, processes=2, backend=resumed["backend"], method=resumed["method"])
@@ -66,7 +63,6 @@ def test_one_process_resumes_the_run_of_two(results):
         assert resumed["decided"] == whole["decided"]
 
 
-@pytest.mark.exhaustive
 def test_report_is_written_between_the_markers(results, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- two GPUs: begin -->\nold\n<!-- two GPUs: end -->\nafter\n")

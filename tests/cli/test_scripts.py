@@ -40,6 +40,7 @@ def test_default_run_leaves_a_winner_and_export_finds_it_again(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("error: --branch best is not possible")
 
 
+@pytest.mark.exhaustive
 def test_recipe_file_gives_way_to_the_command_line(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset_name: demo\ncomlora_k: 3\nlearning_rate: 0.001\nmax_length: 256\n")

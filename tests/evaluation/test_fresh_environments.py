@@ -85,6 +85,7 @@ def test_the_stock_command_validates_every_task(environment, elsewhere):
     assert "All tasks found and valid" in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.exhaustive
 @in_one_of_them
 def test_switched_off_only_our_own_command_knows_the_tasks(environment, elsewhere):
     command = ["validate", "--tasks", "comlora_demo"]

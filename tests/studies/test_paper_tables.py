@@ -200,6 +200,7 @@ def test_a_failing_command_names_its_log(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_paper_scale_on_a_stand_in(tmp_path, monkeypatch, capsys):
     """The paper's own flags, in real processes: one row of Table 3 on a tiny random base and a few local rows."""
     content = planning.tables_file()

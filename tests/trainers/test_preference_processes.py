@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import difference
+from conftest import difference, exhaustive, selected
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,8 @@ modes = {
     "chunked": {**field, "comlora_rows": "shared", "comlora_branch_chunk": 1},
 }
 for kind in KINDS:
-    for name, options in modes.items():
+    for name in sys.argv[3].split(","):
+        options = modes[name]
         folder = output / f"{kind}-{name}"
         trainer = kind.run(folder, **{**base, "per_device_train_batch_size": batch, **options, **kind.of_any_cut})
         perturb(trainer)
@@ -44,19 +45,19 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-MODES = ("all", "rungs", "shared", "scarce", "chunked")
+MODES = ["rungs", "shared", "chunked", *exhaustive("all", "scarce")]
 TRAINERS = ("dpo", "reward", "kto")
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory) -> Path:
+def one_and_two(tmp_path_factory, request) -> Path:
     """A folder with the results of one process and of two."""
     folder = tmp_path_factory.mktemp("processes")
     script = folder / "run.py"
     script.write_text(SCRIPT)
     runs = [
         subprocess.Popen(
-            [*launcher, str(script), str(folder / name), batch],
+            [*launcher, str(script), str(folder / name), batch, ",".join(selected(request, "mode"))],
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

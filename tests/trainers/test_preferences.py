@@ -102,7 +102,7 @@ def test_branches_are_trainers_of_their_own(kind, more, tmp_path):
     assert sum(ours.competition.state.wins) == (0 if betas else 10)
 
 
-@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("chunk", [1, *exhaustive(None)])
 @pytest.mark.parametrize("kind", KINDS, ids=names)
 def test_shared_rows_are_separate_runs_on_the_rows_dealt(kind, chunk, tmp_path):
     """A pair goes to one branch whole, and its loss is TRL's mean over the branch's own pairs."""
@@ -126,7 +126,7 @@ def test_shared_rows_are_separate_runs_on_the_rows_dealt(kind, chunk, tmp_path):
     assert ours.competition.state.row_passes == 60
 
 
-@pytest.mark.parametrize("rows", ["all", "shared"])
+@pytest.mark.parametrize("rows", [*exhaustive("all"), "shared"])
 @pytest.mark.parametrize("kind", KINDS, ids=names)
 def test_the_cut_into_micro_batches_changes_nothing(kind, rows, tmp_path):
     """Shares of a branch are unequal, and the last step of an epoch is not full."""

@@ -149,7 +149,7 @@ def test_every_branch_is_a_trainer_with_this_loss(loss, options, tmp_path, float
     ],
     ids=["dft", "smoothing", "dft_smoothing", "function", "function_accumulated"],
 )
-@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("chunk", [1, *exhaustive(None)])
 def test_trls_other_losses(options, given, chunk, tmp_path, float64):
     more = INDEPENDENT | options | ({"comlora_branch_chunk": chunk} if chunk else {})
     ours = run(ComLoRASFTTrainer, ComLoRAConfig, tmp_path / "ours", given, **more)

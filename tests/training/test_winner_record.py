@@ -18,6 +18,8 @@ from comlora_trl.training.export import export_checkpoint
 from comlora_trl.winner.files import read_training_record
 from comlora_trl.winner.folder import Adapter
 
+pytestmark = pytest.mark.pictures
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
