@@ -3,9 +3,16 @@
 import pytest
 import torch
 from conftest import make_lora, make_model
-from kinds import DPO, KTO, logged
+from kinds import DPO, KTO, SFT, logged
 from peft import PeftModel, get_peft_model
-from transformers import GptOssConfig, GptOssForCausalLM, NemotronHConfig, NemotronHForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+)
 
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}
 SIZES = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "head_dim": 8}
@@ -84,15 +91,30 @@ def test_an_adapter_on_experts_is_the_reference(tmp_path):
     assert list(winner.peft_config) == ["default"]
 
 
-def test_a_model_with_layers_that_peft_refuses(tmp_path):
-    """PEFT refuses an adapter on `out_proj` of this type of model, and the branches have none."""
+def make_nemotron() -> NemotronHForCausalLM:
     torch.manual_seed(0)
     blocks = {"layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 8}
-    config = NemotronHConfig(**SIZES, **blocks, ssm_state_size=8, n_groups=2)
-    given = {"model": NemotronHForCausalLM(config), "peft_config": None}
-    trainer = DPO.run(tmp_path, given=given, comlora_k=2, max_steps=2)
+    return NemotronHForCausalLM(NemotronHConfig(**SIZES, **blocks, ssm_state_size=8, n_groups=2))
+
+
+def make_mamba() -> MambaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "pad_token_id")}
+    return MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=2, state_size=4))
+
+
+@pytest.mark.parametrize("kind, make", [(DPO, make_nemotron), (SFT, make_mamba)], ids=["nemotron", "mamba"])
+def test_a_model_with_layers_that_peft_refuses(kind, make, tmp_path):
+    """PEFT refuses an adapter on `out_proj` of this type of model, and the branches have none."""
+    given = {"model": make(), "peft_config": None}
+    trainer = kind.run(tmp_path, given=given, comlora_k=2, comlora_selector=False, max_steps=2)
     before = trained(trainer)
     trainer.train()
     after = trained(trainer)
     assert not any("out_proj" in name for name in after)
     assert all(not torch.equal(before[name], value) for name, value in after.items() if "lora_B" in name)
+
+
+def test_nothing_is_said_of_the_layers_that_are_left_out(tmp_path, recwarn):
+    DPO.run(tmp_path)
+    assert not [warning for warning in recwarn if "exclude_modules" in str(warning.message)]
