@@ -13,6 +13,7 @@ Outside a pass, a layer runs PEFT's own forward.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -551,6 +552,22 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
             layer.__class__ = plain_class(layer)
             for own in _OWN_ATTRIBUTES:
                 layer.__dict__.pop(own, None)
+
+
+@contextmanager
+def plain_wrappers(layers: Iterable[LoraLayer]) -> Iterator[None]:
+    """Within the block, the wrappers of parameters have PEFT's own class.
+
+    PEFT finds the wrapper of a parameter by the name of its class, when a further adapter is added.
+    """
+    wrappers = [layer for layer in layers if isinstance(layer, ParamWrapper)]
+    for layer in wrappers:
+        layer.__class__ = plain_class(layer)
+    try:
+        yield
+    finally:
+        for layer in wrappers:
+            layer.__class__ = _branch_class(type(layer))
 
 
 def layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:

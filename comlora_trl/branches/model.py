@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from comlora_trl import compat
 from comlora_trl.branches.batches import Rows, indices
-from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
+from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers, plain_wrappers
 from comlora_trl.branches.passes import (
     INPUTS,
     SEPARATELY,
@@ -114,6 +114,11 @@ class BranchModel(PeftModelForCausalLM):
         """`branch_0` … `branch_{K-1}`."""
         return [branch_name(branch) for branch in range(self.k)]
 
+    @property
+    def present_branches(self) -> list[str]:
+        """The names of the branches that were not dropped. The model may have a reference beside them."""
+        return [name for name in self.branch_names if name in self.peft_config]
+
     def branch_parameters(self, branch: int) -> list[nn.Parameter]:
         """The parameters of one branch; an empty list for a branch that was dropped.
 
@@ -161,6 +166,11 @@ class BranchModel(PeftModelForCausalLM):
             if parameter.requires_grad and id(parameter) not in adapters
         ]
 
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, as PEFT does."""
+        with plain_wrappers(getattr(self, "adapted_layers", ())):
+            super().add_adapter(*args, **kwargs)
+
     def drop_branch(self, branch: int) -> None:
         """Deletes a branch's adapter and frees its weights. The other branches keep their names.
 
@@ -168,7 +178,7 @@ class BranchModel(PeftModelForCausalLM):
         """
         name = branch_name(branch)
         if self.active_adapter == name:
-            self.set_adapter(next(other for other in self.peft_config if other != name))
+            self.set_adapter(next(other for other in self.present_branches if other != name))
         for layer in self.adapted_layers:
             layer.delete_adapter(name)
         for module in self.saved_modules:
@@ -181,12 +191,12 @@ class BranchModel(PeftModelForCausalLM):
         for group in self.competing.groups:
             group.drop(name)
         if self.competing.graphs is not None:
-            self.competing.graphs.forget_more_than(len(self.peft_config))
+            self.competing.graphs.forget_more_than(len(self.present_branches))
 
     def restore_branch(self, branch: int) -> None:
         """Adds an adapter with new weights for a branch that was dropped."""
         name = branch_name(branch)
-        self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
+        self.add_adapter(name, copy.deepcopy(self.peft_config[self.present_branches[0]]))
         self.set_requires_grad(name, True)  # in PEFT, a new adapter trains only once it is active
         if self.saved_modules:
             self._beside_layers = self._trained_beside_layers()
@@ -199,7 +209,7 @@ class BranchModel(PeftModelForCausalLM):
             name: the adapter's name.
             weights: the adapter's weights, by their names in PEFT's files.
         """
-        self.add_adapter(name, copy.deepcopy(next(iter(self.peft_config.values()))))
+        self.add_adapter(name, copy.deepcopy(self.peft_config[self.present_branches[0]]))
         set_peft_model_state_dict(self, weights, adapter_name=name)
         self.set_requires_grad(name, False)
         self._modules_in_mode = []

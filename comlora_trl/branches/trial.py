@@ -45,8 +45,8 @@ def settle_expansion(model: BranchModel, batches: Sequence[dict[str, Any]]) -> s
         except Exception as error:
             raise ValueError(
                 f"{type(model.get_base_model()).__name__} can't be trained here: one branch's pass over made-up "
-                f"tokens ended in {type(error).__name__} ({first_line(error)}). A causal language model that takes "
-                "input_ids and labels is needed."
+                f"tokens ended in {type(error).__name__} ({first_line(error)}). A causal language model or, for "
+                "rewards, a sequence classifier that takes input_ids is needed."
             ) from error
         finally:
             calls.remove()

@@ -69,6 +69,7 @@ class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
     stacked = 1
     gathers_lines = False
     branch_metric = ("reward_margin", "rewards/margins")
+    columns = (("prompt", "completion", "label"), ("chosen", "rejected"))
 
     def __init__(
         self,

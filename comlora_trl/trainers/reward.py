@@ -43,6 +43,7 @@ class ComLoRARewardTrainer(CompetingPreferences, RewardTrainer):
     classifier = True
     has_reference = False
     branch_metric = ("reward_accuracy", "accuracy")
+    columns = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
 
     def __init__(
         self,

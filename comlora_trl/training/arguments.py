@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import trl
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
@@ -57,12 +58,12 @@ def settle_arguments(
         check_writable(args.output_dir, "output_dir")
         check_target(args.winner_dir, args.comlora_overwrite_winner)
     if train_dataset is None:
-        raise ValueError("train_dataset is missing: give a Dataset or an IterableDataset to train on.")
+        raise ValueError("`train_dataset` is required: give a Dataset or an IterableDataset to train on.")
     return args
 
 
 def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, optimizer: Any) -> None:
-    """Checks options of TRL that don't work with a selector, or with different learning rates of the branches.
+    """Checks options of TRL that don't work without a GPU, with a selector, or with different rates of the branches.
 
     Raises:
         ValueError: if there is one; the message names the option, the reason and the fix.
@@ -78,6 +79,11 @@ def check_trainer_arguments(args: CompetitionConfig, compute_loss_func: Any, opt
                 f"{option} does not work with the selector of K={args.comlora_k} branches, which weighs each row's "
                 "negative log-likelihood (eq. 5-9): leave it out, or set comlora_selector=False."
             )
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError(
+            "activation_offloading=True is not possible without a GPU, from which it moves activations to the CPU: "
+            "leave it out."
+        )
     refused = {
         "optimizers": (
             optimizer is not None

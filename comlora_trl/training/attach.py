@@ -8,6 +8,7 @@ Some work must be done before TRL's `__init__`. The docstrings and comments say 
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +48,8 @@ from comlora_trl.training.model import ComLoRAModel
 
 # This fits any model. The branches' target modules may depend on layers that are known only after TRL loads the model
 _STAND_IN = {"r": 1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+# Layers that PEFT refuses to adapt in some models with state-space blocks
+_STAND_IN |= {"exclude_modules": ["out_proj", "conv1d"]}
 
 
 class Attachment:
@@ -103,12 +106,14 @@ class Attachment:
         """
         if isinstance(self.given, PeftModel) and not isinstance(self.given, ComLoRAModel):
             self.given.set_adapter(self.given.active_adapter)  # TRL ignores an adapter that does not train
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             self._take_chat_template(Path(folder))
             kept = {name: getattr(self.args, name) for name in self._handled}
             for name, value in self._handled.items():
                 setattr(self.args, name, value)
             try:
+                # PEFT warns about the stand-in's exclude_modules if the model has none of them
+                warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 yield {
                     "model": self.given,
                     "processing_class": self.processing_class,

@@ -435,6 +435,10 @@ class ComLoRAKTOConfig(BetaConfig, KTOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        known = next(f.metadata.get("choices") for f in fields(KTOConfig) if f.name == "loss_type")
+        if known:
+            allowed = f"one of {', '.join(known)}"
+            _require(self.loss_type in known, "loss_type", repr(self.loss_type), allowed, "leave it out for 'kto'")
         rows, k = self.per_device_train_batch_size, self.comlora_k
         if self.comlora_rows == "shared" and self.loss_type == "kto" and rows < 2 * k:
             raise ValueError(

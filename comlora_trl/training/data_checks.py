@@ -1,9 +1,10 @@
 """Checks of the data before and after TRL prepares it."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, is_caching_enabled
 
 from comlora_trl.data.prompts import is_built_with
 
@@ -56,32 +57,56 @@ def check_columns(
 def check_precomputed(train_dataset: Any, eval_dataset: Any, processes: int) -> None:
     """Refuses reference log-probabilities precomputed by several processes for data that lies in memory.
 
-    TRL's main process writes them into a file, which the others read; for such data each process has another folder.
+    TRL's main process writes them into a file, which the others read. For such data, and for all data while the cache
+    of `datasets` is off, each process has another folder.
 
     Raises:
         ValueError: naming the data set and what to do.
     """
     sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, data in {"train_dataset": train_dataset, **sets}.items():
-        if isinstance(data, Dataset) and not data.cache_files:
+        if not isinstance(data, Dataset):
+            continue
+        if not data.cache_files:
             raise ValueError(
                 f"precompute_ref_log_probs=True is not possible on {processes} processes with {name} in memory, where "
                 "TRL's processes do not find each other's file: load it from a file (datasets.load_dataset), or leave "
                 "precompute_ref_log_probs out."
             )
+        if not is_caching_enabled():
+            raise ValueError(
+                f"precompute_ref_log_probs=True is not possible on {processes} processes while the cache of datasets "
+                "is off, where TRL's processes do not find each other's file: call datasets.enable_caching(), or "
+                "leave precompute_ref_log_probs out."
+            )
 
 
-def check_text_only(dataset: Dataset | IterableDataset) -> None:
-    """Checks that a data set has examples and no images.
+def check_preferences(train: Any, validation: Any, columns: Sequence[Sequence[str]]) -> None:
+    """Checks that data sets of a preference trainer have examples, the columns that TRL reads, and no images.
+
+    Args:
+        train: the training set.
+        validation: the validation set, a dict of several, or None.
+        columns: the sets of columns, one of which TRL needs.
 
     Raises:
-        ValueError: if it is empty or has images.
+        ValueError: if one is empty, has images or lacks columns.
     """
-    columns = list(next(iter(dataset), {}))
-    if not columns:
-        raise ValueError("the training dataset is empty: give it at least one example.")
-    if {"image", "images"} & set(columns):
-        raise ValueError("the training dataset has images: competing branches take text only.")
+    sets = validation if isinstance(validation, dict) else {"validation": validation}
+    for name, dataset in {"training": train, **sets}.items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            continue
+        found = list(next(iter(dataset), {}))
+        if not found:
+            raise ValueError(f"the {name} dataset is empty: give it at least one example.")
+        if {"image", "images"} & set(found):
+            raise ValueError(f"the {name} dataset has images: competing branches take text only.")
+        if not any(set(wanted) <= set(found) for wanted in columns):
+            needed = ", or ".join(f"{', '.join(wanted[:-1])} and {wanted[-1]}" for wanted in columns)
+            raise ValueError(
+                f"the {name} dataset has the columns {', '.join(found)}, but this trainer reads {needed}: rename its "
+                "columns."
+            )
 
 
 def check_prepared(train: Any, validation: Any, max_length: int | None) -> None:

@@ -240,7 +240,7 @@ class ComLoRAModel(BranchModel):
         if not is_main_process:
             return
         folder = Path(save_directory)
-        for name in (name for name in self.branch_names if name in self.peft_config):
+        for name in self.present_branches:
             (folder / name).mkdir(parents=True, exist_ok=True)
             self._saved_adapter(name, state_dict).save(folder / name)
         shutil.copytree(folder / self.active_adapter, folder, dirs_exist_ok=True)
@@ -271,7 +271,7 @@ class ComLoRAModel(BranchModel):
         Returns:
             the whole tensors on the CPU, by their names in the model.
         """
-        names = {own for name in self.peft_config for own in self._names_to_save(name).values()}
+        names = {own for name in self.present_branches for own in self._names_to_save(name).values()}
         if self.selector is not None:
             names |= self._selector_names
         return whole_state(self, root, names)
@@ -320,7 +320,7 @@ class ComLoRAModel(BranchModel):
             ValueError: if the checkpoint lacks weights.
         """
         weights = {}
-        for name in self.peft_config:
+        for name in self.present_branches:
             saved, names = load_file(folder / name / WEIGHTS_FILE), self._names_to_save(name)
             names = {key: place for key, place in names.items() if place in self._trained_names[name]}
             if not saved.keys() >= names.keys():

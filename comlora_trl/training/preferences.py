@@ -29,7 +29,7 @@ from comlora_trl.training.arguments import settle_arguments
 from comlora_trl.training.attach import Attachment
 from comlora_trl.training.competition import Counted
 from comlora_trl.training.config import IndependentConfig
-from comlora_trl.training.data_checks import check_precomputed, check_prepared, check_text_only
+from comlora_trl.training.data_checks import check_precomputed, check_preferences, check_prepared
 from comlora_trl.training.evaluation import Measured
 from comlora_trl.training.hold_out import hold_out
 from comlora_trl.training.model import BranchPass, ComLoRAModel
@@ -165,6 +165,23 @@ def check_default_adapter(model: PeftModel) -> None:
         )
 
 
+def check_reference(model: Any) -> None:
+    """Checks that TRL can compute log-probabilities with a `ref_model`.
+
+    Raises:
+        TypeError, ValueError: if it can't.
+    """
+    if isinstance(model, str):
+        raise TypeError(
+            f"ref_model={model!r} is a name, and TRL takes a loaded model: give "
+            "AutoModelForCausalLM.from_pretrained(...) of it."
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "ref_model is a PeftModel, whose log-probabilities TRL can't compute: give ref_model.merge_and_unload()."
+        )
+
+
 class CompetingPreferences(CompetingTrainer):
     """The first base class of a competing preference trainer, before TRL's trainer.
 
@@ -174,6 +191,7 @@ class CompetingPreferences(CompetingTrainer):
         gathers_lines: whether TRL's loss gathers a value for each line from all processes.
         has_reference: whether the loss compares the model with a reference model.
         branch_metric: a metric that is logged for every branch: its name in the log, and TRL's name.
+        columns: the sets of columns, one of which TRL needs.
     """
 
     _losses_kind = PreferenceLosses
@@ -182,6 +200,7 @@ class CompetingPreferences(CompetingTrainer):
     has_reference = True
     gathers_lines = True
     branch_metric = ("reward_accuracy", "rewards/accuracies")
+    columns: Sequence[Sequence[str]] = (("chosen", "rejected"),)
 
     @contextmanager
     def preparing(
@@ -203,7 +222,8 @@ class CompetingPreferences(CompetingTrainer):
             the arguments for TRL's `__init__`.
         """
         args = settle_arguments(args, config, model, self._name, train_dataset, optimizers[0])
-        check_text_only(train_dataset)
+        check_preferences(train_dataset, eval_dataset, self.columns)
+        check_reference(ref_model)
         if isinstance(model, ComLoRAModel):
             raise ValueError(
                 "the model has competing branches already, and TRL's preference trainers take one adapter: give the "
@@ -364,6 +384,16 @@ class ReferenceOnce(CompetingPreferences):
     TRL's method computes the reference's log-probabilities once for all branches. They are added to the batch, where
     TRL's loss reads precomputed log-probabilities.
     """
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Runs the Trainer's evaluation. TRL precomputes the reference of a given data set, if it does so in training.
+
+        Raises:
+            ValueError: if several processes can't do this.
+        """
+        if self.precompute_ref_logps and self.args.world_size > 1 and not isinstance(eval_dataset, str):
+            check_precomputed(None, eval_dataset, self.args.world_size)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def reference_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The reference's log-probabilities of a batch, by TRL's names for them in a batch."""

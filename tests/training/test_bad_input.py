@@ -64,7 +64,7 @@ DATA = {
         "a single example, so none can be held out",
     ),
     "empty training set": ({"train_dataset": Dataset.from_dict({"prompt": []})}, "training dataset is empty"),
-    "no training set": ({"train_dataset": None}, "train_dataset is missing"),
+    "no training set": ({"train_dataset": None}, "`train_dataset` is required: give a Dataset"),
     "no validation set in a dict": ({"eval_dataset": {}}, "eval_dataset is empty"),
     "empty validation set": ({"eval_dataset": make_dataset().select([])}, "eval_dataset is empty"),
 }
