@@ -11,10 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from comlora_trl.branches.model import branch_name
-from comlora_trl.training.checkpoints import load_state
-from comlora_trl.training.export import export_checkpoint
-
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command `comlora-export` with the flags in `argv`, or with the process's arguments if it is None."""
@@ -24,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="winner", help="folder to export to (default: winner)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists and is not empty")
     args = parser.parse_args(argv)
+    from comlora_trl.training.export import export_checkpoint  # takes seconds, which --help does not need
+
     try:
         for branch, target in exports(args.checkpoint, args.branch, Path(args.output)):
             branch = export_checkpoint(args.checkpoint, branch, target, args.overwrite)
@@ -38,6 +36,9 @@ def exports(checkpoint: str, branch: str, output: Path) -> list[tuple[int | None
     Raises:
         ValueError: if `branch` is not "winner", "all" or a number.
     """
+    from comlora_trl.branches.model import branch_name
+    from comlora_trl.training.checkpoints import load_state
+
     if branch == "winner":
         return [(None, output)]
     if branch == "all":
