@@ -129,26 +129,31 @@ def default_rates(rate: float, k: int) -> list[float]:
     return [rate * 2.0 ** (branch - (k - 1) // 2) for branch in range(k)]
 
 
-def retired_at(
-    rung: Rung, values: Sequence[float | None], highest: bool, ties: Sequence[float | None] | None = None
-) -> list[int]:
-    """The branches that a rung retires, by index.
+def ranking(values: Sequence[float | None], highest: bool, ties: Sequence[float | None] | None = None) -> list[int]:
+    """The branches that take part, the best first.
 
     Args:
-        rung: the rung.
-        values: the figure of each branch that decides; None for a branch that is already retired or disqualified.
+        values: the figure of each branch that decides; None for a branch that is already retired or disqualified,
+            which is left out. A figure that is not finite ranks last.
         highest: whether high values are good (scores, accuracy) or low values (NLL).
         ties: the loss of each branch. Of branches with the same value, the lower loss ranks first, then the lower
             index. A loss that is not finite ranks last.
     """
     sign = -1.0 if highest else 1.0
-    known = {branch: value for branch, value in enumerate(values) if value is not None}
-    # A value that is not finite ranks last
-    worth = {branch: sign * value if math.isfinite(value) else math.inf for branch, value in known.items()}
-    losses = {branch: ties[branch] if ties else 0.0 for branch in known}
-    losses = {branch: loss if math.isfinite(loss) else math.inf for branch, loss in losses.items()}
-    ranked = sorted(known, key=lambda branch: (worth[branch], losses[branch], branch))
-    return sorted(ranked[rung.survivors :])
+
+    def rank(branch: int) -> tuple[float, float, int]:
+        figures = (sign * values[branch], ties[branch] if ties else 0.0)
+        value, loss = (figure if math.isfinite(figure) else math.inf for figure in figures)
+        return value, loss, branch
+
+    return sorted((branch for branch, value in enumerate(values) if value is not None), key=rank)
+
+
+def retired_at(
+    rung: Rung, values: Sequence[float | None], highest: bool, ties: Sequence[float | None] | None = None
+) -> list[int]:
+    """The branches that a rung retires, by index: those behind its survivors in the [`ranking`]."""
+    return sorted(ranking(values, highest, ties)[rung.survivors :])
 
 
 def dealt_to(place: int, step: int, living: Sequence[int]) -> int:

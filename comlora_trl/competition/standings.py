@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comlora_trl.competition.rungs import ranking
+
 _BY_BRANCH = ("disqualified", "retired")
 
 
@@ -172,10 +174,5 @@ def winner(values: Tensor, alive: Tensor, highest: bool = True, ties: Tensor | N
     """
     if not bool(alive.any()):
         raise RuntimeError("every branch is disqualified, so none can win: lower the learning rate and train again.")
-    values = values.double() if highest else -values.double()
-    values = values.masked_fill(~alive | ~values.isfinite(), float("-inf"))
-    best = values.max()
-    if ties is not None:
-        return winner(ties, alive & (values == best), highest=False)
-    # `argmax` does not specify which of several maxima it returns
-    return int(((values == best) & alive).nonzero()[0])
+    figures = _listed(values.double(), alive.tolist())
+    return ranking(figures, highest, None if ties is None else ties.double().tolist())[0]
