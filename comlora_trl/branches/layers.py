@@ -13,7 +13,6 @@ Outside a pass, a layer runs PEFT's own forward.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -554,22 +553,6 @@ def make_plain_layers(layers: Iterable[LoraLayer]) -> None:
                 layer.__dict__.pop(own, None)
 
 
-@contextmanager
-def plain_wrappers(layers: Iterable[LoraLayer]) -> Iterator[None]:
-    """Within the block, the wrappers of parameters have PEFT's own class.
-
-    PEFT finds the wrapper of a parameter by the name of its class, when a further adapter is added.
-    """
-    wrappers = [layer for layer in layers if isinstance(layer, ParamWrapper)]
-    for layer in wrappers:
-        layer.__class__ = plain_class(layer)
-    try:
-        yield
-    finally:
-        for layer in wrappers:
-            layer.__class__ = _branch_class(type(layer))
-
-
 def layer_parameters(layer: LoraLayer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of an adapter in a layer, with their names in the layer."""
     # A set, because PEFT's DoRA layers list their magnitudes twice
@@ -607,7 +590,8 @@ def _has_batched_path(layer: LoraLayer, adapter: str) -> bool:
 
 def _branch_class(layer_class: type[LoraLayer]) -> type[LoraLayer]:
     if layer_class not in _BRANCH_CLASSES:
-        _BRANCH_CLASSES[layer_class] = type(f"Branch{layer_class.__name__}", (BranchLayer, layer_class), {})
+        # PEFT's own name, because PEFT finds the wrapper of a parameter by the name of its class
+        _BRANCH_CLASSES[layer_class] = type(layer_class.__name__, (BranchLayer, layer_class), {})
     return _BRANCH_CLASSES[layer_class]
 
 

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from comlora_trl import compat
 from comlora_trl.branches.batches import Rows, indices
-from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers, plain_wrappers
+from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
 from comlora_trl.branches.passes import (
     INPUTS,
     SEPARATELY,
@@ -165,11 +165,6 @@ class BranchModel(PeftModelForCausalLM):
             for own, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad and id(parameter) not in adapters
         ]
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter, as PEFT does."""
-        with plain_wrappers(getattr(self, "adapted_layers", ())):
-            super().add_adapter(*args, **kwargs)
 
     def drop_branch(self, branch: int) -> None:
         """Deletes a branch's adapter and frees its weights. The other branches keep their names.
