@@ -30,12 +30,8 @@ def check_columns(
     Raises:
         ValueError: if the data set is empty, has images, lacks columns or values, or has prompts of another template.
     """
-    first = next(iter(dataset), {})
+    first = _first_example(dataset, name)
     columns = list(first)
-    if not columns:
-        raise ValueError(f"the {name} dataset is empty: give it at least one example.")
-    if {"image", "images"} & set(columns):
-        raise ValueError(f"the {name} dataset has images: competing branches take text only.")
     if formatting_func is None and not {text_field, *_DATA_COLUMNS} & set(columns):
         raise ValueError(
             f"the {name} dataset has the columns {', '.join(columns)}, none of which is known: name a column "
@@ -52,6 +48,20 @@ def check_columns(
         raise ValueError(f"the {name} dataset has a prompt column but no completion column: add completion.")
     if isinstance(dataset, Dataset) and formatting_func is None:
         _check_filled(dataset, name, {text_field, "completion", *_DATA_COLUMNS} & set(columns))
+
+
+def _first_example(dataset: Dataset | IterableDataset, name: str) -> dict[str, Any]:
+    """The first example of a data set.
+
+    Raises:
+        ValueError: if there is none, or it has images.
+    """
+    first = next(iter(dataset), {})
+    if not first:
+        raise ValueError(f"the {name} dataset is empty: give it at least one example.")
+    if {"image", "images"} & first.keys():
+        raise ValueError(f"the {name} dataset has images: competing branches take text only.")
+    return first
 
 
 def check_precomputed(train_dataset: Any, eval_dataset: Any, processes: int) -> None:
@@ -96,11 +106,7 @@ def check_preferences(train: Any, validation: Any, columns: Sequence[Sequence[st
     for name, dataset in {"training": train, **sets}.items():
         if not isinstance(dataset, Dataset | IterableDataset):
             continue
-        found = list(next(iter(dataset), {}))
-        if not found:
-            raise ValueError(f"the {name} dataset is empty: give it at least one example.")
-        if {"image", "images"} & set(found):
-            raise ValueError(f"the {name} dataset has images: competing branches take text only.")
+        found = list(_first_example(dataset, name))
         if not any(set(wanted) <= set(found) for wanted in columns):
             needed = ", or ".join(f"{', '.join(wanted[:-1])} and {wanted[-1]}" for wanted in columns)
             raise ValueError(
