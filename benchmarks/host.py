@@ -1,6 +1,6 @@
 """The host's work in one training step, counted: TRL's trainer and ours, on any machine.
 
-    python benchmarks/host.py                  # 30 layers, 4 rows a step; some 40 s on one CPU core
+    python benchmarks/host.py                  # 30 layers, 4 rows a step
     python benchmarks/host.py --layers 8 --output host.json
 
 A small model's step is bound by the host, and a host's time differs by 10% from run to run. Counts do not. This script
@@ -14,10 +14,10 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -149,8 +149,8 @@ def main() -> None:
     results = {arm: count(arm, options.layers, options.rows) for arm in ARMS}
     print(table(results))
     if options.output:
-        versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "accelerate")}
-        content = {"layers": options.layers, "rows": options.rows, "versions": versions, "counts": results}
+        content = {"layers": options.layers, "rows": options.rows, "counts": results}
+        content |= {"commit": about.commit(), "versions": about.versions()}
         options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

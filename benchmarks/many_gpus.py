@@ -14,7 +14,6 @@ import gc
 import importlib.util
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,11 +25,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import about
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -46,7 +45,6 @@ from trl import SFTConfig, SFTTrainer
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 
 CUDA = torch.cuda.is_available()
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "LLaMA-3-8B, 4 layers": LLAMA_8B | {"num_hidden_layers": 4},
@@ -303,11 +301,10 @@ def largest(value: float) -> float:
 
 def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Appends a line to the results."""
-    machine = torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()
-    versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    about = {"machine": machine, "commit": options.commit, "steps": options.steps, "versions": versions}
+    conditions = {"machine": about.machine(), "commit": options.commit, "steps": options.steps}
+    conditions["versions"] = about.versions("deepspeed")
     with open(options.output, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result | about) + "\n")
+        file.write(json.dumps(result | conditions) + "\n")
     outcome = result.get("error") or result.get("skipped") or f"{result['ms']:.1f} ms, {result['seconds']} s in all"
     print(" | ".join(str(result[name]) for name in Arm.__dataclass_fields__), "|", outcome, flush=True)
 

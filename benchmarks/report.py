@@ -1,13 +1,11 @@
 """What `run.py` found, as a table and as JSON."""
 
 import json
-import os
-import platform
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 from cases import Shape
 from rich.table import Table
@@ -58,16 +56,14 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _environment(shape: Shape) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "accelerate")}
     cuda = shape.device.type == "cuda"
     return {
-        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "commit": os.environ.get("GIT_COMMIT") or commit or "unknown",
+        "machine": about.machine(),
+        "commit": about.commit(),
         "layers": shape.config.num_hidden_layers,
         "rows": shape.rows,
         "tokens": shape.tokens,
         "cuda": torch.version.cuda,
         "triton": version("triton") if cuda else None,
-        **packages,
+        **about.versions(),
     }
