@@ -2,10 +2,11 @@
 
 SmolLM2-135M's shape with random weights (or an 8B's, `--shape 8b`), bf16, LoRA of rank 8 on q, k, v, up and down,
 synthetic rows as long as CONVAI2's (up to 320 tokens, of which the reply's 8 to 24 are supervised), without
-checkpointing. A run counts from `train()` to its end, the winner's export included. Needs a GPU; `--shape tiny` shows
-elsewhere that everything runs.
+checkpointing. In DPO a pair is two such rows with the same prompt. A run counts from `train()` to its end, with the
+winner's export. Needs a GPU; `--shape tiny` shows elsewhere that everything runs.
 
     python benchmarks/small.py --rows 32 --output small.json
+    python benchmarks/small.py --arms trl_dpo dpo_tournament dpo_k4 --output dpo.json
 """
 
 import argparse
@@ -34,6 +35,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "k4": {"comlora_k": 4, "comlora_selector": False},
     "k4_selector": {"comlora_k": 4},
     "k4_without_graphs": {"comlora_k": 4, "comlora_selector": False, "comlora_graphs": False},
+    "trl_liger": {"use_liger_kernel": True},
+    "trl_dpo": {},
+    "dpo_k1": {"comlora_k": 1},
+    "dpo_tournament": {"comlora_tournament": True},
+    "dpo_k4": {"comlora_k": 4},
+    "dpo_k1_graphs": {"comlora_k": 1, "comlora_graphs": True},
+    "dpo_tournament_graphs": {"comlora_tournament": True, "comlora_graphs": True},
+    "dpo_k4_graphs": {"comlora_k": 4, "comlora_graphs": True},
 }
 DEFAULT = ("trl", "k1", "tournament", "k4", "k4_selector")
 LENGTH = {"max_position_embeddings": 2048}
@@ -64,9 +73,9 @@ def run(
     import torch
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
+    from comlora_trl import ComLoRAConfig, ComLoRADPOConfig, ComLoRADPOTrainer, ComLoRASFTTrainer
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -86,12 +95,18 @@ def run(
                 torch.cuda.synchronize()
             self.marks.append(time.perf_counter())
 
-    trl = arm.startswith("trl")
-    config, trainer_class = (SFTConfig, SFTTrainer) if trl else (ComLoRAConfig, ComLoRASFTTrainer)
+    trl, preferences = arm.startswith("trl"), "dpo" in arm
+    config, trainer_class = {
+        (True, False): (SFTConfig, SFTTrainer),
+        (False, False): (ComLoRAConfig, ComLoRASFTTrainer),
+        (True, True): (DPOConfig, DPOTrainer),
+        (False, True): (ComLoRADPOConfig, ComLoRADPOTrainer),
+    }[trl, preferences]
+    make, lines = (pairs, rows // 2) if preferences else (data, rows)
     with tempfile.TemporaryDirectory() as output:
         args = config(
             output_dir=output,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=lines,
             max_steps=steps,
             logging_steps=10,
             learning_rate=1e-4,
@@ -101,22 +116,22 @@ def run(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            dataset_kwargs={"skip_prepare_dataset": True},
+            **({} if preferences else {"dataset_kwargs": {"skip_prepare_dataset": True}}),
             **ARMS[arm],
         )
         trainer = trainer_class(
             base,
-            args,
-            train_dataset=data(rows * steps, vocabulary, longest, 0),
-            eval_dataset=data(validation, vocabulary, longest, 1),
-            processing_class=tokenizer(),
+            args=args,
+            train_dataset=make(lines * steps, vocabulary, longest, 0),
+            eval_dataset=make(validation, vocabulary, longest, 1),
+            processing_class=tokenizer(vocabulary if preferences else 0),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
         )
         trainer.remove_callback(PrinterCallback)
-        timer, selections = Timer(), []
+        timer, selections = Timer(), []  # seconds of rungs and selections, retirement included
         trainer.add_callback(timer)
         if not trl:
-            selections = timed(trainer, "select", on_gpu)
+            selections = [timed(trainer, name, on_gpu) for name in ("reach_rung", "select")]
         printed = io.StringIO()
         if folder is not None:
             (folder / "ready").touch()
@@ -146,7 +161,7 @@ def run(
         "over_three_medians_after_ten": sum(one > 3 * statistics.median(late) for one in times[10:]),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0,
-        "selections_s": [round(one, 3) for one in selections],
+        "selections_s": [round(one, 3) for kind in selections for one in kind if one > 1e-3],
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "times_ms": [round(one, 1) for one in times],
         "said": [line for line in printed.getvalue().splitlines() if "comlora_graphs" in line or "padded" in line],
@@ -193,13 +208,33 @@ def data(rows: int, vocabulary: int, longest: int, seed: int) -> Any:
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def tokenizer() -> Any:
-    """A tokenizer with the special tokens that a trainer asks for."""
-    from tokenizers import Tokenizer, models
+def pairs(rows: int, vocabulary: int, longest: int, seed: int) -> Any:
+    """Pairs of replies of random words to a prompt of random words, as long as the rows of `data`."""
+    from datasets import Dataset
+
+    draw = random.Random(seed)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{draw.randrange(3, vocabulary)}" for _ in range(count))
+
+    columns: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
+    for _ in range(rows):
+        reply = draw.randint(8, 24)
+        columns["prompt"].append(words(min(longest - reply, max(40, int(draw.gauss(170, 60))))) + " ")
+        columns["chosen"].append(words(reply - 1))
+        columns["rejected"].append(words(draw.randint(8, reply) - 1))
+    return Dataset.from_dict(columns)
+
+
+def tokenizer(words: int = 0) -> Any:
+    """A tokenizer with the special tokens that a trainer asks for, and words w3, w4, … up to a number of tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>"])}
+    vocabulary |= {f"w{index}": index for index in range(3, words)}
     own = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
@@ -207,7 +242,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", default=list(DEFAULT), choices=list(ARMS))
     parser.add_argument("--shape", default="135m", choices=list(SHAPES))
-    parser.add_argument("--rows", type=int, default=32, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=32, help="rows of a step; in DPO two make a pair")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--validation", type=int, default=120, help="rows of the validation set")
     parser.add_argument("--longest", type=int, default=320, help="tokens of the longest row")
@@ -302,7 +337,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for (arm, shape, rows), own in medians.items():
-        trl = medians.get(("trl", shape, rows))
+        trl = medians.get(("trl_dpo" if "dpo" in arm else "trl", shape, rows))
         ratios = ["", ""] if trl is None else [f"{own[key] / trl[key]:.2f}" for key in ("step_ms", "seconds")]
         cells = [
             arm,

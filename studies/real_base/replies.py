@@ -29,10 +29,13 @@ def score_replies(arguments: argparse.Namespace) -> None:
     done = {(row["arm"], row["seed"], row["limit"]) for row in report.read_results(file)}
     asked = [{"arm": "base", "seed": 0, "title": None}, *report.adapters_to_score(results, arguments.rates, best)]
     jobs = [job for job in asked if (job["arm"], job["seed"], arguments.replies) not in done]
+    kept = [job for job in jobs if not job["title"] or kept_folder(arguments.adapters, job["title"]).is_dir()]
+    if lost := [f"{job['arm']}, seed {job['seed']}" for job in jobs if job not in kept]:
+        print(f"left out, for {arguments.adapters} has no adapter of them: {'; '.join(lost)}")
     with tempfile.TemporaryDirectory() as folder:
         model = base.export(arguments.base, (arguments.work or Path(folder)) / "base")
         with ThreadPoolExecutor(arguments.workers) as pool:
-            for job, metrics in pool.map(lambda one: (one, evaluate(one, model, arguments)), jobs):
+            for job, metrics in pool.map(lambda one: (one, evaluate(one, model, arguments)), kept):
                 line = {**job, "limit": arguments.replies, "metrics": metrics}
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(line) + "\n")
