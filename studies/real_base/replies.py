@@ -53,7 +53,7 @@ def evaluate(job: dict[str, Any], model: Path, arguments: argparse.Namespace) ->
     if job["title"]:
         given += f",peft={kept_folder(arguments.adapters, job['title'])}"
     with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m", "comlora_trl.evaluation.cli", "--model", "hf", "--tasks", "comlora_convai2"]
+        command = [sys.executable, "-m", "comlora_trl.cli.eval", "--model", "hf", "--tasks", "comlora_convai2"]
         command += ["--model_args", given, "--limit", str(arguments.replies), "--batch_size", "128"]
         environment = {**os.environ, "COMLORA_DATA_DIR": str(arguments.data.absolute().parent)}
         done = subprocess.run([*command, "--output_path", output], env=environment, capture_output=True, text=True)

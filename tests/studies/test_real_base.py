@@ -1,7 +1,9 @@
 """The study on a real base: its figures on made-up results, and its runs on a tiny base against TRL's own."""
 
+import importlib.util
 import json
 import math
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from studies.common.pool import Pool  # noqa: E402
 from studies.common.statistics import difference, interval  # noqa: E402
-from studies.real_base import arms, base, report, run, worker  # noqa: E402
+from studies.real_base import arms, base, replies, report, run, worker  # noqa: E402
 
 BEST = 4e-3
 LINE = "{n} {said}\t{reply}\t\t{reply}|no"
@@ -276,6 +278,34 @@ def test_the_command_trains_what_is_missing_and_no_more(tiny: worker.Settings, t
     other = arguments(tiny, results, *more, "--bf16")
     with pytest.raises(SystemExit, match="has runs with settings"):
         run.check_settings(lines, run.about(other, Path(tiny.base), 1, False), results)
+
+
+def test_replies_are_scored_by_a_command_that_exists(
+    tiny: worker.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters that are not there are left out with a line."""
+    asked: list[list[str]] = []
+
+    def lm_eval(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        asked.append(command)
+        own = {f"{name},none": 1.0 for name in replies.METRICS} | {"bertscore_model,none": "small"}
+        folder = Path(command[command.index("--output_path") + 1])
+        (folder / "results_1.json").write_text(json.dumps({"results": {"comlora_convai2": own}}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    results = tmp_path / "results.jsonl"
+    line = {"arm": f"ComLoRA K4 {BEST:g}", "winner": 2, "rates": [BEST] * 4, "best": BEST}
+    results.write_text("".join(json.dumps({**line, "seed": seed}) + "\n" for seed in (0, 1)))
+    kept = worker.kept_folder(tmp_path / "kept", f"ComLoRA K4 {BEST:g}, seed 1, 2")
+    kept.mkdir(parents=True)
+    monkeypatch.setattr(replies.subprocess, "run", lm_eval)
+    more = ["--workers", "1", "--adapters", str(tmp_path / "kept"), "--replies", "3", "--work", str(tmp_path)]
+    monkeypatch.setattr(replies.base, "export", lambda source, folder: Path(tiny.base))
+    replies.score_replies(arguments(tiny, results, *more))
+    assert importlib.util.find_spec(asked[0][asked[0].index("-m") + 1]) is not None
+    assert [str(kept) in " ".join(command) for command in asked] == [False, True]  # the base, and seed 1
+    assert "left out" in capsys.readouterr().out
+    assert [line["seed"] for line in report.read_results(tmp_path / "replies.jsonl")] == [0, 1]
 
 
 @pytest.mark.slow
