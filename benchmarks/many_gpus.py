@@ -293,7 +293,8 @@ def work(options: argparse.Namespace) -> None:
 
 def largest(value: float) -> float:
     """The largest value of any process."""
-    tensor = torch.tensor(value, dtype=torch.float64)
+    # accelerate begins the group of a single sharded process itself, for GPUs alone
+    tensor = torch.tensor(value, dtype=torch.float64, device="cuda" if CUDA else "cpu")
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()

@@ -62,12 +62,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+PROFILED = 5  # steps
+
+
 def run(
-    arm: str, shape: str, rows: int, steps: int, validation: int, longest: int, folder: Path | None = None
+    arm: str,
+    shape: str,
+    rows: int,
+    steps: int,
+    validation: int,
+    longest: int,
+    profiled: bool = False,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """One arm's run in this process.
 
     Args:
+        profiled: whether the profiler watches some steps, which it makes slower.
         folder: where to say that the run is ready, and to wait for its turn.
     """
     import torch
@@ -85,6 +96,34 @@ def run(
         base = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
     torch.set_default_dtype(torch.float32)
     vocabulary = SHAPES[shape]["vocab_size"]
+
+    class Profile(TrainerCallback):
+        """Watches some steps of the second half."""
+
+        def __init__(self, steps: int) -> None:
+            kinds = torch.profiler.ProfilerActivity
+            self.first, self.profiler = 2 * steps // 3, torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
+
+        def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.global_step == self.first:
+                self.profiler.start()
+
+        def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.global_step == self.first + PROFILED:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                self.profiler.stop()
+
+        def found(self) -> dict[str, Any]:
+            averages = self.profiler.key_averages()
+            on_device = sorted(averages, key=lambda own: -own.self_device_time_total)
+            on_host = sorted(averages, key=lambda own: -own.self_cpu_time_total)
+            return {
+                "gpu_busy_ms": sum(own.self_device_time_total for own in averages) / 1e3 / PROFILED,
+                "host_ms": sum(own.self_cpu_time_total for own in averages) / 1e3 / PROFILED,
+                "on_gpu": [(own.key[:90], own.count, own.self_device_time_total) for own in on_device[:25]],
+                "on_host": [(own.key[:90], own.count, own.self_cpu_time_total) for own in on_host[:25]],
+            }
 
     class Timer(TrainerCallback):
         def __init__(self) -> None:
@@ -128,6 +167,8 @@ def run(
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
         )
         trainer.remove_callback(PrinterCallback)
+        if profiled:
+            trainer.add_callback(profile := Profile(steps))
         timer, selections = Timer(), []  # seconds of rungs and selections, retirement included
         trainer.add_callback(timer)
         if not trl:
@@ -166,6 +207,8 @@ def run(
         "times_ms": [round(one, 1) for one in times],
         "said": [line for line in printed.getvalue().splitlines() if "comlora_graphs" in line or "padded" in line],
     }
+    if profiled:
+        found["profile"] = profile.found()
     if not trl and trainer.comlora_model.competing.graphs is not None:
         graphs = trainer.comlora_model.competing.graphs
         found |= {"captures": graphs.captures, "replays": graphs.replays, "capture_s": graphs.capture_seconds}
@@ -249,11 +292,12 @@ def main() -> int:
     parser.add_argument("--rotations", type=int, default=1, help="runs of each arm")
     parser.add_argument("--output", default="small.json")
     parser.add_argument("--queue", nargs="*", default=[], help="runs as ARM:SHAPE:ROWS:STEPS, in this order")
+    parser.add_argument("--profile", action="store_true", help="also profile some steps of each run (in the JSON)")
     parser.add_argument("--ahead", action="store_true", help="all processes prepare at once; they still run in turn")
     parser.add_argument("--one", help=argparse.SUPPRESS, choices=list(ARMS))
     parser.add_argument("--place", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = (options.shape, options.rows, options.steps, options.validation, options.longest)
+    sizes = (options.shape, options.rows, options.steps, options.validation, options.longest, options.profile)
     if options.one:
         place = Path(options.place)
         try:
@@ -276,6 +320,7 @@ def main() -> int:
             command = [sys.executable, __file__, "--one", arm, "--shape", shape, "--rows", str(rows)]
             command += ["--steps", str(steps), "--validation", str(options.validation)]
             command += ["--longest", str(options.longest), "--place", str(place)]
+            command += ["--profile"] if options.profile else []
             # compilers' caches of its own: each run compiles as a first one does
             own = {"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"), "TRITON_CACHE_DIR": str(place / "triton")}
             log = (place / "log").open("w")

@@ -53,10 +53,10 @@ class Selector(nn.Module):
                 f"comlora_selector_heads={settings.heads} does not divide the selector's width {dim}: choose a "
                 f"divisor of {dim}, or another comlora_selector_dim."
             )
-        self.projection = nn.Linear(embedding_dim, dim) if dim != embedding_dim else nn.Identity()
+        self.projection = Linear(embedding_dim, dim) if dim != embedding_dim else nn.Identity()
         self.encoder = EncoderLayer(dim, settings.heads, ffn_dim)
         # Row k of the weight is e_k
-        self.branch_embeddings = skip_init(nn.Linear, dim, k, bias=False, device=torch.get_default_device())
+        self.branch_embeddings = skip_init(BranchEmbeddings, dim, k, bias=False, device=torch.get_default_device())
         # The encoder ends with a layer norm, so the norm of a pooled row is at most √d_sel. This standard deviation
         # makes the first scores about 1 in size
         nn.init.normal_(self.branch_embeddings.weight, std=dim**-0.5)
@@ -69,9 +69,9 @@ class Selector(nn.Module):
             mask: bool [R, T], True on the tokens to read. Other tokens do not change the scores.
 
         Returns:
-            sim, [R, K].
+            sim, [R, K], in float32 or higher.
         """
-        hidden = self.projection(embeddings.detach().to(next(self.parameters()).dtype))
+        hidden = wide(self.projection(wide(embeddings.detach())))
         # Attention over no token gives nan, so a row without tokens to read reads its first position
         readable = mask | (~mask.any(dim=-1, keepdim=True) & (torch.arange(mask.size(-1), device=mask.device) == 0))
         hidden = self.encoder(hidden, readable)
@@ -99,8 +99,8 @@ class EncoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
         super().__init__()
         self.self_attn = SelfAttention(dim, heads)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = Linear(dim, ffn_dim)
+        self.linear2 = Linear(ffn_dim, dim)
         self.norm1, self.norm2 = Norm(dim), Norm(dim)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -117,15 +117,40 @@ class EncoderLayer(nn.Module):
         return self.norm2(hidden + self.linear2(functional.relu(self.linear1(hidden))))
 
 
-class Norm(nn.LayerNorm):
-    """A layer norm that casts its input to the dtype of its weights.
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 or higher.
 
-    FSDP's mixed precision casts the weights of a module, but not always its input.
+    Between its products the selector computes in float32, as it would under autocast, because FSDP's mixed precision
+    and DeepSpeed's bf16 hold its weights in bfloat16: there a score of 27 would be rounded to a multiple of 1/8.
     """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class Linear(nn.Linear):
+    """A linear layer that casts its input to the dtype of its weights."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalises [..., dim]; the output has the dtype of the weights."""
+        """Shapes as for `nn.Linear`."""
         return super().forward(hidden.to(self.weight.dtype))
+
+
+class BranchEmbeddings(nn.Linear):
+    """The dot products with e_1 … e_K, without autocast: a score is not rounded to half precision."""
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[R, d_sel] to [R, K]."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return functional.linear(pooled, self.weight.to(pooled.dtype))
+
+
+class Norm(nn.LayerNorm):
+    """A layer norm in float32 or higher."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises [..., dim]."""
+        hidden = wide(hidden)
+        weight, bias = self.weight.to(hidden.dtype), self.bias.to(hidden.dtype)
+        return functional.layer_norm(hidden, self.normalized_shape, weight, bias, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -134,8 +159,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_proj = skip_init(nn.Linear, dim, 3 * dim, device=torch.get_default_device())
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj = skip_init(Linear, dim, 3 * dim, device=torch.get_default_device())
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj.weight)
         for bias in (self.in_proj.bias, self.out_proj.bias):
             nn.init.zeros_(bias)

@@ -141,13 +141,12 @@ def dependent_arms(best: float) -> list[Arm]:
     low = on_lattice(best * LOW)
     return [
         *(tournament(on_lattice(best * factor), priority=2) for factor in GUESSES),
-        tournament(best, MIDDLE, priority=3),
+        *(tournament(centre, MIDDLE, priority=3) for centre in (best, low)),
+        tournament(best, LATE, priority=3),
         *(tournament(centre, EARLY_OF_EIGHT, k=8, priority=3) for centre in (best, low)),
         *(comlora(k, rate, priority=4) for k in (2, 4) for rate in (low, best)),
         wide_field(best),
         *(tournament(centre, EARLY, by="accuracy", priority=5) for centre in (best, low)),
-        tournament(low, MIDDLE, priority=5),
-        tournament(best, LATE, priority=5),
         tournament(best, MIDDLE_OF_EIGHT, k=8, priority=5),
         equal_branches(best),
         *(comlora(2, best, without, priority=6) for without in ("L_LM", "L_align", "L_pairwise")),
