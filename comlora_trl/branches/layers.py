@@ -275,10 +275,12 @@ class CompetingBranches:
         names: adapter names of the branches whose rows are in the batch, in order; empty outside a pass.
         branches: adapter names of all branches. PEFT's switches do not change which of their parameters train.
         graphs: replays decoder layers as CUDA graphs; None without graphs.
+        switched_off: whether all adapted layers run without adapters, whatever PEFT's own switch of a layer says.
     """
 
     def __init__(self, model: nn.Module, first: str) -> None:
         self.model, self.first = model, first
+        self.switched_off = False
         self.branches: tuple[str, ...] = ()
         self.groups: list[LayerGroup] = []
         self.active: ActivePass | None = None
@@ -419,12 +421,17 @@ class BranchLayer:
             return self.forward_one_by_one(x, names)
         return self.group.output(self, x)
 
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether a forward runs without adapters: by PEFT's switch of this layer, or for all layers at once."""
+        return self.competing.switched_off or super().disable_adapters
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Sets the adapters of ordinary forwards. In inference mode nothing trains until adapters are set again."""
         found = self._trained_before_inference or self._trained()
         super().set_adapter(adapter_names, inference_mode)
         self._trained_before_inference = found if inference_mode else None
-        off = inference_mode or self.disable_adapters
+        off = inference_mode or super().disable_adapters
         self._let_train(dict.fromkeys(found, False) if off else found)
 
     def enable_adapters(self, enabled: bool) -> None:

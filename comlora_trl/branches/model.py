@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from comlora_trl import compat
 from comlora_trl.branches.batches import Rows, indices
-from comlora_trl.branches.layers import layer_parameters, make_branch_layers, make_plain_layers
+from comlora_trl.branches.layers import BranchLayer, layer_parameters, make_branch_layers, make_plain_layers
 from comlora_trl.branches.passes import (
     INPUTS,
     SEPARATELY,
@@ -231,6 +232,31 @@ class BranchModel(PeftModelForCausalLM):
         if not all(module.training is mode for module in self._modules_in_mode):
             super().train(mode)
         return self
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """PEFT's context, within which the model runs without adapters.
+
+        PEFT visits all modules several times, and TRL's DPO and KTO trainers ask for that at every step. Without
+        gradients one switch for all layers does the same, unless adapters are merged or modules are trained beside the
+        layers.
+        """
+        if self.competing.switched_off:  # a block within a block
+            yield
+        elif torch.is_grad_enabled() or self.is_switched_off or self._beside_layers or not self._has_branch_layers:
+            with super().disable_adapter():
+                yield
+        else:
+            self.competing.switched_off = True
+            try:
+                yield
+            finally:
+                self.competing.switched_off = False
+
+    @property
+    def _has_branch_layers(self) -> bool:
+        """Whether all adapted layers know of the branches, and no adapter is merged into one."""
+        return all(isinstance(layer, BranchLayer) and not layer.merged_adapters for layer in self.adapted_layers)
 
     @property
     def is_switched_off(self) -> bool:

@@ -302,8 +302,7 @@ class IndependentConfig(CompetitionConfig):
         default=False,
         metadata={
             "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed, on one GPU. Off by "
-            "default: no run of this trainer on a GPU has been measured. Give pad_to_multiple_of with it, so that "
-            "batches have few lengths."
+            "default: no run of this trainer on a GPU has been measured."
         },
     )
 
@@ -416,6 +415,15 @@ class ComLoRADPOConfig(BetaConfig, DPOConfig):
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    comlora_graphs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether decoder layers are compiled, captured as CUDA graphs and replayed. Loss and gradients "
+            "are the same up to rounding. None means yes on one GPU, if the model allows it. The reference runs "
+            "without graphs. Batches are padded to multiples of 64 tokens, unless pad_to_multiple_of is given. False "
+            "turns graphs off."
+        },
+    )
 
 
 @dataclass

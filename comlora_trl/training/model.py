@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from comlora_trl.branches.batches import Rows
 from comlora_trl.branches.model import BranchModel, BranchOutput, branch_name
+from comlora_trl.branches.passes import without_plans
 from comlora_trl.competition import CompetitionSettings, row_weights, selection_probabilities
 from comlora_trl.competition.selector import Selector, SelectorSettings
 from comlora_trl.training.checkpoints import SELECTOR_FILE
@@ -151,7 +152,8 @@ class ComLoRAModel(BranchModel):
         rows, alive = Rows.of(inputs), how.alive.to(labels.device)
         scores = probabilities = None
         if self.selector is not None:
-            scores = self.score(inputs["input_ids"], rows, labels)
+            with without_plans(inputs["input_ids"]):
+                scores = self.score(inputs["input_ids"], rows, labels)
             probabilities = selection_probabilities(scores, how.settings.top_n, alive)
         dtype = torch.float64 if self.get_base_model().dtype == torch.float64 else torch.float32
         weights = row_weights(probabilities, rows.count, how.eta, how.settings, alive, dtype, how.remaining)

@@ -105,6 +105,15 @@ def off_in_inference(model: BranchModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def off_without_gradients(model: BranchModel) -> Iterator[None]:
+    own = model.active_adapter
+    with torch.no_grad(), model.disable_adapter(), model.disable_adapter():
+        model.set_adapter(other(model))
+        model.set_adapter(own)
+        yield
+
+
 SWITCHES: dict[str, Callable] = {
     "disable_adapter": lambda model: model.disable_adapter(),
     "layers_off": layers_off,
@@ -115,6 +124,7 @@ SWITCHES: dict[str, Callable] = {
     "merge_adapter": merged,
     "off_within_off": off_within_off,
     "off_in_inference": off_in_inference,
+    "off_without_gradients": off_without_gradients,
     "rescaled": lambda model: rescale_adapter_scale(model, 0.5),
 }
 
@@ -175,6 +185,24 @@ def test_within_the_block_nothing_trains_and_the_base_answers():
     assert not any(p.requires_grad for branch in range(K) for p in model.branch_parameters(branch))
     model.set_adapter("branch_0")
     assert all(p.requires_grad for branch in range(K) for p in model.branch_parameters(branch))
+
+
+def test_without_gradients_no_module_is_visited_and_the_base_answers(monkeypatch):
+    model, plain = make(None), make(None)
+    with torch.no_grad():
+        model.set_adapter("branch_1")
+        before, outputs = found(model), logits(model)
+        with torch.enable_grad(), plain.disable_adapter():
+            expected = logits(plain).detach()
+        monkeypatch.setattr(model, "get_model_status", None)
+        with model.disable_adapter():
+            with model.disable_adapter():
+                pass
+            assert torch.equal(logits(model), expected) and not torch.allclose(expected, outputs)
+            assert model.is_switched_off
+            with pytest.raises(SwitchedOffError, match="adapters are switched off"):
+                forward(model)
+        assert found(model) == before and torch.equal(logits(model), outputs)
 
 
 def test_a_merged_adapter_stays_merged_through_disable_adapter():
