@@ -393,10 +393,17 @@ def _same(arm: Arm, done: dict[Arm, dict[str, Any]], rows: int) -> list[str] | N
     if other not in done:
         return None
     theirs = f"{difference(*(done[one] for one in trl)):.1e}" if all(one in done for one in trl) else ""
-    equal = done[arm].get("decided") == done[other].get("decided")
-    decided = "" if arm.method == "TRL's LoRA" else "equal" if equal else "**differ**"
+    decided = _decisions(done[arm].get("decided"), done[other].get("decided"))
     backend = f"{arm.backend}, resumed on one" if arm.resumed else arm.backend
     return [arm.shape, arm.method, backend, f"{difference(done[arm], done[other]):.1e}", theirs, decided]
+
+
+def _decisions(one: dict[str, Any] | None, two: dict[str, Any] | None) -> str:
+    if one is None or two is None:  # TRL's LoRA decides nothing
+        return ""
+    if one == two:
+        return "equal"
+    return "winner equal, wins differ" if {**one, "wins": two["wins"]} == two else "**differ**"
 
 
 def difference(one: dict[str, Any], two: dict[str, Any]) -> float:

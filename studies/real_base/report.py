@@ -30,6 +30,7 @@ Arms = dict[str, dict[int, Row]]
 # A run whose held-out NLL is no number counts as a uniform guess among the 49,152 tokens
 DIVERGED = math.log(49152)
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
+SHOWN = 0.25  # nats above the best arm, in the picture
 GOALS = (0.01, 0.05)  # nats: behind the grid at most, ahead of the low guess at least
 
 
@@ -347,39 +348,45 @@ FAMILIES = {  # the first pattern that an arm's name has counts
 }
 
 
-def draw(arms: Arms, path: Path) -> None:
-    """Cost against quality, all arms; those worse than the base by 0.05 are left out, and counted in a note."""
+def draw(arms: Arms, best: float, path: Path) -> None:
+    """Cost against quality, all arms within `SHOWN` of the best; the others are counted in a note.
+
+    Arrows lead from one LoRA at a guess to the tournament that is given the same guess.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    limit = interval([*values(arms, "base").values()]).mean + 0.05 if "base" in arms else math.inf
+    found = {name: interval([*values(arms, name).values()]) for name in arms}
+    units = {name: statistics.fmean(row["units"] for row in rows.values()) for name, rows in arms.items()}
+    limit = min(value.mean for value in found.values()) + SHOWN
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6))
     families = {name: next((own for own, one in FAMILIES.items() if re.search(one, name)), None) for name in arms}
-    marks, hidden = "so^DPvXh", 0
-    for mark, title in zip(marks, FAMILIES, strict=True):
-        points = []
-        for name, rows in arms.items():
-            if families[name] != title:
-                continue
-            value = interval([*values(arms, name).values()])
-            if value.mean > limit:
-                hidden += 1
-                continue
-            units = statistics.fmean(row["units"] for row in rows.values())
-            points.append((units, value.mean, 0.0 if math.isnan(value.half) else value.half))
-        if points:
-            x, y, bars = zip(*points, strict=True)
+    places = {
+        title: 2 ** (0.035 * (place - len(FAMILIES) / 2)) for place, title in enumerate(FAMILIES)
+    }  # side by side
+    for mark, title in zip("so^DPvXh", FAMILIES, strict=True):
+        shown = [name for name in arms if families[name] == title and found[name].mean <= limit]
+        if shown:
+            x, y = [units[name] * places[title] for name in shown], [found[name].mean for name in shown]
+            bars = [0.0 if math.isnan(found[name].half) else found[name].half for name in shown]
             axes.errorbar(x, y, bars, fmt=mark, markersize=5, linewidth=0.8, alpha=0.75, label=title)
-    if "base" in arms:
-        axes.axhline(limit - 0.05, color="grey", linestyle=":", linewidth=1, label="the base as it is")
+    for factor in GUESSES:
+        rate = on_lattice(best * factor)
+        ends = f"LoRA r8 {rate:g}", tournament_name(4, EARLY, "shared", "nll", rate)
+        if all(name in found and found[name].mean <= limit for name in ends):
+            (start, stop) = ((units[name] * places[families[name]], found[name].mean) for name in ends)
+            axes.annotate("", stop, start, arrowprops={"arrowstyle": "->", "color": "grey", "linewidth": 0.8})
+            axes.annotate(f"{rate:g}", start, (-4, 0), textcoords="offset points", fontsize=7, ha="right", va="center")
+    axes.set_ylim(top=limit)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(left=0.75)
     axes.set_xticks(ticks := [1, 2, 4, 8], [str(tick) for tick in ticks])
     axes.set_xlabel("cost: passes of one LoRA over the training rows")
     axes.set_ylabel("held-out NLL (nats a token), lower is better")
-    if hidden:
-        axes.set_title(f"{hidden} arms worse than the base are not shown", fontsize=8)
+    if hidden := sum(value.mean > limit and families[name] is not None for name, value in found.items()):
+        axes.set_title(f"{hidden} arms above {limit:.2f} are not shown", fontsize=8)
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -391,7 +398,7 @@ def write_report(results: Sequence[Row], rates: Sequence[float], best: float | N
     text, page = sections(results, rates, best, folder), folder / "README.md"
     if best is not None and results:
         try:
-            draw(arms_by_seed(results, rates, best), folder / "cost.png")
+            draw(arms_by_seed(results, rates, best), best, folder / "cost.png")
         except ImportError:
             print("no picture: pip install matplotlib")
     if not page.exists():
