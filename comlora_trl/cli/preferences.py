@@ -5,6 +5,7 @@ that TRL's trainer reads.
 """
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,36 @@ from comlora_trl.data import build_prompt
 from comlora_trl.data.prompts import DEFAULT_TEMPLATE
 from comlora_trl.demo import demo_preferences_path, demo_preferences_recipe_path
 
+_ASKED_FOR = re.compile(r"Answer format: (\S+)")
 
-def demo_preferences(split: str, paired: bool = True) -> Dataset:
-    """The embedded preferences.
+
+def demo_preferences(split: str, name: str) -> Dataset:
+    """The embedded preferences, as a trainer's columns.
 
     Args:
         split: "train" or "validation".
-        paired: True for the columns prompt, chosen and rejected. False for prompt, completion and label, where the
-            completion is the chosen one and the rejected one in turn.
+        name: "dpo" for the columns prompt, chosen and rejected; of two answers the right one is chosen. "kto" for
+            prompt, completion and label, where the completion is the chosen one and the rejected one in turn. "reward"
+            for the columns of "dpo", with a rejected answer to another kind of question, such as "ending2" where
+            "true" or "false" is asked for: the embedded model is too small to score whether an answer is right.
     """
     rows = json.loads(demo_preferences_path(split).read_text(encoding="utf-8"))
     examples = []
     for number, row in enumerate(rows):
         prompt = {"prompt": build_prompt(row["instruction"], DEFAULT_TEMPLATE)}
+        chosen, rejected = row["chosen"], row["rejected"]
+        if name == "reward":
+            rejected = _off_format(rows[number:] + rows[:number])
         label = number % 2 == 0
-        unpaired = {"completion": row["chosen"] if label else row["rejected"], "label": label}
-        examples.append(prompt | ({"chosen": row["chosen"], "rejected": row["rejected"]} if paired else unpaired))
+        unpaired = {"completion": chosen if label else rejected, "label": label}
+        examples.append(prompt | (unpaired if name == "kto" else {"chosen": chosen, "rejected": rejected}))
     return Dataset.from_list(examples)
+
+
+def _off_format(rows: list[dict[str, str]]) -> str:
+    """The next rejected answer that the first row's question does not allow."""
+    allowed = _ASKED_FOR.search(rows[0]["instruction"])[1].split("/")
+    return next(row["rejected"] for row in rows if row["rejected"].split()[-1] not in allowed)
 
 
 def parse_arguments(name: str, config: type, description: str, argv: list[str]) -> tuple[Any, ...]:
@@ -66,9 +80,8 @@ def load_preferences(name: str, script_args: Any, training_args: Any, dataset_ar
     source = script_args.dataset_name or "demo"
     if source == "demo":
         training_args.comlora_prompt = DEFAULT_TEMPLATE
-        train = demo_preferences("train", paired=name != "kto")
         own = training_args.comlora_validation_size is None
-        return train, demo_preferences("validation", paired=name != "kto") if own else None
+        return demo_preferences("train", name), demo_preferences("validation", name) if own else None
     if Path(source).is_file():
         return load_dataset("json", data_files=source, split="train"), None
     options = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}

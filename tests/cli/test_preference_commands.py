@@ -3,6 +3,7 @@
 import pytest
 
 from comlora_trl.cli import dpo, kto, reward
+from comlora_trl.cli.preferences import demo_preferences
 
 COMMANDS = [dpo, kto, reward]
 
@@ -34,3 +35,20 @@ def test_trust_remote_code_reaches_the_model(trusts, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="enough"):
         dpo.main(["--trust_remote_code", str(trusts).lower(), "--use_cpu", "true"])
     assert seen["trust_remote_code"] is trusts
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_embedded_reward_model_learns_which_kind_of_answer_is_asked_for(split):
+    pairs, own = demo_preferences(split, "dpo"), demo_preferences(split, "reward")
+    assert own["prompt"] == pairs["prompt"] and own["chosen"] == pairs["chosen"]
+    for pair, row in zip(pairs, own, strict=True):
+        allowed = row["prompt"].split("Answer format: ")[1].split()[0].split("/")
+        assert {pair["chosen"].split()[-1], pair["rejected"].split()[-1]} <= {*allowed}
+        assert row["rejected"].split()[-1] not in allowed
+    assert len({*own["rejected"]}) > 5  # not always the same answer
+
+
+def test_the_embedded_kto_examples_are_of_both_kinds():
+    rows, pairs = demo_preferences("validation", "kto"), demo_preferences("validation", "dpo")
+    assert rows["label"][:4] == [True, False, True, False]
+    assert rows["completion"][:2] == [pairs["chosen"][0], pairs["rejected"][1]]

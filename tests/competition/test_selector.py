@@ -1,5 +1,7 @@
 """The selector against its formulae (eq. 1–3), and what must not reach its scores."""
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -110,3 +112,23 @@ def test_default_size_is_the_embedding_width_and_one_and_a_half_times_it():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="comlora_selector_heads=5 does not divide the selector's width 16"):
         Selector(WIDTH, K, SelectorSettings(heads=5))
+
+
+def test_weights_in_half_precision_score_as_autocast_does():
+    """FSDP's mixed precision and DeepSpeed's bf16 hold the selector in bfloat16. Autocast does in one process."""
+    torch.manual_seed(0)
+    selector = Selector(64, 4, SelectorSettings(heads=4))
+    for norm in (selector.encoder.norm1, selector.encoder.norm2):
+        nn.init.normal_(norm.weight, 1, 0.3)
+    nn.init.normal_(selector.branch_embeddings.weight, std=3)  # scores of some 10, as late in training
+    embeddings = torch.randn(16, 40, 64)
+    mask = torch.ones(16, 40, dtype=torch.bool)
+    exact = selector(embeddings, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = selector(embeddings.bfloat16(), mask)
+    half = copy.deepcopy(selector).bfloat16()(embeddings.bfloat16(), mask)
+    assert autocast.dtype == half.dtype == torch.float32
+    assert not torch.equal(half, half.bfloat16().float())  # not rounded at the end
+    errors = [(scores - exact).abs().max().item() for scores in (autocast, half)]
+    assert errors[0] < 0.01 * exact.abs().max()
+    assert errors[1] < 3 * errors[0]  # the dot products' weights are rounded too: 0.048 and 0.025
