@@ -102,7 +102,8 @@ def run(
 
         def __init__(self, steps: int) -> None:
             kinds = torch.profiler.ProfilerActivity
-            self.first, self.profiler = 2 * steps // 3, torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
+            self.first = max(0, min(2 * steps // 3, steps - PROFILED))
+            self.profiler = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
 
         def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
             if state.global_step == self.first:
