@@ -275,7 +275,7 @@ class CompetingBranches:
         names: adapter names of the branches whose rows are in the batch, in order; empty outside a pass.
         branches: adapter names of all branches. PEFT's switches do not change which of their parameters train.
         graphs: replays decoder layers as CUDA graphs; None without graphs.
-        switched_off: whether all adapted layers run without adapters, whatever PEFT's own switch of a layer says.
+        switched_off: whether ordinary forwards run without adapters, whatever PEFT's own switch of a layer says.
     """
 
     def __init__(self, model: nn.Module, first: str) -> None:
@@ -364,6 +364,7 @@ class CompetingBranches:
 
 
 # The attributes that a layer with branches has in addition to PEFT's
+_OF_ADAPTERS = ("adapter_names",)  # arguments of a forward that PEFT does not pass on to the base layer
 _OWN_ATTRIBUTES = ("competing", "group", "place", "_trained_when_on", "_trained_before_inference", "_merged_when_on")
 
 
@@ -405,13 +406,15 @@ class BranchLayer:
             return self.group.traced_output(self.place, x)
         names = self.competing.names
         if not names or self.competing.current() is None:
+            if self.competing.switched_off:
+                return self.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in _OF_ADAPTERS})
             return super().forward(x, *args, **kwargs)
         if x.size(0) % len(names):
             raise BranchRowsError(
                 f"{type(self).__name__} got {x.size(0)} rows for {len(names)} branches, which can't all have the same "
                 "number: run the branches one after the other (comlora_branch_chunk=1)."
             )
-        if self.merged_adapters or self.disable_adapters:
+        if self.merged_adapters or self.disable_adapters or self.competing.switched_off:
             raise SwitchedOffError(self._why_off())
         if self.group is None or args or kwargs:
             return self.forward_one_by_one(x, names, *args, **kwargs)
@@ -421,17 +424,12 @@ class BranchLayer:
             return self.forward_one_by_one(x, names)
         return self.group.output(self, x)
 
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether a forward runs without adapters: by PEFT's switch of this layer, or for all layers at once."""
-        return self.competing.switched_off or super().disable_adapters
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Sets the adapters of ordinary forwards. In inference mode nothing trains until adapters are set again."""
         found = self._trained_before_inference or self._trained()
         super().set_adapter(adapter_names, inference_mode)
         self._trained_before_inference = found if inference_mode else None
-        off = inference_mode or super().disable_adapters
+        off = inference_mode or self.disable_adapters
         self._let_train(dict.fromkeys(found, False) if off else found)
 
     def enable_adapters(self, enabled: bool) -> None:

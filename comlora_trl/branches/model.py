@@ -261,7 +261,8 @@ class BranchModel(PeftModelForCausalLM):
     @property
     def is_switched_off(self) -> bool:
         """Whether the adapters are disabled, as within `disable_adapter()`."""
-        return compat.adapters_disabled(self) or self.adapted_layers[0].disable_adapters
+        switched_off = self.competing.switched_off or compat.adapters_disabled(self)
+        return switched_off or self.adapted_layers[0].disable_adapters
 
     def enable_input_require_grads(self) -> None:
         """Does nothing. Only reentrant checkpointing needs inputs that require gradients, and with them the frozen
