@@ -363,8 +363,8 @@ class CompetingBranches:
         return [layer.group for layer in group.layers]
 
 
-# The attributes that a layer with branches has in addition to PEFT's
 _OF_ADAPTERS = ("adapter_names",)  # arguments of a forward that PEFT does not pass on to the base layer
+# The attributes that a layer with branches has in addition to PEFT's
 _OWN_ATTRIBUTES = ("competing", "group", "place", "_trained_when_on", "_trained_before_inference", "_merged_when_on")
 
 
