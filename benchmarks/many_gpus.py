@@ -447,7 +447,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="of a step, on all processes together")
     parser.add_argument("--seconds", type=float, default=600, help="no arm of a launch begins later")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs where they are the default: on one GPU")
-    parser.add_argument("--commit", default="unknown", help="the code's, for the results")
+    parser.add_argument("--commit", default=about.commit(), help="the code's, for the results (default: %(default)s)")
     parser.add_argument("--report", type=Path, help="page to write the results' tables into, instead of a run")
     for internal in ("--folder", "--until"):
         parser.add_argument(internal, type=float if internal == "--until" else str, help=argparse.SUPPRESS)

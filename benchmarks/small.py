@@ -40,9 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dpo_k1": {"comlora_k": 1},
     "dpo_tournament": {"comlora_tournament": True},
     "dpo_k4": {"comlora_k": 4},
-    "dpo_k1_graphs": {"comlora_k": 1, "comlora_graphs": True},
-    "dpo_tournament_graphs": {"comlora_tournament": True, "comlora_graphs": True},
-    "dpo_k4_graphs": {"comlora_k": 4, "comlora_graphs": True},
+    "dpo_tournament_without_graphs": {"comlora_tournament": True, "comlora_graphs": False},
 }
 DEFAULT = ("trl", "k1", "tournament", "k4", "k4_selector")
 LENGTH = {"max_position_embeddings": 2048}
@@ -62,7 +60,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-PROFILED = 5  # steps
+PROFILED = 5  # steps that the profiler watches
 
 
 def run(
@@ -81,6 +79,7 @@ def run(
         profiled: whether the profiler watches some steps, which it makes slower.
         folder: where to say that the run is ready, and to wait for its turn.
     """
+    import about
     import torch
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
@@ -194,6 +193,9 @@ def run(
     times = [1e3 * (later - earlier) for earlier, later in zip(marks, marks[1:], strict=False)]
     late = times[len(times) // 2 :]
     found: dict[str, Any] = {
+        "machine": about.machine(),
+        "commit": about.commit(),
+        "versions": about.versions(),
         "arm": arm,
         "shape": shape,
         "rows": rows,

@@ -363,9 +363,8 @@ def draw(arms: Arms, best: float, path: Path) -> None:
     limit = min(value.mean for value in found.values()) + SHOWN
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6))
     families = {name: next((own for own, one in FAMILIES.items() if re.search(one, name)), None) for name in arms}
-    places = {
-        title: 2 ** (0.035 * (place - len(FAMILIES) / 2)) for place, title in enumerate(FAMILIES)
-    }  # side by side
+    # families stand side by side
+    places = {title: 2 ** (0.035 * (place - len(FAMILIES) / 2)) for place, title in enumerate(FAMILIES)}
     for mark, title in zip("so^DPvXh", FAMILIES, strict=True):
         shown = [name for name in arms if families[name] == title and found[name].mean <= limit]
         if shown:
@@ -376,7 +375,7 @@ def draw(arms: Arms, best: float, path: Path) -> None:
         rate = on_lattice(best * factor)
         ends = f"LoRA r8 {rate:g}", tournament_name(4, EARLY, "shared", "nll", rate)
         if all(name in found and found[name].mean <= limit for name in ends):
-            (start, stop) = ((units[name] * places[families[name]], found[name].mean) for name in ends)
+            start, stop = ((units[name] * places[families[name]], found[name].mean) for name in ends)
             axes.annotate("", stop, start, arrowprops={"arrowstyle": "->", "color": "grey", "linewidth": 0.8})
             axes.annotate(f"{rate:g}", start, (-4, 0), textcoords="offset points", fontsize=7, ha="right", va="center")
     axes.set_ylim(top=limit)
