@@ -71,7 +71,7 @@ class Selector(nn.Module):
         Returns:
             sim, [R, K], in float32 or higher.
         """
-        hidden = wide(self.projection(embeddings.detach()))
+        hidden = wide(self.projection(wide(embeddings.detach())))
         # Attention over no token gives nan, so a row without tokens to read reads its first position
         readable = mask | (~mask.any(dim=-1, keepdim=True) & (torch.arange(mask.size(-1), device=mask.device) == 0))
         hidden = self.encoder(hidden, readable)
