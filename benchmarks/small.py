@@ -6,6 +6,7 @@ checkpointing. In DPO a pair is two such rows with the same prompt. A run counts
 winner's export. Needs a GPU; `--shape tiny` shows elsewhere that everything runs.
 
     python benchmarks/small.py --rows 32 --output small.json
+    python benchmarks/small.py --arms k1 tournament --rotations 2 --warm --output warm.json
     python benchmarks/small.py --arms trl_dpo dpo_tournament dpo_k4 --output dpo.json
 """
 
@@ -295,6 +296,7 @@ def main() -> int:
     parser.add_argument("--validation", type=int, default=120, help="rows of the validation set")
     parser.add_argument("--longest", type=int, default=320, help="tokens of the longest row")
     parser.add_argument("--rotations", type=int, default=1, help="runs of each arm")
+    parser.add_argument("--warm", action="store_true", help="an arm's later runs find its compilers' caches filled")
     parser.add_argument("--output", default="small.json")
     parser.add_argument("--queue", nargs="*", default=[], help="runs as ARM:SHAPE:ROWS:STEPS, in this order")
     parser.add_argument("--profile", action="store_true", help="also profile some steps of each run (in the JSON)")
@@ -318,7 +320,7 @@ def main() -> int:
     ]
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        waiting = []
+        waiting: list[tuple[str, bool, Path, Any]] = []
         for number, (arm, shape, rows, steps) in enumerate(queue):
             place = Path(folder) / str(number)
             place.mkdir()
@@ -326,22 +328,24 @@ def main() -> int:
             command += ["--steps", str(steps), "--validation", str(options.validation)]
             command += ["--longest", str(options.longest), "--place", str(place)]
             command += ["--profile"] if options.profile else []
-            # compilers' caches of its own: each run compiles as a first one does
-            own = {"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"), "TRITON_CACHE_DIR": str(place / "triton")}
+            # compilers' caches of its own, without --warm: each run compiles as a first one does
+            caches = Path(folder) / arm if options.warm else place
+            own = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
             log = (place / "log").open("w")
             start = partial(subprocess.Popen, command, stdout=log, stderr=log, env=os.environ | own)
-            waiting.append((arm, place, start() if options.ahead else start))
-        for arm, place, process in waiting:
+            warm = options.warm and any(arm == earlier for earlier, *_ in waiting)
+            waiting.append((arm, warm, place, start() if options.ahead else start))
+        for arm, warm, place, process in waiting:
             process = process if options.ahead else process()
             # nothing is timed while another process still prepares
-            prepared = [other for _, other, _ in waiting] if options.ahead else [place]
+            prepared = [other for _, _, other, _ in waiting] if options.ahead else [place]
             while process.poll() is None and not all((other / "ready").exists() for other in prepared):
                 time.sleep(0.2)
                 prepared = [other for other in prepared if not (other / "failed").exists()]
             (place / "go").touch()
             process.wait()
             if (place / "found").exists():
-                found = json.loads((place / "found").read_text())
+                found = json.loads((place / "found").read_text()) | {"warm": warm}
                 print(line(found), flush=True)
             else:
                 found = {"arm": arm, "error": (place / "log").read_text()[-3000:]}
@@ -377,8 +381,9 @@ def table(results: list[dict[str, Any]]) -> str:
     """Medians of each arm, and their ratio to TRL's."""
     good = [found for found in results if "error" not in found]
     medians = {}
-    for key in dict.fromkeys((found["arm"], found["shape"], found["rows"]) for found in good):
-        own = [found for found in good if (found["arm"], found["shape"], found["rows"]) == key]
+    names = {id(found): (found["arm"], found["shape"], found["rows"], found["warm"]) for found in good}
+    for key in dict.fromkeys(names.values()):
+        own = [found for found in good if names[id(found)] == key]
         medians[key] = {
             name: statistics.median(one[name] for one in own) for name in ("step_ms", "seconds", "peak_gib")
         }
@@ -386,11 +391,11 @@ def table(results: list[dict[str, Any]]) -> str:
         "| arm | shape, rows | step, ms | run, s | peak, GiB | step / TRL | run / TRL |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (arm, shape, rows), own in medians.items():
-        trl = medians.get(("trl_dpo" if "dpo" in arm else "trl", shape, rows))
+    for (arm, shape, rows, warm), own in medians.items():
+        trl = medians.get(("trl_dpo" if "dpo" in arm else "trl", shape, rows, False))
         ratios = ["", ""] if trl is None else [f"{own[key] / trl[key]:.2f}" for key in ("step_ms", "seconds")]
         cells = [
-            arm,
+            arm + (", caches filled" if warm else ""),
             f"{shape}, {rows}",
             f"{own['step_ms']:.1f}",
             f"{own['seconds']:.1f}",

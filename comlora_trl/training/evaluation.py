@@ -1,12 +1,12 @@
 """Validation of all branches. Each example counts once, with any number of processes and any kind of data set."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,8 +33,66 @@ class Measured(NamedTuple):
     scores: Tensor | None = None
 
 
+class BatchSize:
+    """The size of validation batches.
+
+    A training batch fits into memory, so a validation batch of as many examples does too. Without gradients, a pass
+    over a model of many layers needs much less memory than training. So on one GPU, batches after the first one are
+    larger: as large as fits into the memory that training has needed. Few large batches take fewer launches.
+
+    Args:
+        examples: examples of a batch that fits into memory, for all processes together.
+        device: the device.
+        layers: number of decoder layers; 0 if batches must not grow.
+
+    Attributes:
+        tokens: number of tokens, padding included, up to which a batch may have more examples.
+    """
+
+    def __init__(self, examples: int, device: torch.device, layers: int = 0) -> None:
+        self.examples, self.tokens = examples, 0
+        self.device, self.layers = device, layers if device.type == "cuda" else 0
+
+    def groups(self, dataset: Dataset | IterableDataset) -> Iterator[list[dict[str, Any]]]:
+        """Splits a data set into batches."""
+        streamed = isinstance(dataset, IterableDataset)
+        group, longest = [], 0.0
+        for example in dataset if streamed else (dataset[index] for index in range(len(dataset))):
+            length = _length(example)
+            longest = max(longest, length)
+            if len(group) >= self.examples and (len(group) + 1) * longest > self.tokens:
+                yield group
+                group, longest = [], length
+            group.append(example)
+        if group:
+            yield group
+
+    @contextmanager
+    def watched(self, tokens: int) -> Iterator[None]:
+        """Within the block, a batch of so many tokens is measured. Afterwards, later batches may be larger."""
+        if not self.layers:
+            yield
+            return
+        before = self._allocated()
+        yield
+        # What one layer allocates, as if it freed nothing before its end: more than the memory that it needs
+        needed = max(1, (self._allocated() - before) // (self.layers * tokens))
+        in_use, free = torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
+        self.tokens = min(torch.cuda.max_memory_allocated(self.device) - in_use, free) // needed
+
+    def _allocated(self) -> int:
+        """All bytes that were allocated on the device until now, freed ones included."""
+        return torch.cuda.memory_stats(self.device).get("allocated_bytes.all.allocated", 0)
+
+
+def _length(example: Any) -> float:
+    """Number of tokens of an example; infinite if it is not known."""
+    known = isinstance(example, Mapping) and hasattr(example.get("input_ids"), "__len__")
+    return len(example["input_ids"]) if known else math.inf
+
+
 def own_batches(
-    dataset: Dataset | IterableDataset, size: int, rank: int, processes: int
+    dataset: Dataset | IterableDataset, size: BatchSize, rank: int, processes: int
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """Splits a validation set among the processes.
 
@@ -43,26 +101,17 @@ def own_batches(
 
     Args:
         dataset: the validation set.
-        size: examples of a batch, for each process.
+        size: the size of the batches of all processes together.
         rank: this process.
         processes: number of processes.
 
     Yields:
         this process's examples of a batch, and how many of them count.
     """
-    for group in _groups(dataset, size * processes):
-        own = group[rank * size : (rank + 1) * size]
+    for group in size.groups(dataset):
+        each = max(len(group), size.examples) // processes
+        own = group[rank * each : (rank + 1) * each]
         yield (own, len(own)) if own else (group[:1], 0)
-
-
-def _groups(dataset: Dataset | IterableDataset, size: int) -> Iterator[Sequence[dict[str, Any]]]:
-    if isinstance(dataset, IterableDataset):
-        examples = iter(dataset)
-        while group := list(islice(examples, size)):
-            yield group
-    else:
-        for first in range(0, len(dataset), size):
-            yield [dataset[index] for index in range(first, min(first + size, len(dataset)))]
 
 
 @contextmanager
@@ -88,6 +137,7 @@ def validate(
     datasets: Iterable[Dataset | IterableDataset],
     trainer: Any,
     measure: Callable[[torch.nn.Module, dict[str, Any], Any, int], Measured],
+    layers: int = 0,
 ) -> ValidationTally:
     """Measures all living branches on all validation sets together. All processes must call this.
 
@@ -98,6 +148,7 @@ def validate(
         trainer: the trainer, whose collator, batch size, device and precision are used.
         measure: measures the living branches on a batch. Its arguments are the model, the batch, a pass over the
             living branches, and the number of examples that count.
+        layers: number of decoder layers, if their memory is all that a batch needs; 0 otherwise. See [`BatchSize`].
 
     Returns:
         the sums over all processes.
@@ -108,15 +159,15 @@ def validate(
         for dataset in datasets:
             loader = trainer.get_eval_dataloader(dataset)  # for its columns and its collator only
             readable = dataset if isinstance(dataset, IterableDataset) else loader.dataset
-            # A training batch fits into memory, so a validation batch of the same size does too, and takes fewer
-            # launches
-            size = max(trainer.args.per_device_eval_batch_size, trainer.args.per_device_train_batch_size)
+            each = max(trainer.args.per_device_eval_batch_size, trainer.args.per_device_train_batch_size)
+            alone = accelerator.distributed_type == DistributedType.NO  # all processes need batches of the same size
+            size = BatchSize(each * accelerator.num_processes, accelerator.device, layers if alone else 0)
             batches = own_batches(readable, size, accelerator.process_index, accelerator.num_processes)
             hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
             for examples, count in tqdm(batches, desc="selection", leave=False, disable=hidden):
                 inputs = compat.prepare_inputs(trainer, loader.collate_fn(examples))
                 inputs.pop(ROWS_PER_LINE, None)
-                with trainer.compute_loss_context_manager():
+                with trainer.compute_loss_context_manager(), size.watched(inputs["input_ids"].numel()):
                     measured = measure(model, inputs, rows, count)
                 if count:
                     tally.add(*measured, count)

@@ -384,8 +384,11 @@ class CompetingTrainer:
 
     def _measure(self) -> ValidationTally:
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        # A loss that TRL computes needs the logits of all tokens, which are larger than what a layer needs
+        own = type(self).measure_batch is CompetingTrainer.measure_batch
+        layers = len(self.comlora_model.expansion.layers) if own else 0
         with evaluation_weights(self.optimizer, self.model):
-            return validate(self.model_wrapped, self.competition, sets, self, self.measure_batch)
+            return validate(self.model_wrapped, self.competition, sets, self, self.measure_batch, layers)
 
     def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
         """Measures the living branches on a batch. All processes must call this.

@@ -14,7 +14,7 @@ from trl import RichProgressCallback
 
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.training.checkpoints import load_state
-from comlora_trl.training.evaluation import own_batches
+from comlora_trl.training.evaluation import BatchSize, own_batches
 from comlora_trl.training.hold_out import hold_out
 
 
@@ -314,11 +314,26 @@ def test_one_branch_holds_nothing_out(tmp_path):
 def test_each_example_counts_once_and_all_processes_get_as_many_batches(processes, streamed):
     data = Dataset.from_list([{"text": str(row)} for row in range(9)])
     data = data.to_iterable_dataset() if streamed else data
-    batches = [list(own_batches(data, 2, rank, processes)) for rank in range(processes)]
+    size = BatchSize(2 * processes, torch.device("cpu"))
+    batches = [list(own_batches(data, size, rank, processes)) for rank in range(processes)]
     assert len({len(own) for own in batches}) == 1
     counted = [example["text"] for own in batches for examples, count in own for example in examples[:count]]
     assert sorted(counted, key=int) == [str(row) for row in range(9)]
     assert all(examples for own in batches for examples, _ in own)
+
+
+def test_a_batch_grows_until_it_has_as_many_tokens_as_fit():
+    size, data = (
+        BatchSize(2, torch.device("cpu")),
+        [{"input_ids": [0] * length} for length in (3, 3, 2, 2, 2, 9, 2, 2)],
+    )
+    groups = size.groups(data)
+    assert [len(one["input_ids"]) for one in next(groups)] == [3, 3]  # nothing is known of the memory yet
+    size.tokens = 8
+    assert [[len(one["input_ids"]) for one in group] for group in groups] == [[2, 2, 2], [9, 2], [2]]
+    unknown = BatchSize(2, torch.device("cpu"))
+    unknown.tokens = 100
+    assert [len(group) for group in unknown.groups([{"text": "a"}] * 5)] == [2, 2, 1]
 
 
 def test_held_out_stream_in_a_run(tmp_path):
