@@ -421,7 +421,8 @@ def adapters_to_score(results: Sequence[Row], rates: Sequence[float], best: floa
         for place, rate in enumerate(row["rates"])
     }
     derived = {arm.name: arm for arm in derived_arms(best, rates)}
-    wanted = [f"LoRA r8 {low:g}", grid_name(4, "nll", best), tournament_name(4, EARLY, "all", "nll", low)]
+    singles = [f"LoRA r8 {rate:g}" for rate in (low, best)]
+    wanted = [*singles, grid_name(4, "nll", best), tournament_name(4, EARLY, "all", "nll", low)]
     for seed, own in sorted(grid.items()):
         for arm in (derived[name] for name in wanted if name in derived):
             if set(arm.rates) <= set(own):
