@@ -11,7 +11,7 @@ read off it. The branches of a field start from the same A, that of a single run
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comlora_trl.competition.rungs import Rung, default_rates, default_rungs, parse_rungs, retired_at
@@ -26,6 +26,9 @@ EARLY_OF_EIGHT, MIDDLE_OF_EIGHT = "0.1:4,0.25:1", "0.25:4,0.5:1"
 RUNG_SHARES = (0.1, 0.25, 0.5, 0.75)
 CRITERIA = {"nll": "validation_loss", "accuracy": "validation_accuracy", "selector": "selector"}
 GRID_FIELD = re.compile(r"field r8 \S+ to \S+")  # what the grid's fields are called
+AVERAGED_FIELD = re.compile(r"averaged field r8 \S+ to \S+")
+HORIZONS = (0.1, 0.25, 0.5)  # of averaged weights, as shares of the steps so far
+DECIDING = 0.25  # the horizon that decides the rungs of a tournament that is trained
 FEW_SEEDS = 3  # of the arms that are not the goals' own
 
 assert (EARLY, EARLY_OF_EIGHT) == (default_rungs(4), default_rungs(8))
@@ -43,6 +46,8 @@ class Arm:
         watched: whether every branch is measured at `RUNG_SHARES` of the steps.
         priority: what is trained first; 1 is the grid, 2 answers the goals.
         few: whether it is trained with `FEW_SEEDS` at most.
+        horizons: of the averages of the weights that are measured where the branches are watched and at the end.
+        deciding: which of the horizons the rungs measure; None for the trained weights.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Arm:
     watched: bool = False
     priority: int = 3
     few: bool = False
+    horizons: tuple[float, ...] = ()
+    deciding: float | None = None
 
     @property
     def rates(self) -> list[float]:
@@ -136,6 +143,25 @@ def long_field(best: float, passes: int) -> Arm:
     return Arm(f"field r8 {passes} passes", independent(rates), "field", passes=passes, priority=7, few=True)
 
 
+def averaged_field(best: float) -> Arm:
+    """Six rates whose averages are measured too, from an eighth of the best rate to four times it."""
+    rates = [on_lattice(best * 2**step) for step in range(-3, 3)]
+    name = f"averaged field r8 {rates[0]:g} to {rates[-1]:g}"
+    return Arm(name, independent(rates), "field", watched=True, priority=8, few=True, horizons=HORIZONS)
+
+
+def averaged_name(k: int, rungs: str, rows: str, horizon: float | None, centre: float) -> str:
+    """What a tournament is called whose rungs measure averages; None: the trained weights of the same runs."""
+    by = "nll in the averaged field" if horizon is None else f"nll averaged over {horizon:g}"
+    return tournament_name(k, rungs, rows, by, centre)
+
+
+def averaged_tournament(centre: float) -> Arm:
+    """The default tournament, with rungs that measure averages."""
+    name = averaged_name(4, EARLY, "shared", DECIDING, centre)
+    return replace(tournament(centre, priority=8), name=name, horizons=(DECIDING,), deciding=DECIDING)
+
+
 def dependent_arms(best: float) -> list[Arm]:
     """The arms that are told the grid's best rate; without its knowledge a user has to guess."""
     low = on_lattice(best * LOW)
@@ -152,6 +178,8 @@ def dependent_arms(best: float) -> list[Arm]:
         *(comlora(2, best, without, priority=6) for without in ("L_LM", "L_align", "L_pairwise")),
         long_field(best, 2),
         long_field(best, 4),
+        averaged_field(best),
+        *(averaged_tournament(centre) for centre in (best, low)),
     ]
 
 
@@ -222,6 +250,19 @@ def derived_arms(best: float, rates: Sequence[float] = RATES) -> list[Derived]:
             if set(eight) <= set(rates):
                 arms += [_tournament(eight, rungs, by, centre) for rungs in (EARLY_OF_EIGHT, MIDDLE_OF_EIGHT)]
     return arms
+
+
+def averaged_arms(best: float, horizon: float | None) -> list[Derived]:
+    """The tournaments of 4 on all rows that are read off the averaged field.
+
+    They differ from other derived arms in the figures at the rungs: those of the averages of this horizon, or for None
+    of the trained weights. The quality of a rate is that of its trained weights at the end in both cases.
+    """
+    return [
+        Derived(averaged_name(4, rungs, "all", horizon, centre), rates_around(centre, 4), "nll", rungs)
+        for rungs in (EARLY, MIDDLE)
+        for centre in (best, on_lattice(best * LOW))
+    ]
 
 
 def grid_name(k: int, by: str, centre: float | None = None) -> str:
