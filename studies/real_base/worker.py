@@ -33,9 +33,8 @@ from trl import SFTConfig, SFTTrainer
 from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.competition.rungs import Rung
 from comlora_trl.data import build_prompt
-from comlora_trl.data.convai2 import file_name, read_convai2_rows
 from studies.common.worker import work
-from studies.real_base import averaging
+from studies.real_base import averaging, data
 from studies.real_base.arms import GRID_FIELD, RUNG_SHARES, Arm, all_arms, steps_of, timed_arms
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -48,7 +47,8 @@ class Settings:
 
     Attributes:
         base: folder of the base model.
-        data: folder with ParlAI's `train_self_original.txt` and `valid_self_original.txt`.
+        data: folder with the task's files.
+        task: what is learnt, of `data.TASKS`.
         rows: training rows, the validation rows among them; None for all.
         validation: of these, rows that choose, drawn by the seed.
         test: held-out replies that are scored, spread over the file; None for all.
@@ -62,6 +62,7 @@ class Settings:
 
     base: str
     data: str
+    task: str = data.DEFAULT
     rows: int | None = None
     validation: int = 120
     test: int | None = None
@@ -82,7 +83,7 @@ class Settings:
     @property
     def shown(self) -> dict[str, Any]:
         """What results must agree in to be compared."""
-        names = ("rows", "validation", "test", "batch", "bf16")
+        names = ("task", "rows", "validation", "test", "batch", "bf16")
         return {name: value for name, value in asdict(self).items() if name in names}
 
 
@@ -138,7 +139,7 @@ class Study:
         self._scorers: dict[int, PeftModel] = {}
 
     def _rows(self, split: str, wanted: int | None) -> Dataset:
-        rows = read_convai2_rows(Path(self.settings.data) / file_name(split))
+        rows = data.read_rows(self.settings.task, Path(self.settings.data), split)
         return tokenize(self.tokenizer, [rows[place] for place in spread(len(rows), wanted)])
 
     def split(self, seed: int) -> tuple[Dataset, Dataset]:

