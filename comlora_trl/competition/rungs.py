@@ -94,6 +94,20 @@ def rung_steps(rungs: Sequence[Rung], total: int) -> dict[int, Rung]:
     return dict(zip(steps, rungs, strict=True))
 
 
+def average_share(horizon: float, step: int) -> float:
+    """a_t, the share of the newest weights in an average over the last steps: w̄_t = (1 − a_t)·w̄_(t−1) + a_t·w_t.
+
+    a_t = min(1, 1/(h·t)) is polynomial-decay averaging (Shamir & Zhang, 2013). It needs no earlier weights, and covers
+    the same share of the steps so far at any step. With h = 0.25, the newest quarter of the steps has about 70% of the
+    weight.
+
+    Args:
+        horizon: h, in (0, 1].
+        step: t, the optimizer steps so far, 1 or more.
+    """
+    return min(1.0, 1.0 / (horizon * step))
+
+
 def early_remark(rungs: dict[int, Rung], rows: int, k: int, shared: bool, warmup: int) -> str | None:
     """A remark if the first rung comes too early to compare the branches; None otherwise.
 
@@ -190,5 +204,5 @@ def edge_remark(values: Sequence[float], winner: int, name: str = "rate") -> str
 
 def rung_record(rung: Rung, step: int, selection: dict[str, Any], retired: Sequence[int]) -> dict[str, Any]:
     """The record of a rung, ready for JSON."""
-    figures = {key: selection[key] for key in ("validation_nll", "validation_accuracy", "scores")}
+    figures = {key: selection[key] for key in ("validation_nll", "validation_accuracy", "scores", "average")}
     return {"step": step, "survivors": rung.survivors, "retired": list(retired), **figures}

@@ -423,13 +423,21 @@ class Competition:
         rung = self.rungs.get(self.step)
         return None if any(past["step"] == self.step for past in self.state.rungs) else rung
 
-    def reach_rung(self, measure: Callable[[], ValidationTally]) -> dict[str, Any] | None:
+    @property
+    def rungs_left(self) -> bool:
+        """Whether a rung is due at this step or later."""
+        return any(step > self.step or (step == self.step and self.rung is not None) for step in self.rungs)
+
+    def reach_rung(
+        self, measure: Callable[[], ValidationTally], average: float | None = None
+    ) -> dict[str, Any] | None:
         """Retires the worse branches if a rung is due.
 
         The adapters of retired branches stay in the model until [`drop_retired`] is called.
 
         Args:
             measure: validates the living branches, see [`select`].
+            average: the horizon, if averages of the weights are validated.
 
         Returns:
             the rung's record, see [`rung_record`]; None if no rung is due.
@@ -437,7 +445,7 @@ class Competition:
         rung, state = self.rung, self.state
         if rung is None:
             return None
-        selection = self.select(measure)
+        selection = self.select(measure, average)
         column, highest = CRITERIA[self.settings.winner_by]
         ties = selection["validation_nll"] if self.settings.comparable and column == "validation_accuracy" else None
         losers = retired_at(rung, selection[column], highest, ties)
@@ -453,15 +461,17 @@ class Competition:
 
     @property
     def selected(self) -> bool:
-        """Whether there has been a selection at the present step."""
-        return self.state.selection is not None and self.state.selection["step"] == self.step
+        """Whether there has been a selection by the trained weights at the present step."""
+        selection = self.state.selection
+        return selection is not None and selection["step"] == self.step and selection.get("average") is None
 
-    def select(self, measure: Callable[[], ValidationTally]) -> dict[str, Any]:
+    def select(self, measure: Callable[[], ValidationTally], average: float | None = None) -> dict[str, Any]:
         """Selects the branch that is best on the validation set as the leader (eq. 11-12).
 
         Args:
             measure: sums the figures of each living branch over the validation set. It is called at most once for each
                 step.
+            average: the horizon, if averages of the weights are validated.
 
         Returns:
             the selection, see [`ValidationTally.result`].
@@ -472,7 +482,8 @@ class Competition:
         if not self.selected:
             settings = self.settings
             tally = measure()
-            self.state.selection = tally.result(self.state.alive, settings.winner_by, self.step, settings.comparable)
+            result = tally.result(self.state.alive, settings.winner_by, self.step, settings.comparable)
+            self.state.selection = result | {"average": average}
         self.follow_leader()
         return self.state.selection
 

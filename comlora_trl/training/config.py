@@ -167,6 +167,15 @@ class CompetitionConfig:
             "branches train to the end."
         },
     )
+    comlora_rung_average: float = field(
+        default=0.25,
+        metadata={
+            "help": "Rungs compare averages of each branch's weights over its last steps, because an average shows "
+            "before the learning rate decays which rate will be the best one afterwards. This is the share of the "
+            "steps so far that the average covers, e.g. 0.25. 0 compares the trained weights. The last selection, the "
+            "winner and all saved adapters have trained weights."
+        },
+    )
     comlora_rows: str | None = field(
         default=None,
         metadata={
@@ -536,6 +545,8 @@ def _check_tournament(args: "CompetitionConfig") -> None:
         for rate in rates:
             _require(rate > 0, "comlora_branch_learning_rates", rate, "above 0 each", advice)
     parse_rungs(args.comlora_rungs, k)
+    average = args.comlora_rung_average
+    _require(0 <= average <= 1, "comlora_rung_average", average, "0 to 1", "0 compares the trained weights")
     if args.comlora_rows == "shared" and args.comlora_selector:
         raise ValueError(
             "comlora_rows='shared' is not possible with comlora_selector=True: eq. 5-9 compare the branches' "

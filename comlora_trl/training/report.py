@@ -83,7 +83,9 @@ def start_line(model: ComLoRAModel, kernels: str, chunk: int | None, by_module: 
     return f"ComLoRA: K={k} branches of rank {config.r}, {together} ({how}); {ParameterCounts.of(model)}"
 
 
-def tournament_line(args: Any, rates: list[str] | None, rungs: dict[int, Rung], max_steps: int) -> str | None:
+def tournament_line(
+    args: Any, rates: list[str] | None, rungs: dict[int, Rung], max_steps: int, averaged: bool = False
+) -> str | None:
     """The line about rates, rungs and shared rows that training prints at its start.
 
     If the first rung comes too early, a second line says so, see [`early_remark`].
@@ -93,6 +95,7 @@ def tournament_line(args: Any, rates: list[str] | None, rungs: dict[int, Rung], 
         rates: rate of each branch, as text from the optimizer's groups; None if all rates are the same.
         rungs: the rungs by optimizer step.
         max_steps: number of optimizer steps of the run.
+        averaged: whether rungs measure averages of the weights.
 
     Returns:
         the text; None if there are no different rates or betas, no rungs and no shared rows.
@@ -105,6 +108,7 @@ def tournament_line(args: Any, rates: list[str] | None, rungs: dict[int, Rung], 
     if rungs:
         steps = ", ".join(f"{rung.survivors} after step {step}" for step, rung in rungs.items())
         parts.append(f"branches that go on: {steps}, by {args.winner_by.replace('_', ' ')}")
+        parts[-1] += " of averaged weights" if averaged else ""
     if args.comlora_rows == "shared":
         parts.append("rows shared: the cost of one LoRA")
     if not parts:
@@ -209,7 +213,8 @@ def print_rung(
     """
     loss, accuracy = state.measured
     headings = ["rate", *(["beta"] if state.betas else []), f"validation\n{loss}", accuracy.replace(" ", "\n")]
-    table = _table(f"Rung at step {record['step']} of {steps}", headings)
+    weights = ", averaged weights" if record["average"] else ""
+    table = _table(f"Rung at step {record['step']} of {steps}{weights}", headings)
     for branch, rate in enumerate(rates):
         beta = [cell(state.betas[branch], "g")] if state.betas else []
         nll, accuracy = record["validation_nll"][branch], record["validation_accuracy"][branch]

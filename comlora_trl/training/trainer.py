@@ -7,11 +7,13 @@ step, the Trainer makes these calls in this order:
 2. `compute_loss` runs the branches and combines their losses, once for each micro-batch. The subclass defines it.
 3. `on_pre_optimizer_step` ends the competition's step: disqualification, wins, norm and clipping of each branch.
 4. `on_optimizer_step` stores the learning rates of the step.
-5. `on_step_end` retires branches if a rung is due, and selects the leader if the Trainer will evaluate.
+5. `on_step_end` averages the weights for the rungs, retires branches if a rung is due, and selects the leader if the
+   Trainer will evaluate.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from comlora_trl.competition import ValidationTally
 from comlora_trl.training import sharding
 from comlora_trl.training.arguments import check_parallelism
 from comlora_trl.training.attach import Attachment
+from comlora_trl.training.averages import WeightAverages, saved_averages
 from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
 from comlora_trl.training.competition import Competition, Counted, LineCollator, supervised_tokens
 from comlora_trl.training.config import CompetitionConfig
@@ -73,6 +76,7 @@ class CompetingTrainer:
     Attributes:
         competition: the competition. Checkpoints store its `state`.
         rates: the learning rates of the branches in the optimizer.
+        averages: averages of the branches' weights, which rungs measure; None without, and after the last rung.
         own_losses: computes the loss of each branch on its view, if the loss is not a sum over rows.
         retired_files: writes the folders of retired branches in the background.
         data_name: name of the training data (a preset, a hub id or a path) for the winner's record and card. Set it
@@ -82,6 +86,7 @@ class CompetingTrainer:
     args: CompetitionConfig
     competition: Competition
     rates: BranchRates
+    averages: WeightAverages | None = None
     own_losses: OwnLosses
     data_name: str | None = None
     _losses_kind = OwnLosses
@@ -152,6 +157,7 @@ class CompetingTrainer:
         if self.args.should_save:
             check_target(self.args.winner_dir, self._may_overwrite(Path(self.args.winner_dir)))
         self._reset()
+        self._checkpoint: str | None = None
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
@@ -159,6 +165,7 @@ class CompetingTrainer:
                 check_checkpoint(folder, self.comlora_model.k, self.args.comlora_selector)
                 self.competition.resume(load_state(folder))
                 self._drop_retired()
+                self._checkpoint = folder
         model = self.comlora_model
         path = kernels.selected_kernels(self.args.device, model.peft_config[model.active_adapter].lora_dropout)
         by_module = sharding.gathers_by_module(self.accelerator)
@@ -212,8 +219,31 @@ class CompetingTrainer:
                 "DeepSpeed: the training weights are measured and exported; use DDP or FSDP for the others."
             )
         rates = None if competition.state.rates is None else self.rates.texts
-        if line := tournament_line(self.args, rates, competition.rungs, self.state.max_steps):
+        self.averages = self._rung_averages()
+        averaged = self.averages is not None
+        if line := tournament_line(self.args, rates, competition.rungs, self.state.max_steps, averaged):
             self.accelerator.print(line)
+
+    def _rung_averages(self) -> WeightAverages | None:
+        """The averages that rungs measure, from a checkpoint if it has any; None if they measure trained weights."""
+        args, horizon = self.args, self.args.comlora_rung_average
+        by_scores = args.winner_by == "selector"  # scores do not depend on the branches' weights
+        # Such an optimizer has averages of its own, which are measured
+        if not horizon or not self.competition.rungs_left or by_scores or has_evaluation_weights(self.optimizer):
+            return None
+        if sharding.gathers_by_module(self.accelerator):
+            logger.warning(
+                f"comlora_rung_average={horizon:g} is not used under FSDP1 and DeepSpeed ZeRO-3: the rungs compare "
+                "the trained weights; use DDP, FSDP2 or ZeRO-2 for averages."
+            )
+            return None
+        saved = saved_averages(self._checkpoint)
+        if saved is None and self._checkpoint is not None:
+            logger.warning(
+                f"checkpoint {self._checkpoint} has no averages of the weights: they begin at step "
+                f"{self.state.global_step}, and the next rung may choose otherwise than in an uninterrupted run."
+            )
+        return WeightAverages(self.comlora_model, horizon, saved)
 
     def finish_competition(self) -> None:
         """Selects and exports the winner, and prints the table, at the end of training and before other callbacks."""
@@ -328,10 +358,17 @@ class CompetingTrainer:
     # ---- Rungs and the winner ----
 
     def reach_rung(self) -> None:
-        """Retires the worse branches if a rung is due after the last step."""
-        record = self.competition.reach_rung(self._measure)
+        """Averages the weights for the rungs, and retires the worse branches if a rung is due after the last step."""
+        averages, competition = self.averages, self.competition
+        if averages is not None:
+            averages.update(competition.state.living, competition.step)
+        horizon = None if averages is None else averages.horizon
+        record = competition.reach_rung(partial(self._measure, averages), horizon)
         if record is None:
             return
+        if averages is not None:
+            averages.drop(record["retired"])
+            self.averages = averages if competition.rungs_left else None
         if self.is_world_process_zero():
             print_rung(record, self.rates.peaks, self.state.max_steps, self.competition.state)
         self._keep_retired(record["retired"])
@@ -382,12 +419,13 @@ class CompetingTrainer:
         """
         return self.competition.select(self._measure)
 
-    def _measure(self) -> ValidationTally:
+    def _measure(self, averages: WeightAverages | None = None) -> ValidationTally:
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         # A loss that TRL computes needs the logits of all tokens, which are larger than what a layer needs
         own = type(self).measure_batch is CompetingTrainer.measure_batch
         layers = len(self.comlora_model.expansion.layers) if own else 0
-        with evaluation_weights(self.optimizer, self.model):
+        place = nullcontext() if averages is None else averages.in_place(self.model_wrapped)
+        with evaluation_weights(self.optimizer, self.model), place:
             return validate(self.model_wrapped, self.competition, sets, self, self.measure_batch, layers)
 
     def measure_batch(self, model: Any, inputs: dict[str, Any], rows: BranchPass, count: int) -> Measured:
@@ -603,6 +641,8 @@ class CompetingTrainer:
             if self.args.should_save:
                 save_state(self.competition.state, output_dir)
                 write_training_record(output_dir, self.training_record())
+            if self.averages is not None:
+                self.averages.save(output_dir, self.args.should_save)
             return
         self._save_winner(Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:

@@ -21,7 +21,7 @@ from comlora_trl.training.sharding.gradients import (
     scale_gradients,
     take_over_clipping,
 )
-from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, local, settle_fsdp
+from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, local, piece, settle_fsdp, whole
 from comlora_trl.training.sharding.weights import (
     load_trained_state,
     plain_name,
@@ -39,11 +39,13 @@ __all__ = [
     "load_trained_state",
     "local",
     "norms",
+    "piece",
     "plain_name",
     "reshard",
     "scale_gradients",
     "settle_fsdp",
     "take_over_clipping",
+    "whole",
     "whole_state",
     "zero_weights",
 ]

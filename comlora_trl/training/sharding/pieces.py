@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from comlora_trl import compat
 
@@ -64,6 +64,22 @@ def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, detached."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def piece(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter's whole value that this process holds. All processes must call this."""
+    if not isinstance(parameter, DTensor):
+        return value
+    # All processes have the whole value, and each of them takes its piece
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+def whole(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The whole value, from the parts that the processes hold as they hold a parameter's. All must call this."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh, how = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(value, mesh, how, shape=parameter.shape, stride=parameter.stride()).full_tensor()
 
 
 def deepspeed_utils() -> Any:

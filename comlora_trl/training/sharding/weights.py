@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from comlora_trl import compat
-from comlora_trl.training.sharding.pieces import deepspeed_utils, local
+from comlora_trl.training.sharding.pieces import deepspeed_utils, local, piece
 
 # The parts that FSDP1, activation checkpointing and torch.compile add to the names of parameters
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -153,10 +153,7 @@ def _write(parameter: nn.Parameter, value: Tensor, name: str) -> None:
             "load it with the rank and the base model it was trained with."
         )
     if isinstance(parameter, DTensor):
-        # All processes have the whole value, and each of them takes its piece
-        value = value.to(parameter.device, parameter.dtype)
-        own = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(own.to_local())
+        local(parameter).copy_(piece(value.to(parameter.device, parameter.dtype), parameter))
         return
     parameter.copy_(value)
     if compat.trained_by_zero3(parameter) or compat.zero_mapping(parameter)[0]:

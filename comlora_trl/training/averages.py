@@ -1,0 +1,109 @@
+"""Averages of each branch's weights over its last steps, which rungs measure instead of the trained weights.
+
+At a high learning rate, weights move around a better point, which they reach only as the rate decays. Their average is
+near this point already before the decay (Sandler et al., 2023; Hägele et al., 2024). So the average shows earlier than
+the trained weights which rate will be the best one at the end.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from comlora_trl.branches.model import BranchModel
+from comlora_trl.competition.rungs import average_share
+from comlora_trl.training import sharding
+
+AVERAGES_FILE = "averages.safetensors"  # in a checkpoint before the last rung
+
+
+class WeightAverages:
+    """Running averages of the weights of the living branches, in float32.
+
+    Each process averages the pieces of the weights that it holds.
+
+    Args:
+        model: the model with its branches, without a wrapper.
+        horizon: the share of the steps so far that the averages cover, see [`average_share`].
+        values: whole averages to go on from, by the weights' names; None to begin with the weights of the next step.
+    """
+
+    def __init__(self, model: BranchModel, horizon: float, values: Mapping[str, Tensor] | None = None) -> None:
+        self.model, self.horizon = model, horizon
+        self._given = values
+        self._averages: dict[int, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def update(self, living: Sequence[int], step: int) -> None:
+        """Takes in the weights after an optimizer step.
+
+        Args:
+            living: the living branches. The averages of other branches are dropped.
+            step: the number of optimizer steps so far, t.
+        """
+        self._averages = {branch: self._averages.get(branch) or self._first(branch) for branch in living}
+        self._given = None
+        averages = [one for own in self._averages.values() for one in own]
+        weights = [weight.float() for branch in living for weight in self._pieces(branch)]
+        torch._foreach_lerp_(averages, weights, average_share(self.horizon, step))
+
+    def drop(self, branches: Sequence[int]) -> None:
+        """Frees the averages of retired branches."""
+        for branch in branches:
+            self._averages.pop(branch, None)
+
+    @contextmanager
+    def in_place(self, root: torch.nn.Module) -> Iterator[None]:
+        """Within the block, the branches have their averages as weights. Afterwards, their weights are restored.
+
+        Args:
+            root: the model in its wrapper.
+        """
+        weights = [weight for branch in self._averages for weight in self._pieces(branch)]
+        averages = [one for own in self._averages.values() for one in own]
+        sharding.reshard(root)  # otherwise a forward would use gathered copies of the other weights
+        with torch.no_grad():
+            trained = [weight.clone() for weight in weights]
+            torch._foreach_copy_(weights, averages)
+        try:
+            yield
+        finally:
+            sharding.reshard(root)
+            with torch.no_grad():
+                torch._foreach_copy_(weights, trained)
+
+    def save(self, folder: str | Path, writes: bool) -> None:
+        """Writes the whole averages into a checkpoint. All processes must call this.
+
+        Args:
+            folder: the checkpoint.
+            writes: whether this process writes.
+        """
+        values = {}
+        for branch, own in self._averages.items():
+            named = self.model.named_branch_parameters(branch).items()
+            for (name, parameter), average in zip(named, own, strict=True):
+                values[sharding.plain_name(name)] = sharding.whole(average, parameter).cpu().contiguous()
+        if writes:
+            save_file(values, Path(folder) / AVERAGES_FILE, metadata={"format": "pt"})
+
+    def _first(self, branch: int) -> list[Tensor]:
+        if self._given is None:
+            return [weight.float().clone() for weight in self._pieces(branch)]
+        named = self.model.named_branch_parameters(branch).items()
+        return [
+            sharding.piece(self._given[sharding.plain_name(name)].to(parameter.device), parameter).float().clone()
+            for name, parameter in named
+        ]
+
+    def _pieces(self, branch: int) -> list[Tensor]:
+        return [sharding.local(parameter) for parameter in self.model.branch_parameters(branch)]
+
+
+def saved_averages(folder: str | Path | None) -> dict[str, Tensor] | None:
+    """The averages in a checkpoint, by the weights' names; None if it has none, or without a checkpoint."""
+    file = None if folder is None else Path(folder) / AVERAGES_FILE
+    return load_file(file) if file is not None and file.is_file() else None
