@@ -21,7 +21,7 @@ AVERAGES_FILE = "averages.safetensors"  # in a checkpoint before the last rung
 
 
 class WeightAverages:
-    """Running averages of the weights of the living branches, in float32.
+    """Running averages of the weights of the living branches, in float32 (float64 for weights in float64).
 
     Each process averages the pieces of the weights that it holds.
 
@@ -47,7 +47,7 @@ class WeightAverages:
         self._averages = {branch: self._averages.get(branch) or self._first(branch) for branch in living}
         self._given = None
         averages = [one for own in self._averages.values() for one in own]
-        weights = [weight.float() for branch in living for weight in self._pieces(branch)]
+        weights = [_wide(weight) for branch in living for weight in self._pieces(branch)]
         torch._foreach_lerp_(averages, weights, average_share(self.horizon, step))
 
     def drop(self, branches: Sequence[int]) -> None:
@@ -92,15 +92,19 @@ class WeightAverages:
 
     def _first(self, branch: int) -> list[Tensor]:
         if self._given is None:
-            return [weight.float().clone() for weight in self._pieces(branch)]
+            return [_wide(weight).clone() for weight in self._pieces(branch)]
         named = self.model.named_branch_parameters(branch).items()
         return [
-            sharding.piece(self._given[sharding.plain_name(name)].to(parameter.device), parameter).float().clone()
+            sharding.piece(self._given[sharding.plain_name(name)].to(parameter.device), parameter).clone()
             for name, parameter in named
         ]
 
     def _pieces(self, branch: int) -> list[Tensor]:
         return [sharding.local(parameter) for parameter in self.model.branch_parameters(branch)]
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def saved_averages(folder: str | Path | None) -> dict[str, Tensor] | None:

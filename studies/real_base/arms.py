@@ -11,9 +11,10 @@ read off it. The branches of a field start from the same A, that of a single run
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from comlora_trl import ComLoRAConfig
 from comlora_trl.competition.rungs import Rung, default_rates, default_rungs, parse_rungs, retired_at
 from studies.common.cost import branch_steps
 
@@ -25,10 +26,8 @@ EARLY, MIDDLE, LATE = "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:2,0.75:1"
 EARLY_OF_EIGHT, MIDDLE_OF_EIGHT = "0.1:4,0.25:1", "0.25:4,0.5:1"
 RUNG_SHARES = (0.1, 0.25, 0.5, 0.75)
 CRITERIA = {"nll": "validation_loss", "accuracy": "validation_accuracy", "selector": "selector"}
+AVERAGED, OTHER_HORIZONS = "averaged nll", (0.1, 0.5)  # rungs that measure averaged weights; without: trained weights
 GRID_FIELD = re.compile(r"field r8 \S+ to \S+")  # what the grid's fields are called
-AVERAGED_FIELD = re.compile(r"averaged field r8 \S+ to \S+")
-HORIZONS = (0.1, 0.25, 0.5)  # of averaged weights, as shares of the steps so far
-DECIDING = 0.25  # the horizon that decides the rungs of a tournament that is trained
 FEW_SEEDS = 3  # of the arms that are not the goals' own
 
 assert (EARLY, EARLY_OF_EIGHT) == (default_rungs(4), default_rungs(8))
@@ -46,8 +45,6 @@ class Arm:
         watched: whether every branch is measured at `RUNG_SHARES` of the steps.
         priority: what is trained first; 1 is the grid, 2 answers the goals.
         few: whether it is trained with `FEW_SEEDS` at most.
-        horizons: of the averages of the weights that are measured where the branches are watched and at the end.
-        deciding: which of the horizons the rungs measure; None for the trained weights.
     """
 
     name: str
@@ -58,8 +55,6 @@ class Arm:
     watched: bool = False
     priority: int = 3
     few: bool = False
-    horizons: tuple[float, ...] = ()
-    deciding: float | None = None
 
     @property
     def rates(self) -> list[float]:
@@ -113,8 +108,20 @@ def tournament_name(k: int, rungs: str, rows: str, by: str, centre: float) -> st
 def tournament(
     centre: float, rungs: str = EARLY, rows: str = "shared", k: int = 4, by: str = "nll", **more: Any
 ) -> Arm:
-    """Branches of different rates, of which the rungs leave one."""
-    given = {"comlora_rungs": rungs, "comlora_rows": rows, "comlora_winner_by": CRITERIA[by]}
+    """Branches of different rates, of which the rungs leave one.
+
+    Args:
+        centre: the rate that the branches' rates are around.
+        rungs, rows, k: as the package's fields.
+        by: of `CRITERIA`, or "averaged nll", with a horizon behind it if it is not the package's default.
+        more: fields of the arm.
+    """
+    given = {"comlora_rungs": rungs, "comlora_rows": rows, "comlora_rung_average": 0.0}
+    if by.startswith(AVERAGED):
+        horizon = float(by.removeprefix(AVERAGED) or ComLoRAConfig.comlora_rung_average)
+        given |= {"comlora_winner_by": "validation_loss", "comlora_rung_average": horizon}
+    else:
+        given["comlora_winner_by"] = CRITERIA[by]
     return Arm(tournament_name(k, rungs, rows, by, centre), independent(rates_around(centre, k), **given), **more)
 
 
@@ -143,30 +150,14 @@ def long_field(best: float, passes: int) -> Arm:
     return Arm(f"field r8 {passes} passes", independent(rates), "field", passes=passes, priority=7, few=True)
 
 
-def averaged_field(best: float) -> Arm:
-    """Six rates whose averages are measured too, from an eighth of the best rate to four times it."""
-    rates = [on_lattice(best * 2**step) for step in range(-3, 3)]
-    name = f"averaged field r8 {rates[0]:g} to {rates[-1]:g}"
-    return Arm(name, independent(rates), "field", watched=True, priority=8, few=True, horizons=HORIZONS)
-
-
-def averaged_name(k: int, rungs: str, rows: str, horizon: float | None, centre: float) -> str:
-    """What a tournament is called whose rungs measure averages; None: the trained weights of the same runs."""
-    by = "nll in the averaged field" if horizon is None else f"nll averaged over {horizon:g}"
-    return tournament_name(k, rungs, rows, by, centre)
-
-
-def averaged_tournament(centre: float) -> Arm:
-    """The default tournament, with rungs that measure averages."""
-    name = averaged_name(4, EARLY, "shared", DECIDING, centre)
-    return replace(tournament(centre, priority=8), name=name, horizons=(DECIDING,), deciding=DECIDING)
-
-
 def dependent_arms(best: float) -> list[Arm]:
     """The arms that are told the grid's best rate; without its knowledge a user has to guess."""
     low = on_lattice(best * LOW)
     return [
+        *(tournament(on_lattice(best * factor), by=AVERAGED, priority=2) for factor in GUESSES),
         *(tournament(on_lattice(best * factor), priority=2) for factor in GUESSES),
+        *(tournament(centre, rows="all", by=AVERAGED, priority=3) for centre in (best, low)),
+        *(tournament(centre, EARLY_OF_EIGHT, k=8, by=AVERAGED, priority=3) for centre in (best, low)),
         *(tournament(centre, MIDDLE, priority=3) for centre in (best, low)),
         tournament(best, LATE, priority=3),
         *(tournament(centre, EARLY_OF_EIGHT, k=8, priority=3) for centre in (best, low)),
@@ -175,11 +166,15 @@ def dependent_arms(best: float) -> list[Arm]:
         *(tournament(centre, EARLY, by="accuracy", priority=5) for centre in (best, low)),
         tournament(best, MIDDLE_OF_EIGHT, k=8, priority=5),
         equal_branches(best),
+        *(tournament(centre, MIDDLE, by=AVERAGED, priority=8) for centre in (best, low)),
+        *(
+            tournament(centre, by=f"{AVERAGED} {horizon:g}", priority=8, few=True)
+            for horizon in OTHER_HORIZONS
+            for centre in (best, low)
+        ),
         *(comlora(2, best, without, priority=6) for without in ("L_LM", "L_align", "L_pairwise")),
         long_field(best, 2),
         long_field(best, 4),
-        averaged_field(best),
-        *(averaged_tournament(centre) for centre in (best, low)),
     ]
 
 
@@ -191,16 +186,16 @@ def all_arms(best: float | None, rates: Sequence[float] = RATES, most: int = 5) 
 def chief_arms(best: float | None, rates: Sequence[float] = RATES, most: int = 5) -> list[Arm]:
     """The least that says what a tournament is worth: the grid, and the tournaments of 4 of the goals."""
     centres = [] if best is None else [best, on_lattice(best * LOW)]
-    return [*fields_of_grid(rates, most), *(tournament(centre, priority=2) for centre in centres)]
+    return [*fields_of_grid(rates, most), *(tournament(centre, by=AVERAGED, priority=2) for centre in centres)]
 
 
 def timed_arms(best: float) -> list[Arm]:
     """What runs with the machine to itself, for the wall clock."""
     return [
         Arm(f"TRL's LoRA r8 {best:g}", {"learning_rate": best}, "trl"),
-        tournament(best),
-        tournament(best, rows="all"),
-        tournament(best, EARLY_OF_EIGHT, k=8),
+        tournament(best, by=AVERAGED),
+        tournament(best, rows="all", by=AVERAGED),
+        tournament(best, EARLY_OF_EIGHT, k=8, by=AVERAGED),
         comlora(2, best),
         comlora(4, best),
     ]
@@ -256,19 +251,6 @@ def derived_arms(best: float, rates: Sequence[float] = RATES) -> list[Derived]:
             if set(eight) <= set(rates):
                 arms += [_tournament(eight, rungs, by, centre) for rungs in (EARLY_OF_EIGHT, MIDDLE_OF_EIGHT)]
     return arms
-
-
-def averaged_arms(best: float, horizon: float | None) -> list[Derived]:
-    """The tournaments of 4 on all rows that are read off the averaged field.
-
-    They differ from other derived arms in the figures at the rungs: those of the averages of this horizon, or for None
-    of the trained weights. The quality of a rate is that of its trained weights at the end in both cases.
-    """
-    return [
-        Derived(averaged_name(4, rungs, "all", horizon, centre), rates_around(centre, 4), "nll", rungs)
-        for rungs in (EARLY, MIDDLE)
-        for centre in (best, on_lattice(best * LOW))
-    ]
 
 
 def grid_name(k: int, by: str, centre: float | None = None) -> str:

@@ -12,20 +12,15 @@ from typing import Any
 from studies.common.statistics import Interval, difference, interval
 from studies.real_base import base, data
 from studies.real_base.arms import (
-    AVERAGED_FIELD,
-    DECIDING,
+    AVERAGED,
     EARLY,
     EARLY_OF_EIGHT,
     GRID_FIELD,
     GUESSES,
-    HORIZONS,
     LATE,
     LOW,
     MIDDLE,
     MIDDLE_OF_EIGHT,
-    Derived,
-    averaged_arms,
-    averaged_name,
     derived_arms,
     grid_name,
     on_lattice,
@@ -62,19 +57,15 @@ def grids(results: Iterable[Row]) -> dict[int, dict[float, Row]]:
     found: dict[int, dict[float, Row]] = {}
     for row in results:
         if GRID_FIELD.fullmatch(row["arm"]):
-            found.setdefault(row["seed"], {}).update(_grid(row, row["watched"]))
+            for place, rate in enumerate(row["rates"]):
+                nothing = {"nll": None, "accuracy": None, "test_nll": None, "guess": guess(row)}
+                figures = nothing | row["branches"].get(str(place), {})
+                watched = {
+                    step: {by: values[place] for by, values in columns.items()}
+                    for step, columns in row["watched"].items()
+                }
+                found.setdefault(row["seed"], {})[rate] = {**figures, "watched": watched, "steps": row["steps"]}
     return found
-
-
-def _grid(row: Row, watched: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[float, Row]:
-    """rate -> a branch's figures, from a field and its figures at the watched steps."""
-    grid = {}
-    for place, rate in enumerate(row["rates"]):
-        nothing = {"nll": None, "accuracy": None, "test_nll": None, "guess": guess(row)}
-        figures = nothing | row["branches"].get(str(place), {})
-        own = {step: {by: values[place] for by, values in columns.items()} for step, columns in watched.items()}
-        grid[rate] = {**figures, "watched": own, "steps": row["steps"]}
-    return grid
 
 
 def best_rate(results: Iterable[Row], rates: Sequence[float], seeds: int) -> float | None:
@@ -96,15 +87,14 @@ def arms_by_seed(results: Sequence[Row], rates: Sequence[float], best: float | N
     arms: Arms = {}
     for seed, grid in sorted(grids(results).items()):
         for derived in derived_arms(best, rates) if best else []:
-            _derive(arms, derived, seed, grid)
+            if set(derived.rates) <= set(grid):
+                steps = grid[derived.rates[0]]["steps"]
+                rate = derived.chosen(grid, steps)
+                arms.setdefault(derived.name, {})[seed] = _figures(
+                    grid[rate], rate if len(derived.rates) > 1 else None, derived.units(steps)
+                )
     for row in results:
         if "alone" in row or GRID_FIELD.fullmatch(row["arm"]):
-            continue
-        if AVERAGED_FIELD.fullmatch(row["arm"]):
-            for horizon in (None, *HORIZONS) if best and "averaged" in row else []:
-                watched = row["watched"] if horizon is None else row["averaged"][f"{horizon:g}"]
-                for derived in averaged_arms(best, horizon):
-                    _derive(arms, derived, row["seed"], _grid(row, watched))
             continue
         for name, figures in _read_off(row).items():
             arms.setdefault(name, {})[row["seed"]] = figures
@@ -112,16 +102,6 @@ def arms_by_seed(results: Sequence[Row], rates: Sequence[float], best: float | N
         seeds = sorted({seed for rows in arms.values() for seed in rows})
         arms["base"] = dict.fromkeys(seeds, arms["base"][0])
     return arms
-
-
-def _derive(arms: Arms, derived: Derived, seed: int, grid: Mapping[float, Row]) -> None:
-    """Adds an arm that is read off a seed's grid, if the grid has its rates."""
-    if set(derived.rates) <= set(grid):
-        steps = grid[derived.rates[0]]["steps"]
-        rate = derived.chosen(grid, steps)
-        arms.setdefault(derived.name, {})[seed] = _figures(
-            grid[rate], rate if len(derived.rates) > 1 else None, derived.units(steps)
-        )
 
 
 def _figures(branch: Row, rate: float | None, units: float) -> Row:
@@ -266,39 +246,6 @@ def settings_table(arms: Arms, best: float) -> str:
     return "\n".join(lines)
 
 
-def averaged_tournaments(best: float) -> list[tuple[str, str]]:
-    """The tournaments whose rungs measure averages, each with the same one by trained weights."""
-    pairs, centres = [], (best, on_lattice(best * LOW))
-    for centre in centres:
-        trained = tournament_name(4, EARLY, "shared", "nll", centre)
-        pairs.append((averaged_name(4, EARLY, "shared", DECIDING, centre), trained))
-    for rungs in (EARLY, MIDDLE):
-        for centre in centres:
-            own = [averaged_name(4, rungs, "all", horizon, centre) for horizon in (None, *HORIZONS)]
-            pairs += [(name, own[0]) for name in own]
-    return pairs
-
-
-def averaged_table(arms: Arms, best: float) -> str:
-    """Tournaments whose rungs measure averaged weights, against the same by trained weights, seed by seed.
-
-    On all rows both are read off the same runs, whose line comes first; on shared rows each is trained.
-    """
-    lines = [
-        "| | units | held-out NLL | against the same by trained weights | seeds | rates chosen |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, trained in averaged_tournaments(best):
-        if not (rows := arms.get(name)):
-            continue
-        units = statistics.fmean(row["units"] for row in rows.values())
-        gap = difference(values(arms, name), values(arms, trained)) if name != trained else None
-        cells = [name, f"{units:.2f}", _text(interval([*values(arms, name).values()]))]
-        cells += [_text(gap, "+.3f") if gap else "–", str(len(rows)), chosen_rates(rows.values())]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def comlora_table(arms: Arms, best: float) -> str:
     """ComLoRA and its ablations against one LoRA of the same rate, and against the best of four seeds."""
     low, seeds = on_lattice(best * LOW), f"four seeds {best:g}, best by nll"
@@ -384,13 +331,12 @@ def sections(results: Sequence[Row], rates: Sequence[float], best: float | None,
         return f"{len(results)} runs; no table yet: the grid is not whole.\n\n{provenance(results)}"
     arms = arms_by_seed(results, rates, best)
     baseline = grid_name(4, "nll", best)
-    named = {name for _, name in chief(best)} | {name for name, _ in averaged_tournaments(best)}
+    named = {name for _, name in chief(best)}
     parts = {
         "What one would run": table(arms, chief(best), baseline),
         "Goals": goals(arms, best),
         "A wrong guess": rescue(arms, best),
         "Rungs, rows, criterion": settings_table(arms, best),
-        "Rungs that measure averaged weights": averaged_table(arms, best),
         "ComLoRA": comlora_table(arms, best),
         "Greedy replies": replies_table(folder),
         "Wall clock": clock(results),
@@ -540,7 +486,8 @@ def adapters_to_score(results: Sequence[Row], rates: Sequence[float], best: floa
             if set(arm.rates) <= set(own):
                 rate = arm.chosen(own, own[arm.rates[0]]["steps"])
                 found.append({"arm": arm.name, "seed": seed, "title": fields[seed, rate]})
-    trained = [tournament_name(4, EARLY, "shared", "nll", rate) for rate in (low, best)] + [f"ComLoRA K4 {best:g}"]
+    trained = [tournament_name(4, EARLY, "shared", by, rate) for by in (AVERAGED, "nll") for rate in (low, best)]
+    trained.append(f"ComLoRA K4 {best:g}")
     for row in results:
         if row["arm"] in trained and "alone" not in row:
             title = f"{row['arm']}, seed {row['seed']}, {row['winner']}"

@@ -34,7 +34,7 @@ from comlora_trl import ComLoRAConfig, ComLoRASFTTrainer
 from comlora_trl.competition.rungs import Rung
 from comlora_trl.data import build_prompt
 from studies.common.worker import work
-from studies.real_base import averaging, data
+from studies.real_base import data
 from studies.real_base.arms import GRID_FIELD, RUNG_SHARES, Arm, all_arms, steps_of, timed_arms
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -191,11 +191,7 @@ class Study:
         )
         watched = [Rung(share, 1).step(steps) for share in RUNG_SHARES] if arm.watched else []
         callbacks: list[TrainerCallback] = [Watch(watched)] + ([SameStart()] if arm.kind == "field" else [])
-        shared |= {"eval_dataset": validation, "callbacks": callbacks}
-        if arm.horizons:
-            own = {"horizons": arm.horizons, "deciding": arm.deciding, "watched": [*watched, steps]}
-            return averaging.AveragingTrainer(model, config, **own, **shared)
-        return ComLoRASFTTrainer(model, config, **shared)
+        return ComLoRASFTTrainer(model, config, eval_dataset=validation, callbacks=callbacks, **shared)
 
     def run(self, arm: Arm, seed: int, alone: bool = False) -> dict[str, Any]:
         """The result of one arm and seed; the seconds are those of training, validation and export."""
@@ -255,10 +251,6 @@ class Study:
         """What the run's own log says of its branches, and where the adapters of those that reached its end are."""
         winner, figures = trainer.determine_winner(), validation_figures(trainer.state.log_history, len(arm.rates))
         last = figures.pop(trainer.state.max_steps)
-        averaged = {}
-        if isinstance(trainer, averaging.AveragingTrainer):
-            averaged["averaged"] = trainer.averaged
-            figures |= trainer.trained  # the log has what decided
         folder = Path(trainer.args.output_dir)
         trainer.comlora_model.save_pretrained(str(folder / "branches"))
         ended = [branch for branch, nll in enumerate(last["nll"]) if nll is not None]
@@ -269,7 +261,6 @@ class Study:
             "winner": winner,
             "branches": {str(branch): {by: last[by][branch] for by in last} for branch in ended},
             "watched": figures,
-            **averaged,
             "folders": {str(branch): str(folder / "branches" / f"branch_{branch}") for branch in ended},
         }
 

@@ -16,16 +16,14 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
-
-from comlora_trl import ComLoRASFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from studies.common.pool import Pool  # noqa: E402
 from studies.common.statistics import difference, interval  # noqa: E402
-from studies.real_base import arms, averaging, base, data, replies, report, run, worker  # noqa: E402
+from studies.real_base import arms, base, data, replies, report, run, worker  # noqa: E402
 
 BEST = 4e-3
 LINE = "{n} {said}\t{reply}\t\t{reply}|no"
@@ -101,7 +99,6 @@ def field_row(seed: int, nlls: list[float], tests: list[float | None], watched: 
 
 def test_arms_have_names_of_their_own_and_the_goals_come_first() -> None:
     trained, derived = arms.all_arms(BEST), arms.derived_arms(BEST)
-    derived += [arm for horizon in (None, *arms.HORIZONS) for arm in arms.averaged_arms(BEST, horizon)]
     names = [arm.name for arm in [*trained, *derived]]
     assert len(names) == len(set(names))
     assert [arm.name for arm in arms.all_arms(None)] == [arm.name for arm in trained if arm.priority == 1]
@@ -170,29 +167,6 @@ def test_the_page_is_written_between_its_markers(tmp_path: Path) -> None:
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| grid of 10 | 10.00 | 2.000 |" in text and (tmp_path / "cost.png").stat().st_size < 200_000
     assert "| tournament K4 0.1:2,0.25:1 all rows by nll, around 0.004 | grid of 10 by nll | at most +0.01 |" in text
-
-
-def test_tournaments_by_averages_have_a_table_where_they_ran() -> None:
-    nlls = [9.0, 8.0, 7.0, 6.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0]
-    early = [9.0, 8.0, 7.0, 6.0, 1.0, 3.0, 2.0, 5.0, 6.0, 7.0]
-    grid = [field_row(seed, nlls, nlls) for seed in range(3)]
-    title = "### Rungs that measure averaged weights"
-    assert title not in report.sections(grid, arms.RATES, BEST, Path("none"))
-    arm, more = arms.averaged_field(BEST), []
-    for seed in range(3):
-        whole = field_row(seed, nlls, [nll + 0.1 * seed for nll in nlls], {"1": early, "3": early})
-        cut = slice(2, 8)
-        watched = {
-            step: {by: values[cut] for by, values in columns.items()} for step, columns in whole["watched"].items()
-        }
-        branches = {str(place): whole["branches"][str(place + 2)] for place in range(6)}
-        averaged = {f"{horizon:g}": {step: {"nll": nlls[cut]} for step in watched} for horizon in arms.HORIZONS}
-        about = {"arm": arm.name, "rates": arm.rates, "branches": branches, "watched": watched, "averaged": averaged}
-        more.append(whole | about)
-    text = report.sections([*grid, *more], arms.RATES, BEST, Path("none"))
-    name, trained = (arms.averaged_name(4, arms.EARLY, "all", horizon, BEST) for horizon in (0.25, None))
-    assert title in text and f"| {name} | 1.50 | 2.100 ± 0.248 | -1.000 ± 0.000 | 3 | 0.004×3 |" in text
-    assert f"| {trained} | 1.50 | 3.100 ± 0.248 | – | 3 | 0.002×3 |" in text
 
 
 def test_a_diverged_branch_counts_as_a_guess_among_its_bases_tokens() -> None:
@@ -368,142 +342,6 @@ def test_a_tournament_on_all_rows_is_read_off_the_field(study: worker.Study) -> 
     assert found["rate"] == real["rates"][real["winner"]]
     assert found["units"] == pytest.approx(real["units"], abs=1e-3)
     assert found["test_nll"] == pytest.approx(real["branches"][str(real["winner"])]["test_nll"], abs=1e-5)
-
-
-def literal_average(history: list[list[torch.Tensor]], horizon: float) -> list[torch.Tensor]:
-    """Shamir & Zhang's average of all weights so far, by its weights in closed form."""
-    power, steps = round(1 / horizon) - 1, len(history)
-    if steps <= power:
-        return history[-1]
-    shares = [math.comb(step, power) / math.comb(steps, power + 1) for step in range(steps)]
-    assert sum(shares) == pytest.approx(1)
-    return [
-        sum(share * one.double() for share, one in zip(shares, own, strict=True)) for own in zip(*history, strict=True)
-    ]
-
-
-def test_averages_are_those_of_the_whole_history() -> None:
-    generator = torch.Generator().manual_seed(0)
-    branches = {k: [torch.nn.Parameter(torch.zeros(size)) for size in (3, 2)] for k in range(2)}
-    averages, history = averaging.WeightAverages(arms.HORIZONS), {0: [], 1: []}
-    for step in range(1, 31):
-        for branch, parameters in branches.items():
-            for one in parameters:
-                one.data.normal_(generator=generator)
-            history[branch].append([one.detach().clone() for one in parameters])
-        averages.update(branches)
-        for horizon in arms.HORIZONS:
-            for branch in branches:
-                expected = literal_average(history[branch], horizon)
-                for own, one in zip(averages.averages[horizon][branch], expected, strict=True):
-                    torch.testing.assert_close(own.double(), one.double(), rtol=1e-5, atol=1e-6)
-        if step == 20:
-            del branches[1]  # a rung has retired it
-    with pytest.raises(ValueError, match="new at step 31"):
-        averages.update({0: branches[0], 1: branches[0]})
-    with pytest.raises(ValueError, match="above 0"):
-        averaging.WeightAverages([0.0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trained_weights_are_back_after_averages_to_the_bit(dtype: torch.dtype) -> None:
-    own = [torch.nn.Parameter(torch.tensor([0.1, -0.0, 3e38, math.nan], dtype=dtype))]
-    averages = averaging.WeightAverages([0.5])
-    for value in (1.0, 2.0, 4.0):
-        averages.update({0: [torch.nn.Parameter(torch.full((4,), value, dtype=dtype))]})
-    bits = own[0].detach().clone().view(torch.uint8)
-    with pytest.raises(RuntimeError, match="within"), averages.swapped(0.5, {0: own}):
-        # after three steps they count 0, 1/3 and 2/3
-        torch.testing.assert_close(own[0].detach(), torch.full((4,), 10 / 3, dtype=dtype))
-        raise RuntimeError("within")
-    assert own[0].dtype == dtype and torch.equal(own[0].detach().view(torch.uint8), bits)
-
-
-class History(TrainerCallback):
-    """Keeps all branches' weights, and measures at a step's end, before a rung."""
-
-    def __init__(self, trainer: averaging.AveragingTrainer, steps: tuple[int, ...]) -> None:
-        self.trainer, self.steps, self.weights, self.found = trainer, steps, [], {}
-        trainer.callback_handler.callbacks.insert(0, self)
-
-    def on_optimizer_step(self, *_: object, **__: object) -> None:
-        living = self.trainer.living_parameters
-        self.weights.append({branch: [one.detach().clone() for one in own] for branch, own in living.items()})
-
-    def on_step_end(self, args: object, state: object, *_: object, **__: object) -> None:
-        if state.global_step not in self.steps:
-            return
-        living = self.trainer.living_parameters
-        for horizon in self.trainer.horizons:
-            for branch, own in living.items():
-                average = literal_average([step[branch] for step in self.weights], horizon)
-                for one, value in zip(own, average, strict=True):
-                    one.data.copy_(value)
-            figures = self.trainer._figures(ComLoRASFTTrainer._measure(self.trainer))
-            self.found.setdefault(f"{horizon:g}", {})[state.global_step] = figures
-            for branch, own in living.items():
-                for one, value in zip(own, self.weights[-1][branch], strict=True):
-                    one.data.copy_(value)
-
-
-def test_a_field_trains_the_same_while_averages_are_measured(study: worker.Study) -> None:
-    arm, states, lines = arms.averaged_field(BEST), [], []
-    study.scorer(arm.rank)  # making one draws random numbers
-    for one in (arm, replace(arm, horizons=())):
-        lines.append(json.loads(json.dumps(study.run(one, 0))))
-        states.append(torch.get_rng_state())
-    measured, plain = lines
-    assert plain["watched"] == measured["watched"] and plain["branches"] == measured["branches"]  # with the hashes
-    assert torch.equal(*states) and "averaged" not in plain
-    assert {horizon: [*steps] for horizon, steps in measured["averaged"].items()} == {
-        horizon: ["1", "3", "5", "8", "10"] for horizon in ("0.1", "0.25", "0.5")
-    }
-    assert measured["averaged"]["0.5"]["1"] == measured["watched"]["1"] != measured["averaged"]["0.5"]["10"]
-    found = report.arms_by_seed([measured], arms.RATES, BEST)
-    by_trained = found[arms.averaged_name(4, arms.EARLY, "all", None, BEST)][0]
-    tests = {rate: measured["branches"][str(place)]["test_nll"] for place, rate in enumerate(arm.rates)}
-    assert by_trained["test_nll"] == tests[by_trained["rate"]] and len(found) == 16
-
-
-def test_averages_are_measured_after_the_watched_steps(study: worker.Study, tmp_path: Path) -> None:
-    arm = arms.Arm("field", arms.independent([1e-2, 3e-2]), "field", watched=True, horizons=arms.HORIZONS)
-    trainer = study.trainer(arm, 0, str(tmp_path))
-    history = History(trainer, (5, 8, 10))
-    trainer.train()
-    for horizon, steps in history.found.items():
-        for step, figures in steps.items():
-            own = trainer.averaged[horizon][step]
-            assert own["nll"] == pytest.approx(figures["nll"], abs=1e-5) and own["accuracy"] == figures["accuracy"]
-
-
-def test_a_rung_is_decided_by_averages(study: worker.Study, tmp_path: Path) -> None:
-    """Before the last rung the weights of the branch with the better average are spoilt: it goes on nevertheless."""
-    arm = arms.averaged_tournament(BEST)
-    arm = replace(arm, fields={**arm.fields, "comlora_rungs": "0.5:2,0.8:1"})
-    trainer = study.trainer(arm, 0, str(tmp_path))
-    better: list[int] = []
-
-    class Spoil(TrainerCallback):
-        def on_step_end(self, args: object, state: object, *_: object, **__: object) -> None:
-            if state.global_step == 8:
-                nll = history.found["0.25"][8]["nll"]
-                better.append(min(trainer.competition.state.living, key=nll.__getitem__))
-                for one in trainer.living_parameters[better[0]]:
-                    one.data.mul_(-30)
-
-    trainer.callback_handler.callbacks.insert(0, Spoil())
-    history = History(trainer, (5, 8))
-    trainer.train()
-    first, last = trainer.competition.state.rungs
-    for rung in (first, last):
-        own, literal = trainer.averaged["0.25"][rung["step"]], history.found["0.25"][rung["step"]]
-        assert own["nll"] == pytest.approx(literal["nll"], abs=1e-5) and rung["validation_nll"] == own["nll"]
-    trained = trainer.trained[8]["nll"]
-    assert trainer.competition.state.living == better and better[0] not in last["retired"]
-    assert trained[better[0]] == max(value for value in trained if value is not None)
-    figures = trainer._figures(trainer._measure())  # the last selection is of the trained weights
-    log = worker.validation_figures(trainer.state.log_history, 4)
-    assert log[trainer.state.max_steps]["nll"][better[0]] == pytest.approx(figures["nll"][better[0]])
 
 
 def test_branches_that_all_diverge_are_a_result(study: worker.Study) -> None:
