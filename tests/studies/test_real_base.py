@@ -245,7 +245,7 @@ def test_chief_arms_are_the_grid_and_two_tournaments(tiny: worker.Settings, tmp_
     given = arguments(tiny, tmp_path / "results.jsonl", "--chief", "--best", "0.004")
     assert given.seeds == 3
     names = [job["arm"] for _, job in run.Plan(given).missing()]
-    centres = {arms.tournament_name(4, arms.EARLY, "shared", "nll", centre) for centre in (BEST, BEST / 4)}
+    centres = {arms.tournament_name(4, arms.EARLY, "shared", arms.AVERAGED, centre) for centre in (BEST, BEST / 4)}
     assert set(names) == {"base", *centres, *(arm.name for arm in arms.fields_of_grid())} and len(names) == 1 + 3 * 4
     assert set(names) - {"base"} <= {arm.name for arm in arms.all_arms(BEST)}
 
