@@ -50,8 +50,18 @@ PREFERENCES = {
     "adam_epsilon": 1e-4,
 }
 
-# Arguments of a mode; "dtype" is the base model's, "trainer" one of `TRAINERS`. DeepSpeed keeps float32 copies of what
-# it trains, FSDP1 takes norms in float32, and the log-probabilities of DPO and KTO are TRL's, in float32
+# A rung after the checkpoint at half time, so that the averages of the weights go through it
+RUNGS = {
+    "comlora_selector": False,
+    "comlora_winner_by": "validation_loss",
+    "comlora_branch_learning_rates": [3e-3, 7e-3, 1e-2],
+    "comlora_selector_learning_rate": None,
+    "comlora_rungs": "0.7:1",
+    "adam_epsilon": 1e-4,
+}
+
+# Arguments of a mode; "dtype" is the base model's, "trainer" one of `TRAINERS`, "rungs" adds `RUNGS`. DeepSpeed keeps
+# float32 copies of what it trains, FSDP1 takes norms in float32, and DPO's and KTO's log-probabilities are in float32
 MODES: dict[str, dict[str, Any]] = {
     "ddp": {"use_cpu": True, "dtype": "float64"},
     "fsdp1": {**fsdp(1, sync_module_states=False), "dtype": "float32"},
@@ -68,7 +78,9 @@ MODES: dict[str, dict[str, Any]] = {
         "dtype": "float64",
     },
     "fsdp2_bf16": {**fsdp(2, "SHARDED_STATE_DICT"), "bf16": True, "dtype": "bfloat16"},
+    "fsdp2_rungs": {**fsdp(2), "dtype": "float64", "rungs": True},
     "zero2": {**zero(2), **CHECKPOINTED},
+    "zero2_rungs": {**zero(2), **CHECKPOINTED, "rungs": True},
     "zero3": {**zero(3, stage3_param_persistence_threshold=0), **CHECKPOINTED},
     "zero3_persistent": zero(3),
     "zero3_bf16": {**zero(3, stage3_param_persistence_threshold=0), "bf16": True, "dtype": "bfloat16"},
@@ -89,6 +101,7 @@ def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False
     """
     settings = dict(settings)
     base, kind = settings.pop("dtype", "float32"), TRAINERS[settings.pop("trainer", "sft")]
+    rungs = RUNGS if settings.pop("rungs", False) else {}
     arguments = {
         "max_steps": STEPS,
         "per_device_train_batch_size": batch,
@@ -110,6 +123,7 @@ def run(folder: Path, settings: dict[str, Any], batch: int, resume: bool = False
         "model_init_kwargs": {"dtype": "auto"},
         **({} if kind is SFT else PREFERENCES),
         **kind.of_any_cut,
+        **rungs,
         **settings,
     }
     trainer = kind.ours(
