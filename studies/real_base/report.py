@@ -21,6 +21,7 @@ from studies.real_base.arms import (
     LOW,
     MIDDLE,
     MIDDLE_OF_EIGHT,
+    OTHER_HORIZONS,
     derived_arms,
     grid_name,
     on_lattice,
@@ -187,9 +188,10 @@ def chief(best: float) -> list[tuple[str, str]]:
     for title, rate in ((f"guess {low:g}, 4 times too low", low), (f"best rate {best:g}, known afterwards", best)):
         rows += [
             (f"one LoRA, {title}", f"LoRA r8 {rate:g}"),
-            (f"**tournament of 4**, shared rows, {title}", tournament_name(4, EARLY, "shared", "nll", rate)),
-            (f"tournament of 8, shared rows, {title}", tournament_name(8, EARLY_OF_EIGHT, "shared", "nll", rate)),
-            (f"tournament of 4, all rows, {title}", tournament_name(4, EARLY, "all", "nll", rate)),
+            (f"**tournament of 4**, shared rows, {title}", tournament_name(4, EARLY, "shared", AVERAGED, rate)),
+            (f"its rungs by trained weights, {title}", tournament_name(4, EARLY, "shared", "nll", rate)),
+            (f"tournament of 8, shared rows, {title}", tournament_name(8, EARLY_OF_EIGHT, "shared", AVERAGED, rate)),
+            (f"tournament of 4, all rows, {title}", tournament_name(4, EARLY, "all", AVERAGED, rate)),
             (f"grid of 4, {title}", grid_name(4, "nll", rate)),
             (f"ComLoRA K = 2, {title}", f"ComLoRA K2 {rate:g}"),
             (f"ComLoRA K = 4, {title}", f"ComLoRA K4 {rate:g}"),
@@ -207,21 +209,17 @@ def chief(best: float) -> list[tuple[str, str]]:
 def rescue(arms: Arms, best: float) -> str:
     """What a tournament makes of a wrong guess."""
     lines = [
-        "| the guess | LoRA at it | tournament of 4, shared | all rows | of 8, shared | shared − LoRA | all − LoRA |",
+        "| the guess | LoRA at it | tournament of 4, shared | − LoRA | by trained weights | − LoRA | all rows |",
         "|---|---|---|---|---|---|---|",
     ]
     for factor in GUESSES:
         rate = on_lattice(best * factor)
-        names = [
-            f"LoRA r8 {rate:g}",
-            tournament_name(4, EARLY, "shared", "nll", rate),
-            tournament_name(4, EARLY, "all", "nll", rate),
-            tournament_name(8, EARLY_OF_EIGHT, "shared", "nll", rate),
-        ]
-        own = [values(arms, name) for name in names]
-        cells = [_text(interval([*one.values()])) if one else "–" for one in own]
-        gaps = [difference(one, own[0]) for one in own[1:3]]
-        cells += [_text(gap, "+.3f") if gap else "–" for gap in gaps]
+        tournaments = [("shared", AVERAGED), ("shared", "nll"), ("all", "nll")]
+        names = [tournament_name(4, EARLY, rows, by, rate) for rows, by in tournaments]
+        own = [values(arms, name) for name in (f"LoRA r8 {rate:g}", *names)]
+        single, averaged, trained, every = (_text(interval([*one.values()])) if one else "–" for one in own)
+        gaps = [_text(gap, "+.3f") if (gap := difference(one, own[0])) else "–" for one in own[1:3]]
+        cells = [single, averaged, gaps[0], trained, gaps[1], every]
         lines.append(f"| {rate:g} ({factor:g} × the best) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -233,7 +231,7 @@ def settings_table(arms: Arms, best: float) -> str:
     lines = [f"| tournament | units | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     for k, rungs in ((4, EARLY), (4, MIDDLE), (4, LATE), (8, EARLY_OF_EIGHT), (8, MIDDLE_OF_EIGHT)):
         for rows in ("shared", "all"):
-            for by in ("nll", "accuracy"):
+            for by in (AVERAGED, *(f"{AVERAGED} {horizon:g}" for horizon in OTHER_HORIZONS), "nll", "accuracy"):
                 cells, units = [], None
                 for centre in centres:
                     name = tournament_name(k, rungs, rows, by, centre)
@@ -272,14 +270,14 @@ def comlora_table(arms: Arms, best: float) -> str:
 def goals(arms: Arms, best: float) -> str:
     """The two goals, each for the tournament of 4 on shared rows, and beside them the one on all rows."""
     low, lines = on_lattice(best * LOW), []
-    for rows in ("shared", "all"):
+    for rows, by in ((rows, by) for rows in ("shared", "all") for by in (AVERAGED, "nll")):
         for centre in (best, low):
-            name = tournament_name(4, EARLY, rows, "nll", centre)
+            name = tournament_name(4, EARLY, rows, by, centre)
             for baseline in (grid_name(4, "nll", centre), grid_name(10, "nll")):
                 if gap := difference(values(arms, name), values(arms, baseline)):
                     verdict = "met" if gap.mean + gap.half <= GOALS[0] else "missed" if gap.mean > GOALS[0] else "open"
                     lines.append(f"| {name} | {baseline} | at most +{GOALS[0]} | {gap:+.3f} | {verdict} |")
-        name, baseline = tournament_name(4, EARLY, rows, "nll", low), f"LoRA r8 {low:g}"
+        name, baseline = tournament_name(4, EARLY, rows, by, low), f"LoRA r8 {low:g}"
         if gap := difference(values(arms, name), values(arms, baseline)):
             met = gap.mean <= -GOALS[1] and gap.excludes_zero
             verdict, goal = "met" if met else "missed", f"{-GOALS[1]} or lower, without 0"
@@ -369,8 +367,8 @@ def second(results: Sequence[Row], rates: Sequence[float], best: float | None) -
     for rate in (best, on_lattice(best * LOW)):
         rows.append((f"grid of 4 around {rate:g}", grid_name(4, "nll", rate)))
         rows += [
-            (f"tournament of 4, {seen} rows, around {rate:g}", tournament_name(4, EARLY, seen, "nll", rate))
-            for seen in ("shared", "all")
+            (f"tournament of 4, {seen} rows, around {rate:g}", tournament_name(4, EARLY, seen, by, rate))
+            for seen, by in (("shared", AVERAGED), ("all", "nll"))
         ]
     parts = {
         "Grids and tournaments": table(arms, rows, baseline),
@@ -400,8 +398,9 @@ FAMILIES = {  # the first pattern that an arm's name has counts
     "one LoRA": r"LoRA r8",
     "grid": r"grid",
     "best of four seeds": r"four seeds .*best",
-    "tournament, shared rows": r"tournament .* shared",
-    "tournament, all rows": r"tournament .* all",
+    "tournament, shared rows": r"tournament .* shared .* averaged nll,",
+    "tournament, all rows": r"tournament .* all .* averaged nll,",
+    "tournament with other rungs": r"tournament",
     "ComLoRA": r"ComLoRA",
 }
 
@@ -423,7 +422,7 @@ def draw(arms: Arms, best: float, path: Path) -> None:
     families = {name: next((own for own, one in FAMILIES.items() if re.search(one, name)), None) for name in arms}
     # families stand side by side
     places = {title: 2 ** (0.035 * (place - len(FAMILIES) / 2)) for place, title in enumerate(FAMILIES)}
-    for mark, title in zip("so^DPvXh", FAMILIES, strict=True):
+    for mark, title in zip("so^DPvX*h", FAMILIES, strict=True):
         shown = [name for name in arms if families[name] == title and found[name].mean <= limit]
         if shown:
             x, y = [units[name] * places[title] for name in shown], [found[name].mean for name in shown]
@@ -431,7 +430,7 @@ def draw(arms: Arms, best: float, path: Path) -> None:
             axes.errorbar(x, y, bars, fmt=mark, markersize=5, linewidth=0.8, alpha=0.75, label=title)
     for factor in GUESSES:
         rate = on_lattice(best * factor)
-        ends = f"LoRA r8 {rate:g}", tournament_name(4, EARLY, "shared", "nll", rate)
+        ends = f"LoRA r8 {rate:g}", tournament_name(4, EARLY, "shared", AVERAGED, rate)
         if all(name in found and found[name].mean <= limit for name in ends):
             start, stop = ((units[name] * places[families[name]], found[name].mean) for name in ends)
             axes.annotate("", stop, start, arrowprops={"arrowstyle": "->", "color": "grey", "linewidth": 0.8})
