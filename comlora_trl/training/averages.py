@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from comlora_trl.branches.model import BranchModel
 from comlora_trl.competition.rungs import average_share
@@ -48,7 +49,7 @@ class WeightAverages:
         self._given = None
         averages = [one for own in self._averages.values() for one in own]
         weights = [_wide(weight) for branch in living for weight in self._pieces(branch)]
-        torch._foreach_lerp_(averages, weights, average_share(self.horizon, step))
+        get_ema_multi_avg_fn(decay=1 - average_share(self.horizon, step))(averages, weights, step)
 
     def drop(self, branches: Sequence[int]) -> None:
         """Frees the averages of retired branches."""
@@ -67,13 +68,13 @@ class WeightAverages:
         sharding.reshard(root)  # otherwise a forward would use gathered copies of the other weights
         with torch.no_grad():
             trained = [weight.clone() for weight in weights]
-            torch._foreach_copy_(weights, averages)
+            _copy(weights, averages)
         try:
             yield
         finally:
             sharding.reshard(root)
             with torch.no_grad():
-                torch._foreach_copy_(weights, trained)
+                _copy(weights, trained)
 
     def save(self, folder: str | Path, writes: bool) -> None:
         """Writes the whole averages into a checkpoint. All processes must call this.
@@ -101,6 +102,11 @@ class WeightAverages:
 
     def _pieces(self, branch: int) -> list[Tensor]:
         return [sharding.local(parameter) for parameter in self.model.branch_parameters(branch)]
+
+
+def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(into, values, strict=True):
+        weight.copy_(value)
 
 
 def _wide(weight: Tensor) -> Tensor:
