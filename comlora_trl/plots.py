@@ -92,8 +92,6 @@ def read_competition(folder: str | Path) -> Competition:
 def _parse(content: dict[str, Any]) -> Competition:
     k = len(content["branches"])
     found: dict[str, list[Curve]] = {name: [{} for _ in range(k)] for name in ("train", "wins", "loss", "score")}
-    for rung in content["rungs"]:
-        _keep(found["loss"], rung["step"], rung["validation_nll"])
     for entry in content["history"]:
         for name, value in entry.items():
             selection = _SELECTION.fullmatch(name)
@@ -102,6 +100,11 @@ def _parse(content: dict[str, Any]) -> Competition:
                 found[selection[1]][int(selection[2])][entry["step"]] = value
             elif name.startswith("comlora/") and kind in ("loss", "wins"):
                 found["train" if kind == "loss" else "wins"][int(branch)][entry["step"]] = value
+    measured = {step for curve in found["loss"] for step in curve}
+    for rung in content["rungs"]:
+        # The figures of averaged weights do not lie on the curve of the trained ones
+        if rung.get("average") is None or len(measured) < 2:
+            _keep(found["loss"], rung["step"], rung["validation_nll"])
     curves = {name: [dict(sorted(curve.items())) for curve in of_all] for name, of_all in found.items()}
     before = [k, *(rung["survivors"] for rung in content["rungs"])]
     rungs = [(rung["step"], n, rung["survivors"]) for n, rung in zip(before, content["rungs"], strict=False)]
@@ -136,8 +139,9 @@ def draw_losses(axes: Any, run: Competition) -> None:
             training = {min(step, math.inf if end is None else end): value for step, value in training.items()}
             axes.plot(*_xy(training), color=color, linewidth=0.9, alpha=0.45, zorder=1)
         axes.plot(*_xy(curve), color=color, label=run.label(branch), marker="o", markersize=4, **style)
-        if end in curve:
-            axes.plot(end, curve[end], "X", color=color, markeredgecolor="white", markersize=10, zorder=4)
+        if end is not None and curve:
+            last = max(curve)
+            axes.plot(last, curve[last], "X", color=color, markeredgecolor="white", markersize=10, zorder=4)
     values = [v for curve in run.validation or run.training for v in curve.values() if 0 < v < math.inf]
     if values and max(values) > 10 * min(values):
         axes.set_yscale("log")

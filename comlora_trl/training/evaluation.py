@@ -176,11 +176,11 @@ def validate(
 
 
 def selection_metrics(selection: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The figures of a selection as log entries `PREFIX_comlora/...`."""
-    metrics = {}
+    """The figures of a selection as log entries `PREFIX_comlora/...`; `averaged_...` for those of averaged weights."""
+    metrics, weights = {}, "averaged_" if selection.get("average") else ""
     columns = {"loss": "validation_nll", "accuracy": "validation_accuracy", "score": "scores"}
     for entry, column in columns.items():
         for branch, value in enumerate(selection[column] or []):
             if value is not None:
-                metrics[f"{prefix}_comlora/{entry}_{branch}"] = value
+                metrics[f"{prefix}_comlora/{weights}{entry}_{branch}"] = value
     return metrics | {f"{prefix}_comlora/winner": selection["winner"]}
