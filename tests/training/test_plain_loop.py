@@ -9,6 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 from comlora_trl.competition import CompetitionSettings, ValidationTally
 from comlora_trl.competition.rungs import parse_rungs
 from comlora_trl.competition.selector import SelectorSettings
+from comlora_trl.training.averages import WeightAverages
 from comlora_trl.training.competition import Competition
 from comlora_trl.training.model import ComLoRAModel
 
@@ -67,6 +68,12 @@ def test_a_plain_loop_is_the_trainer(name, train, tmp_path):
         model.train()
         return tally
 
+    averages = WeightAverages(model, horizon=0.25)
+
+    def measure_averages() -> ValidationTally:
+        with averages.in_place(model):
+            return measure()
+
     competition.begin(total_steps=len(steps))
     for batch in steps:
         plan = competition.plan_step([batch])
@@ -76,7 +83,8 @@ def test_a_plain_loop_is_the_trainer(name, train, tmp_path):
         competition.end_step(max_norm=trainer.args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if competition.reach_rung(measure) is not None:
+        averages.update(competition.state.living, competition.step)
+        if competition.reach_rung(measure_averages, averages.horizon) is not None:
             competition.drop_retired()
     competition.select(measure)
 
@@ -84,6 +92,9 @@ def test_a_plain_loop_is_the_trainer(name, train, tmp_path):
     assert difference(own, parameters(trainer)) < 1e-9
     ours, theirs = competition.state, trainer.competition.state
     assert (ours.wins, ours.retired, ours.row_passes) == (theirs.wins, theirs.retired, theirs.row_passes)
+    for own, rung in zip(ours.rungs, theirs.rungs, strict=True):
+        living = [(a, b) for a, b in zip(own["validation_nll"], rung["validation_nll"], strict=True) if a is not None]
+        assert own["average"] == rung["average"] and all(a == pytest.approx(b, abs=1e-6) for a, b in living)
     for figure in ("validation_nll", "scores"):
         pairs = zip(ours.selection[figure] or [], theirs.selection[figure] or [], strict=True)
         assert all(a == b or a == pytest.approx(b, abs=1e-6) for a, b in pairs)
