@@ -100,11 +100,12 @@ def _parse(content: dict[str, Any]) -> Competition:
                 found[selection[1]][int(selection[2])][entry["step"]] = value
             elif name.startswith("comlora/") and kind in ("loss", "wins"):
                 found["train" if kind == "loss" else "wins"][int(branch)][entry["step"]] = value
-    measured = {step for curve in found["loss"] for step in curve}
+    measured = [len(curve) for curve in found["loss"]]
     for rung in content["rungs"]:
-        # The figures of averaged weights do not lie on the curve of the trained ones
-        if rung.get("average") is None or len(measured) < 2:
-            _keep(found["loss"], rung["step"], rung["validation_nll"])
+        for branch, value in enumerate(rung["validation_nll"]):
+            # The figures of averaged weights do not lie on the curve of the trained ones
+            if value is not None and (rung.get("average") is None or measured[branch] < 2):
+                found["loss"][branch][rung["step"]] = value
     curves = {name: [dict(sorted(curve.items())) for curve in of_all] for name, of_all in found.items()}
     before = [k, *(rung["survivors"] for rung in content["rungs"])]
     rungs = [(rung["step"], n, rung["survivors"]) for n, rung in zip(before, content["rungs"], strict=False)]
@@ -120,14 +121,8 @@ def _parse(content: dict[str, Any]) -> Competition:
     )
 
 
-def _keep(curves: list[Curve], step: int, values: list[float | None]) -> None:
-    for curve, value in zip(curves, values, strict=True):
-        if value is not None:
-            curve[step] = value
-
-
 def draw_losses(axes: Any, run: Competition) -> None:
-    """Validation loss over the run; thin lines are the training loss, crosses the end of a branch."""
+    """Validation loss over the run; thin lines are the training loss, crosses the last point of a retired branch."""
     few = len({step for curve in run.validation for step in curve}) < _FEW
     if not any(run.validation) and not any(run.training):
         raise ValueError("its history has no branch's loss: train with --logging_steps, or with validation data.")

@@ -97,9 +97,9 @@ def rung_steps(rungs: Sequence[Rung], total: int) -> dict[int, Rung]:
 def average_share(horizon: float, step: int) -> float:
     """a_t, the share of the newest weights in an average over the last steps: w̄_t = (1 − a_t)·w̄_(t−1) + a_t·w_t.
 
-    a_t = min(1, 1/(h·t)) is polynomial-decay averaging (Shamir & Zhang, 2013). It needs no earlier weights, and covers
-    the same share of the steps so far at any step. With h = 0.25, the newest quarter of the steps has about 70% of the
-    weight.
+    a_t = min(1, 1/(h·t)) is a form of polynomial-decay averaging (Shamir & Zhang, 2013). It needs no earlier weights,
+    and covers the same share of the steps so far at any step. With h = 0.25, the newest quarter of the steps has about
+    70% of the weight. In the first 1/h steps the average is the newest weights.
 
     Args:
         horizon: h, in (0, 1].

@@ -14,6 +14,7 @@ from trl import KTOTrainer
 
 from comlora_trl.branches.views import BranchView
 from comlora_trl.competition import ValidationTally
+from comlora_trl.training.averages import WeightAverages
 from comlora_trl.training.config import ComLoRAKTOConfig
 from comlora_trl.training.evaluation import Measured
 from comlora_trl.training.model import BranchPass
@@ -146,9 +147,9 @@ class ComLoRAKTOTrainer(ReferenceOnce, KTOTrainer):
 
     # ---- Validation: the reward accuracy is over all pairs of examples of the validation set, not of a batch ----
 
-    def _measure(self) -> ValidationTally:
+    def _measure(self, averages: WeightAverages | None = None) -> ValidationTally:
         self._rewards = []
-        tally = super()._measure()
+        tally = super()._measure(averages)
         gathered, self._rewards = gather_object(self._rewards), []
         labels = torch.tensor([label for _, some in gathered for label in some], dtype=torch.bool)
         rewards = torch.tensor([row for some, _ in gathered for row in some], dtype=torch.float64)

@@ -77,18 +77,18 @@ class WeightAverages:
                 _copy(weights, trained)
 
     def save(self, folder: str | Path, writes: bool) -> None:
-        """Writes the whole averages into a checkpoint. All processes must call this.
+        """Writes the whole averages into a checkpoint, if there are any. All processes must call this.
 
         Args:
             folder: the checkpoint.
             writes: whether this process writes.
         """
-        values = {}
+        values = dict(self._given or {})  # if there has been no step since they were given
         for branch, own in self._averages.items():
             named = self.model.named_branch_parameters(branch).items()
             for (name, parameter), average in zip(named, own, strict=True):
                 values[sharding.plain_name(name)] = sharding.whole(average, parameter).cpu().contiguous()
-        if writes:
+        if writes and values:
             save_file(values, Path(folder) / AVERAGES_FILE, metadata={"format": "pt"})
 
     def _first(self, branch: int) -> list[Tensor]:
@@ -96,7 +96,9 @@ class WeightAverages:
             return [_wide(weight).clone() for weight in self._pieces(branch)]
         named = self.model.named_branch_parameters(branch).items()
         return [
-            sharding.piece(self._given[sharding.plain_name(name)].to(parameter.device), parameter).clone()
+            sharding.piece(
+                self._given[sharding.plain_name(name)].to(parameter.device, _wide_dtype(parameter)), parameter
+            )
             for name, parameter in named
         ]
 
@@ -110,7 +112,11 @@ def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _wide(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.to(_wide_dtype(weight))
+
+
+def _wide_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def saved_averages(folder: str | Path | None) -> dict[str, Tensor] | None:

@@ -469,8 +469,8 @@ class Competition:
         """Selects the branch that is best on the validation set as the leader (eq. 11-12).
 
         Args:
-            measure: sums the figures of each living branch over the validation set. It is called at most once for each
-                step.
+            measure: sums the figures of each living branch over the validation set. It is not called if there has been
+                a selection by the trained weights at this step.
             average: the horizon, if averages of the weights are validated.
 
         Returns:

@@ -44,21 +44,22 @@ class BatchSize:
         examples: examples of a batch that fits into memory, for all processes together.
         device: the device.
         layers: number of decoder layers; 0 if batches must not grow.
+        multiple: batches are padded to multiples of this length.
 
     Attributes:
         tokens: number of tokens, padding included, up to which a batch may have more examples.
     """
 
-    def __init__(self, examples: int, device: torch.device, layers: int = 0) -> None:
-        self.examples, self.tokens = examples, 0
+    def __init__(self, examples: int, device: torch.device, layers: int = 0, multiple: int = 1) -> None:
+        self.examples, self.tokens, self.multiple = examples, 0, multiple
         self.device, self.layers = device, layers if device.type == "cuda" else 0
 
     def groups(self, dataset: Dataset | IterableDataset) -> Iterator[list[dict[str, Any]]]:
         """Splits a data set into batches."""
         streamed = isinstance(dataset, IterableDataset)
-        group, longest = [], 0.0
+        group, longest = [], 0
         for example in dataset if streamed else (dataset[index] for index in range(len(dataset))):
-            length = _length(example)
+            length = math.ceil(_length(example) / self.multiple) * self.multiple
             longest = max(longest, length)
             if len(group) >= self.examples and (len(group) + 1) * longest > self.tokens:
                 yield group
@@ -76,7 +77,9 @@ class BatchSize:
         before = self._allocated()
         yield
         # What one layer allocates, as if it freed nothing before its end: more than the memory that it needs
-        needed = max(1, (self._allocated() - before) // (self.layers * tokens))
+        needed = (self._allocated() - before) // (self.layers * tokens)
+        if needed <= 0:
+            return  # not all of PyTorch's allocators count
         in_use, free = torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
         self.tokens = min(torch.cuda.max_memory_allocated(self.device) - in_use, free) // needed
 
@@ -85,10 +88,10 @@ class BatchSize:
         return torch.cuda.memory_stats(self.device).get("allocated_bytes.all.allocated", 0)
 
 
-def _length(example: Any) -> float:
-    """Number of tokens of an example; infinite if it is not known."""
+def _length(example: Any) -> int:
+    """Number of tokens of an example; very large if it is not known."""
     known = isinstance(example, Mapping) and hasattr(example.get("input_ids"), "__len__")
-    return len(example["input_ids"]) if known else math.inf
+    return len(example["input_ids"]) if known else 2**62
 
 
 def own_batches(
@@ -160,8 +163,10 @@ def validate(
             loader = trainer.get_eval_dataloader(dataset)  # for its columns and its collator only
             readable = dataset if isinstance(dataset, IterableDataset) else loader.dataset
             each = max(trainer.args.per_device_eval_batch_size, trainer.args.per_device_train_batch_size)
-            alone = accelerator.distributed_type == DistributedType.NO  # all processes need batches of the same size
-            size = BatchSize(each * accelerator.num_processes, accelerator.device, layers if alone else 0)
+            # All processes need batches of the same size, and the memory of one device is looked at
+            alone = accelerator.distributed_type == DistributedType.NO and not trainer.is_model_parallel
+            multiple = trainer.args.pad_to_multiple_of or 1
+            size = BatchSize(each * accelerator.num_processes, accelerator.device, layers if alone else 0, multiple)
             batches = own_batches(readable, size, accelerator.process_index, accelerator.num_processes)
             hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
             for examples, count in tqdm(batches, desc="selection", leave=False, disable=hidden):
@@ -182,5 +187,6 @@ def selection_metrics(selection: dict[str, Any], prefix: str) -> dict[str, float
     for entry, column in columns.items():
         for branch, value in enumerate(selection[column] or []):
             if value is not None:
-                metrics[f"{prefix}_comlora/{weights}{entry}_{branch}"] = value
+                kind = entry if entry == "score" else weights + entry  # scores do not depend on the branches' weights
+                metrics[f"{prefix}_comlora/{kind}_{branch}"] = value
     return metrics | {f"{prefix}_comlora/winner": selection["winner"]}

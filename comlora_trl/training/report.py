@@ -13,7 +13,7 @@ from comlora_trl.competition import CompetitionState
 from comlora_trl.competition.rungs import Rung, early_remark, edge_remark
 from comlora_trl.training.model import ComLoRAModel
 from comlora_trl.winner.folder import COMPETITION_FILE
-from comlora_trl.winner.table import cell, competition_table
+from comlora_trl.winner.table import averaged_remark, cell, competition_table
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     table = _table(title, headings[1:-1])
     for row in rows:
         table.add_row(*row)
-    by_loss, remarks = summary["winner_by_validation_loss"], []
+    by_loss, remarks = summary["winner_by_validation_loss"], [one] if (one := averaged_remark(summary)) else []
     if by_loss not in (summary["winner"], None):
         remarks.append(f"by validation {summary['measured'][0]} alone, branch_{by_loss} would have won")
     rates = [line["learning_rate"] for line in summary["branches"]]
@@ -242,9 +242,13 @@ def _table(title: str, headings: list[str]) -> Table:
 
 
 def _last_figures(state: CompetitionState, branch: int) -> dict[str, Any]:
-    """A branch's newest validation figures, from the last selection or from the rung that retired it."""
+    """A branch's newest validation figures, from the last selection or from the rung that retired it.
+
+    `average` is the horizon if they are those of averaged weights.
+    """
     columns = {"validation_nll": "validation_nll", "validation_accuracy": "validation_accuracy", "score": "scores"}
     for measured in (state.selection, *reversed(state.rungs)):
         if measured is not None and measured["validation_nll"][branch] is not None:
-            return {key: measured[column][branch] if measured[column] else None for key, column in columns.items()}
-    return dict.fromkeys(columns)
+            figures = {key: measured[column][branch] if measured[column] else None for key, column in columns.items()}
+            return figures | {"average": measured.get("average")}
+    return dict.fromkeys((*columns, "average"))

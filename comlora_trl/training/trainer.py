@@ -179,6 +179,7 @@ class CompetingTrainer:
         finally:
             watched.remove()
             self.retired_files.wait()
+            self.averages = None
 
     def _reset(self) -> None:
         """Begins a new competition: branches that an earlier run retired or disqualified get new weights."""
@@ -238,7 +239,7 @@ class CompetingTrainer:
             )
             return None
         saved = saved_averages(self._checkpoint)
-        if saved is None and self._checkpoint is not None:
+        if saved is None and self._checkpoint is not None and self.state.global_step > 0:
             logger.warning(
                 f"checkpoint {self._checkpoint} has no averages of the weights: they begin at step "
                 f"{self.state.global_step}, and the next rung may choose otherwise than in an uninterrupted run."
@@ -755,9 +756,13 @@ class CompetitionCallback(TrainerCallback):
             self.trainer.rates.note()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        known = self.trainer.competition.state.selection
+        selection = self.trainer.competition.state.selection
         self.trainer.reach_rung()
-        self._select(state, control, known)
+        new = self.trainer.competition.state.selection
+        if new is not selection and new["average"] is not None and control.should_evaluate:
+            self.trainer.log_selection()  # the evaluation makes a selection by the trained weights
+            selection = new
+        self._select(state, control, selection)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._select(state, control, self.trainer.competition.state.selection)

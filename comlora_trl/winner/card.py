@@ -16,7 +16,7 @@ import yaml
 from comlora_trl.data.prompts import PROMPT_TEMPLATES
 from comlora_trl.demo import DEMO_BASE, resolve_base
 from comlora_trl.winner.folder import Adapter, tasks_for, vllm_rank
-from comlora_trl.winner.table import competition_table
+from comlora_trl.winner.table import averaged_remark, competition_table
 
 CARD_FILE = "README.md"
 _TAGS = ("comlora", "lora")
@@ -149,6 +149,8 @@ def _competition(adapter: Adapter) -> str:
     examples = summary.get("validation_examples")
     measured = f", {examples} validation examples" if examples else ""
     head = f"## The competition\n\n{len(rows)} branches{measured}:\n\n"
+    remark = averaged_remark(summary)
+    lines += [] if remark is None else ["", f"{remark}."]
     return "\n\n".join([head + "\n".join(lines), *(f"![The competition]({name})" for name in adapter.pictures)])
 
 

@@ -41,6 +41,14 @@ def competition_table(summary: dict[str, Any], adapter: int | None = None) -> tu
     return ["branch", *(heading for heading, _, _ in columns), ""], rows
 
 
+def averaged_remark(summary: dict[str, Any]) -> str | None:
+    """A remark that names the branches whose figures are those of averaged weights; None if there are none."""
+    names = [f"branch_{one['branch']}" for one in summary["branches"] if one.get("average") is not None]
+    if not names:
+        return None
+    return f"{', '.join(names)}: figures of averaged weights, at a rung"
+
+
 def cell(value: float | None, spec: str) -> str:
     """A figure as text, or a dash if there is none."""
     return "–" if value is None else format(value, spec)

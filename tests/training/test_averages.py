@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 import comlora_trl.training.trainer as trainer_module
 from comlora_trl.competition.rungs import average_share
-from comlora_trl.training.averages import AVERAGES_FILE
+from comlora_trl.training.averages import AVERAGES_FILE, saved_averages
 
 HORIZON = 0.4
 FIELD = {**TOURNAMENT, "comlora_rungs": "0.4:2,0.6:1", "max_steps": 10}
@@ -111,3 +111,52 @@ def test_a_resumed_run_has_the_same_averages(kept, train, caplog):
 def test_a_horizon_outside_0_to_1_is_refused(value, train):
     with pytest.raises(ValueError, match=f"comlora_rung_average={value} is not possible"):
         train(**FIELD, comlora_rung_average=value)
+
+
+def test_a_checkpoint_before_the_first_step_keeps_the_averages(train):
+    """As transformers' JIT checkpoints save: at the beginning of a step, also of a resumed run's first one."""
+
+    class Early(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step in (0, 3):
+                folder = Path(args.output_dir) / f"early-{state.global_step}"
+                trainer.comlora_model.save_pretrained(folder)
+                trainer.averages.save(folder, True)
+
+    options = {**FIELD, "comlora_rung_average": HORIZON, "save_strategy": "steps", "save_steps": 3}
+    trainer = train(start=False, trainer={"callbacks": [Early()]}, **options)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    saved = saved_averages(folder / "checkpoint-3")
+    assert saved_averages(folder / "early-0") is None
+    trainer = train(start=False, trainer={"callbacks": [Early()]}, **options)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    again = saved_averages(Path(trainer.args.output_dir) / "early-3")
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+def test_figures_of_averaged_weights_are_marked(train, capsys):
+    """In the log, the table and the card, also where an evaluation falls on a rung's step."""
+    trainer = train(**FIELD, comlora_rung_average=HORIZON, eval_strategy="steps", eval_steps=4)
+    rung = next(entry for entry in trainer.state.log_history if "eval_comlora/averaged_loss_0" in entry)
+    trained = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert rung["step"] == trained["step"] == 4
+    first = trainer.competition.state.rungs[0]
+    living = [branch for branch in range(4) if branch not in first["retired"]]
+    assert rung["eval_comlora/averaged_loss_0"] == first["validation_nll"][0]
+    assert all(f"eval_comlora/loss_{branch}" in trained for branch in living)
+    branches = trainer.competition_summary()["branches"]
+    winner = trainer.competition.state.leader
+    assert [one["average"] for one in branches] == [None if b == winner else HORIZON for b in range(4)]
+    assert "figures of averaged weights, at a rung" in capsys.readouterr().out
+    card = (Path(trainer.args.output_dir) / "winner" / "README.md").read_text()
+    assert "figures of averaged weights, at a rung." in card
+
+
+def test_a_run_that_stops_before_its_rungs_frees_the_averages(train):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer = train(**FIELD, comlora_rung_average=HORIZON, trainer={"callbacks": [Stop()]})
+    assert trainer.state.global_step == 2 and trainer.averages is None

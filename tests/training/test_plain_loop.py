@@ -17,9 +17,9 @@ RATES = (5e-3, 1e-2, 2e-2)
 CASES = {
     "selector": ({"comlora_k": 3}, {"k": 3}),
     "tournament": (
-        {"comlora_k": 3, "comlora_branch_learning_rates": list(RATES), "comlora_rungs": "0.25:2,0.5:1"}
+        {"comlora_k": 3, "comlora_branch_learning_rates": list(RATES), "comlora_rungs": "0.5:2,0.75:1"}
         | {"comlora_selector": False, "comlora_rows": "shared"},
-        {"k": 3, "independent": True, "rates": RATES, "rungs": parse_rungs("0.25:2,0.5:1", 3), "rows": "shared"}
+        {"k": 3, "independent": True, "rates": RATES, "rungs": parse_rungs("0.5:2,0.75:1", 3), "rows": "shared"}
         | {"winner_by": "validation_loss"},
     ),
 }

@@ -331,9 +331,29 @@ def test_a_batch_grows_until_it_has_as_many_tokens_as_fit():
     assert [len(one["input_ids"]) for one in next(groups)] == [3, 3]  # nothing is known of the memory yet
     size.tokens = 8
     assert [[len(one["input_ids"]) for one in group] for group in groups] == [[2, 2, 2], [9, 2], [2]]
+    padded = BatchSize(2, torch.device("cpu"), multiple=4)
+    padded.tokens = 8  # two rows of 3 tokens take 8 with their padding
+    assert [len(group) for group in padded.groups([{"input_ids": [0] * 3}] * 5)] == [2, 2, 1]
     unknown = BatchSize(2, torch.device("cpu"))
     unknown.tokens = 100
     assert [len(group) for group in unknown.groups([{"text": "a"}] * 5)] == [2, 2, 1]
+
+
+def test_a_batch_grows_into_the_memory_that_training_has_needed(monkeypatch):
+    """With a stand-in for PyTorch's counts, of which the last one is an allocator that does not count."""
+    counts = iter([0, 3000, 3000, 3000])
+    monkeypatch.setattr(BatchSize, "_allocated", lambda self: next(counts))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1500)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 0))
+    size = BatchSize(2, torch.device("cuda"), layers=3)
+    with size.watched(100):  # 10 bytes a token and layer
+        pass
+    assert size.tokens == 80  # of the 1000 bytes of room 800 are free
+    with size.watched(100):
+        pass
+    assert size.tokens == 80
+    assert BatchSize(2, torch.device("cpu"), layers=3).layers == 0
 
 
 def test_held_out_stream_in_a_run(tmp_path):

@@ -27,7 +27,7 @@ PACKAGE = ROOT / "comlora_trl"
 GROUPS = {
     "Competition": ("k", "tournament", "rows", "learning_rate", "lora_*", "use_peft"),
     "Speed and memory": ("branch_chunk", "graphs"),
-    "Tournament": ("branch*", "rungs"),
+    "Tournament": ("branch*", "rung*"),
     "Losses of the paper": ("*_weight", "top_n", "annealing*", "noise", "equation_signs"),
     "Selector": ("selector*",),
     "Data": ("prompt", "validation_size"),
