@@ -63,9 +63,9 @@ class WeightAverages:
         Args:
             root: the model in its wrapper.
         """
+        sharding.reshard(root)  # otherwise a forward would use gathered copies of the trained weights
         weights = [weight for branch in self._averages for weight in self._pieces(branch)]
         averages = [one for own in self._averages.values() for one in own]
-        sharding.reshard(root)  # otherwise a forward would use gathered copies of the other weights
         with torch.no_grad():
             trained = [weight.clone() for weight in weights]
             _copy(weights, averages)
