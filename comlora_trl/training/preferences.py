@@ -8,13 +8,15 @@ TRL's loss is a mean over the lines of a micro-batch. Here, a branch's loss is t
 optimizer step, so each micro-batch of each process is weighted by its number of lines.
 """
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -382,8 +384,11 @@ class ReferenceOnce(CompetingPreferences):
     """[`CompetingPreferences`] with a loss that has a reference and a β.
 
     TRL's method computes the reference's log-probabilities once for all branches. They are added to the batch, where
-    TRL's loss reads precomputed log-probabilities.
+    TRL's loss reads precomputed log-probabilities. Those of validation batches are kept for the next selection of the
+    same training.
     """
+
+    _references: dict[str, dict[str, Tensor]] | None = None
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Runs the Trainer's evaluation. TRL precomputes the reference of a given data set, if it does so in training.
@@ -401,7 +406,35 @@ class ReferenceOnce(CompetingPreferences):
 
     def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch with the reference's log-probabilities."""
-        return dict(inputs) if self.precompute_ref_logps else {**inputs, **self.reference_of(inputs)}
+        if self.precompute_ref_logps:
+            return dict(inputs)
+        if not self.keeps_references:
+            return {**inputs, **self.reference_of(inputs)}
+        kept, key = self._references, fingerprint(inputs)
+        if kept is None:
+            kept = self._references = {}
+        if key not in kept:
+            kept[key] = self.reference_of(inputs)
+        return {**inputs, **kept[key]}
+
+    @property
+    def keeps_references(self) -> bool:
+        """Whether the reference gives the same log-probabilities in each validation, and may be left out in one.
+
+        With several processes, one that leaves it out while others do not could make these wait for ever.
+        """
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        return alone and self.is_in_train and not self.model.training and not self.args.sync_ref_model
+
+    def begin_competition(self) -> None:
+        """As in the base class."""
+        self._references = None
+        super().begin_competition()
+
+    def finish_competition(self) -> None:
+        """As in the base class. The kept log-probabilities are freed."""
+        super().finish_competition()
+        self._references = None
 
     @contextmanager
     def settings_of_branch(self, branch: int) -> Iterator[None]:
@@ -421,3 +454,13 @@ class ReferenceOnce(CompetingPreferences):
                 yield found
         finally:
             self.precompute_ref_logps = kept
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """A hash of a batch's tensors, by which equal batches are found."""
+    found = hashlib.sha256()
+    for name, value in sorted(inputs.items()):
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -220,6 +220,29 @@ def test_the_reference_runs_once_for_all_branches(rows, tmp_path):
     assert forwards.count == {True: 4, False: 4}
 
 
+@pytest.mark.parametrize("kind", BETA, ids=names)
+def test_the_reference_of_a_validation_batch_runs_once_in_a_training(kind, tmp_path, monkeypatch):
+    options = {"comlora_k": 3, "comlora_branch_learning_rates": [1e-3, 3e-3, 1e-2], "comlora_rungs": "0.3:2,0.6:1"}
+    counts, ends = {}, {}
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(kind.ours, "keeps_references", False)
+        trainer = kind.run(tmp_path / str(kept), gradient_checkpointing=False, max_steps=4, **options)
+        calls, reference_of = [], trainer.reference_of
+
+        def counted(inputs, trainer=trainer, calls=calls, reference_of=reference_of):
+            calls.append(trainer.model.training)
+            return reference_of(inputs)
+
+        trainer.reference_of = counted
+        trainer.train()
+        counts[kept], ends[kept] = calls.count(False), trainer.competition.state
+        assert calls.count(True) == 4
+    assert counts[False] == 3 * counts[True] > 0  # two rungs and the last selection
+    assert ends[True].rungs == ends[False].rungs and ends[True].selection == ends[False].selection
+    assert trainer._references is None
+
+
 def test_precomputed_references_need_no_pass(tmp_path):
     trainer = DPO.run(tmp_path, comlora_k=3, precompute_ref_log_probs=True, gradient_checkpointing=False, max_steps=4)
     forwards = Forwards(trainer)
