@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,12 @@ def run(
         trainer.remove_callback(PrinterCallback)
         if profiled:
             trainer.add_callback(profile := Profile(steps))
-        timer, selections = Timer(), []  # seconds of rungs and selections, retirement included
+        timer, selections, averages = Timer(), [], []  # seconds of rungs and selections, retirement included
         trainer.add_callback(timer)
         if not trl:
-            selections = [timed(trainer, name, on_gpu) for name in ("reach_rung", "select")]
+            # without a rung, `reach_rung` only averages the weights
+            rungs = timed(trainer, "reach_rung", on_gpu, averages, lambda: trainer.competition.rung is None)
+            selections = [rungs, timed(trainer, "select", on_gpu)]
         printed = io.StringIO()
         if folder is not None:
             (folder / "ready").touch()
@@ -208,6 +211,7 @@ def run(
         "over_three_medians_after_ten": sum(one > 3 * statistics.median(late) for one in times[10:]),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0,
+        "averages_s": sum(averages),
         "selections_s": [round(one, 3) for kind in selections for one in kind if one > 1e-3],
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "times_ms": [round(one, 1) for one in times],
@@ -221,8 +225,21 @@ def run(
     return found
 
 
-def timed(owner: Any, name: str, on_gpu: bool) -> list[float]:
-    """Seconds of each call of a method, from now on."""
+def timed(
+    owner: Any,
+    name: str,
+    on_gpu: bool,
+    others: list[float] | None = None,
+    is_other: Callable[[], bool] = lambda: False,
+) -> list[float]:
+    """Seconds of each call of a method, from now on.
+
+    Args:
+        owner, name: the method.
+        on_gpu: whether to wait for the GPU.
+        others: a list for the seconds of calls before which `is_other` is true. The result does not have them.
+        is_other: tells one kind of calls from the other.
+    """
     import torch
 
     original, seconds = getattr(owner, name), []
@@ -230,13 +247,14 @@ def timed(owner: Any, name: str, on_gpu: bool) -> list[float]:
     def measured(*args: Any, **kwargs: Any) -> Any:
         if on_gpu:
             torch.cuda.synchronize()
+        into = others if is_other() else seconds
         start = time.perf_counter()
         try:
             return original(*args, **kwargs)
         finally:
             if on_gpu:
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            into.append(time.perf_counter() - start)
 
     setattr(owner, name, measured)
     return seconds
