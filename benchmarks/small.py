@@ -42,6 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dpo_k1": {"comlora_k": 1},
     "dpo_tournament": {"comlora_tournament": True},
     "dpo_k4": {"comlora_k": 4},
+    "dpo_k4_chunked": {"comlora_k": 4, "comlora_branch_chunk": 2},
     "dpo_tournament_without_graphs": {"comlora_tournament": True, "comlora_graphs": False},
 }
 DEFAULT = ("trl", "k1", "tournament", "k4", "k4_selector")

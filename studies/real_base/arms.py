@@ -22,7 +22,7 @@ RATES = tuple(1.25e-4 * 2**step for step in range(10))  # 1.25e-4 to 6.4e-2, a f
 RANK, WIDE = 8, 32
 GUESSES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # what a tournament is centred on, times the best rate
 LOW = 1 / 4  # the guess of the goals
-EARLY, MIDDLE, LATE = "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:2,0.75:1"
+EARLIEST, EARLY, MIDDLE, LATE = "0.05:2,0.15:1", "0.1:2,0.25:1", "0.25:2,0.5:1", "0.5:2,0.75:1"
 EARLY_OF_EIGHT, MIDDLE_OF_EIGHT = "0.1:4,0.25:1", "0.25:4,0.5:1"
 RUNG_SHARES = (0.1, 0.25, 0.5, 0.75)
 CRITERIA = {"nll": "validation_loss", "accuracy": "validation_accuracy", "selector": "selector"}
@@ -166,6 +166,7 @@ def dependent_arms(best: float) -> list[Arm]:
         *(tournament(centre, EARLY, by="accuracy", priority=5) for centre in (best, low)),
         tournament(best, MIDDLE_OF_EIGHT, k=8, priority=5),
         equal_branches(best),
+        *(tournament(centre, EARLIEST, by=AVERAGED, priority=8) for centre in (best, low)),
         *(tournament(centre, MIDDLE, by=AVERAGED, priority=8) for centre in (best, low)),
         *(
             tournament(centre, by=f"{AVERAGED} {horizon:g}", priority=8, few=True)

@@ -485,7 +485,8 @@ def adapters_to_score(results: Sequence[Row], rates: Sequence[float], best: floa
             if set(arm.rates) <= set(own):
                 rate = arm.chosen(own, own[arm.rates[0]]["steps"])
                 found.append({"arm": arm.name, "seed": seed, "title": fields[seed, rate]})
-    trained = [tournament_name(4, EARLY, "shared", by, rate) for by in (AVERAGED, "nll") for rate in (low, best)]
+    kinds = (("shared", AVERAGED), ("all", AVERAGED), ("shared", "nll"))
+    trained = [tournament_name(4, EARLY, rows, by, rate) for rows, by in kinds for rate in (low, best)]
     trained.append(f"ComLoRA K4 {best:g}")
     for row in results:
         if row["arm"] in trained and "alone" not in row:
