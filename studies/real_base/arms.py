@@ -167,6 +167,7 @@ def dependent_arms(best: float) -> list[Arm]:
         tournament(best, MIDDLE_OF_EIGHT, k=8, priority=5),
         equal_branches(best),
         *(tournament(centre, EARLIEST, by=AVERAGED, priority=8) for centre in (best, low)),
+        *(tournament(centre, EARLIEST, by=f"{AVERAGED} {OTHER_HORIZONS[-1]:g}", priority=8) for centre in (best, low)),
         *(tournament(centre, MIDDLE, by=AVERAGED, priority=8) for centre in (best, low)),
         *(
             tournament(centre, by=f"{AVERAGED} {horizon:g}", priority=8, few=True)
