@@ -66,15 +66,11 @@ class WeightAverages:
         sharding.reshard(root)  # otherwise a forward would use gathered copies of the trained weights
         weights = [weight for branch in self._averages for weight in self._pieces(branch)]
         averages = [one for own in self._averages.values() for one in own]
-        with torch.no_grad():
-            trained = [weight.clone() for weight in weights]
-            _copy(weights, averages)
-        try:
-            yield
-        finally:
-            sharding.reshard(root)
+        with sharding.kept(root, weights):
             with torch.no_grad():
-                _copy(weights, trained)
+                for weight, average in zip(weights, averages, strict=True):
+                    weight.copy_(average)
+            yield
 
     def save(self, folder: str | Path, writes: bool) -> None:
         """Writes the whole averages into a checkpoint, if there are any. All processes must call this.
@@ -104,11 +100,6 @@ class WeightAverages:
 
     def _pieces(self, branch: int) -> list[Tensor]:
         return [sharding.local(parameter) for parameter in self.model.branch_parameters(branch)]
-
-
-def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for weight, value in zip(into, values, strict=True):
-        weight.copy_(value)
 
 
 def _wide(weight: Tensor) -> Tensor:
