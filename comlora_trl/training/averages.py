@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -19,6 +20,7 @@ from comlora_trl.competition.rungs import average_share
 from comlora_trl.training import sharding
 
 AVERAGES_FILE = "averages.safetensors"  # in a checkpoint before the last rung
+_HORIZON = "comlora_rung_average"  # the key of the horizon in the file's metadata
 
 
 class WeightAverages:
@@ -66,15 +68,11 @@ class WeightAverages:
         sharding.reshard(root)  # otherwise a forward would use gathered copies of the trained weights
         weights = [weight for branch in self._averages for weight in self._pieces(branch)]
         averages = [one for own in self._averages.values() for one in own]
-        with torch.no_grad():
-            trained = [weight.clone() for weight in weights]
-            _copy(weights, averages)
-        try:
-            yield
-        finally:
-            sharding.reshard(root)
+        with sharding.kept(root, weights):
             with torch.no_grad():
-                _copy(weights, trained)
+                for weight, average in zip(weights, averages, strict=True):
+                    weight.copy_(average)
+            yield
 
     def save(self, folder: str | Path, writes: bool) -> None:
         """Writes the whole averages into a checkpoint, if there are any. All processes must call this.
@@ -89,7 +87,8 @@ class WeightAverages:
             for (name, parameter), average in zip(named, own, strict=True):
                 values[sharding.plain_name(name)] = sharding.whole(average, parameter).cpu().contiguous()
         if writes and values:
-            save_file(values, Path(folder) / AVERAGES_FILE, metadata={"format": "pt"})
+            metadata = {"format": "pt", _HORIZON: str(self.horizon)}
+            save_file(values, Path(folder) / AVERAGES_FILE, metadata=metadata)
 
     def _first(self, branch: int) -> list[Tensor]:
         if self._given is None:
@@ -106,11 +105,6 @@ class WeightAverages:
         return [sharding.local(parameter) for parameter in self.model.branch_parameters(branch)]
 
 
-def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for weight, value in zip(into, values, strict=True):
-        weight.copy_(value)
-
-
 def _wide(weight: Tensor) -> Tensor:
     return weight.to(_wide_dtype(weight))
 
@@ -121,5 +115,20 @@ def _wide_dtype(weight: Tensor) -> torch.dtype:
 
 def saved_averages(folder: str | Path | None) -> dict[str, Tensor] | None:
     """The averages in a checkpoint, by the weights' names; None if it has none, or without a checkpoint."""
+    file = _file(folder)
+    return None if file is None else load_file(file)
+
+
+def saved_horizon(folder: str | Path | None) -> float | None:
+    """The horizon of the averages in a checkpoint; None if it has none, or if an earlier version wrote it."""
+    file = _file(folder)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as opened:
+        horizon = (opened.metadata() or {}).get(_HORIZON)
+    return None if horizon is None else float(horizon)
+
+
+def _file(folder: str | Path | None) -> Path | None:
     file = None if folder is None else Path(folder) / AVERAGES_FILE
-    return load_file(file) if file is not None and file.is_file() else None
+    return file if file is not None and file.is_file() else None

@@ -16,7 +16,7 @@ from comlora_trl.branches.model import branch_name
 from comlora_trl.training.config import CompetitionConfig
 from comlora_trl.training.lora_fa import pair_branches
 from comlora_trl.training.model import ComLoRAModel
-from comlora_trl.training.sharding import is_sharded, local, reshard
+from comlora_trl.training.sharding import is_sharded, kept, local, reshard
 
 # The key of a parameter group for its owner: the name of the branch that all its parameters belong to, or SELECTOR
 OWNER = "comlora_owner"
@@ -69,19 +69,15 @@ def evaluation_weights(optimizer: Any, model: nn.Module) -> Iterator[None]:
     reshard(model)
     groups = unwrapped(optimizer).param_groups
     weights = [local(parameter) for group in groups for parameter in group["params"]]
-    iterate = [weight.clone() for weight in weights]
     trains = any(group.get("train_mode") for group in groups)
-    optimizer.eval()
-    trains |= not all(map(torch.equal, weights, iterate))  # not all optimizers store their mode in the groups
-    try:
-        yield
-    finally:
-        reshard(model)  # a forward leaves gathered copies behind, which the next forward would use
-        if trains:
-            optimizer.train()
-            with torch.no_grad():
-                for weight, value in zip(weights, iterate, strict=True):
-                    weight.copy_(value)  # the conversion there and back has rounding errors
+    with kept(model, weights) as iterate:  # optimizer.train() alone would leave rounding errors
+        optimizer.eval()
+        trains |= not all(map(torch.equal, weights, iterate))  # not all optimizers store their mode in the groups
+        try:
+            yield
+        finally:
+            if trains:
+                optimizer.train()
 
 
 def forget_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:

@@ -34,7 +34,7 @@ from comlora_trl.competition import ValidationTally
 from comlora_trl.training import sharding
 from comlora_trl.training.arguments import check_parallelism
 from comlora_trl.training.attach import Attachment
-from comlora_trl.training.averages import WeightAverages, saved_averages
+from comlora_trl.training.averages import WeightAverages, saved_averages, saved_horizon
 from comlora_trl.training.checkpoints import check_checkpoint, load_state, save_state
 from comlora_trl.training.competition import Competition, Counted, LineCollator, supervised_tokens
 from comlora_trl.training.config import CompetitionConfig
@@ -243,6 +243,13 @@ class CompetingTrainer:
             logger.warning(
                 f"checkpoint {self._checkpoint} has no averages of the weights: they begin at step "
                 f"{self.state.global_step}, and the next rung may choose otherwise than in an uninterrupted run."
+            )
+        before = saved_horizon(self._checkpoint)
+        if before not in (None, horizon):
+            logger.warning(
+                f"checkpoint {self._checkpoint} has averages of the weights with comlora_rung_average={before}, and "
+                f"this run has {horizon}: they go on with {horizon} from step {self.state.global_step}, and the next "
+                f"rung may choose otherwise than in an uninterrupted run; resume with {before} to avoid this."
             )
         return WeightAverages(self.comlora_model, horizon, saved)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOURNAMENT, parameters
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -105,6 +106,23 @@ def test_a_resumed_run_has_the_same_averages(kept, train, caplog):
     if kept:
         first, second = parameters(whole), parameters(again)
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "known", "warnings"),
+    [(HORIZON, True, 0), (0.9, True, 1), (0.9, False, 0), (0.0, True, 0)],
+    ids=["same", "another", "another, old checkpoint", "none"],
+)
+def test_a_resumed_run_with_another_horizon_says_so(horizon, known, warnings, train, caplog):
+    options = {**FIELD, "save_strategy": "steps", "save_steps": 3}
+    folder = Path(train(**options, comlora_rung_average=HORIZON).args.output_dir) / "checkpoint-3"
+    if not known:  # as earlier versions wrote the file
+        save_file(load_file(folder / AVERAGES_FILE), folder / AVERAGES_FILE, metadata={"format": "pt"})
+    trainer = train(start=False, **options, comlora_rung_average=horizon)
+    trainer.train(resume_from_checkpoint=str(folder))
+    text = f"comlora_rung_average={HORIZON}, and this run has {horizon}: they go on with {horizon} from step 3"
+    assert caplog.text.count(text) == caplog.text.count("averages of the weights") == warnings
+    assert trainer.competition.state.rungs[0]["average"] == (horizon or None)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])

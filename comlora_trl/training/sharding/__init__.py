@@ -23,6 +23,7 @@ from comlora_trl.training.sharding.gradients import (
 )
 from comlora_trl.training.sharding.pieces import gathers_by_module, is_sharded, local, piece, settle_fsdp, whole
 from comlora_trl.training.sharding.weights import (
+    kept,
     load_trained_state,
     plain_name,
     reshard,
@@ -36,6 +37,7 @@ __all__ = [
     "gathers_by_module",
     "has_sharded_gradients",
     "is_sharded",
+    "kept",
     "load_trained_state",
     "local",
     "norms",

@@ -1,7 +1,7 @@
-"""Gathers the whole values of trained weights that may be sharded, and loads such values."""
+"""Gathers the whole values of trained weights that may be sharded, loads such values, and restores changed weights."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -90,6 +90,28 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def kept(root: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Within the block, the weights may be changed. Afterwards, they are restored exactly.
+
+    Args:
+        root: the model, with or without a wrapper.
+        weights: the pieces that this process holds, see [`local`]. Call [`reshard`] before you collect them: they must
+            not be gathered copies.
+
+    Yields:
+        copies of the weights.
+    """
+    copies = [weight.clone() for weight in weights]
+    try:
+        yield copies
+    finally:
+        reshard(root)  # a forward leaves gathered copies behind, which the next forward would use
+        with torch.no_grad():
+            for weight, value in zip(weights, copies, strict=True):
+                weight.copy_(value)
 
 
 def _gathered(
