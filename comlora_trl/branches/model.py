@@ -314,7 +314,7 @@ class BranchModel(PeftModelForCausalLM):
         self,
         inputs: dict[str, Any],
         rows: Rows,
-        weights: Tensor | Callable[[], Tensor],
+        weights: Tensor,
         branches: Sequence[int] | None = None,
         chunk: int | None = None,
         compiled: bool = False,
@@ -327,9 +327,7 @@ class BranchModel(PeftModelForCausalLM):
         Args:
             inputs: a batch from TRL's collators, with `fused_lm_head=True`.
             rows: the batch's rows.
-            weights: weight of each row in each branch's loss, [K, R], or a function that computes them. Entries of
-                branches that do not run are ignored. If all branches run at once, the function is called after the
-                base model's kernels have been launched, so that the GPU is busy while the host launches the others.
+            weights: weight of each row in each branch's loss, [K, R]. Entries of branches that do not run are ignored.
             branches: indices of the branches that run; None for all.
             chunk: number of branches that run at a time; None for all at once. In chunks, the backward of each chunk
                 runs within this forward.
@@ -344,19 +342,12 @@ class BranchModel(PeftModelForCausalLM):
         self.competing.abandon()
         branches = list(range(self.k)) if branches is None else list(branches)
         chunk = 1 if self.expansion.place == SEPARATELY else min(chunk or len(branches), len(branches))
-
-        def of_all() -> Tensor:
-            return weights() if callable(weights) else weights
-
-        def own() -> Tensor:
-            found = of_all()
-            return found[indices(branches, found.device)] if len(branches) < self.k else found
-
+        own = weights[indices(branches, weights.device)] if len(branches) < self.k else weights
         if owners is not None:
-            output = run_dealt(self, inputs, rows, of_all(), owners, rows_per_line, router_weights, chunk, compiled)
+            output = run_dealt(self, inputs, rows, weights, owners, rows_per_line, router_weights, chunk, compiled)
             branches = sorted(set(owners))
         elif chunk < len(branches):
-            output = run_in_chunks(self, inputs, rows, own(), branches, chunk, compiled)
+            output = run_in_chunks(self, inputs, rows, own, branches, chunk, compiled)
         else:
             output = run_batched(self, inputs, rows, own, branches, compiled)
         if output["aux_loss"] is not None:

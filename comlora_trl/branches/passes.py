@@ -13,7 +13,7 @@ Running in chunks gives the same losses and gradients as running all branches at
 weights of the rows are known before the language model runs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -333,7 +333,7 @@ def run_batched(
     model: RunsBranches,
     inputs: dict[str, Any],
     rows: Rows,
-    weights: Tensor | Callable[[], Tensor],
+    weights: Tensor,
     branches: Sequence[int],
     compiled: bool,
     dealt: bool = False,
@@ -344,8 +344,7 @@ def run_batched(
         model: the model with its branches.
         inputs: the batch, with tensors [B, T] and flags for TRL's fused LM head.
         rows: the batch's rows.
-        weights: weights of the rows, [n, R] for the n branches that run, or [1, R] if `dealt`; or a function that
-            computes them, which is called after the forward of the base model.
+        weights: weights of the rows, [n, R] for the n branches that run; [1, R] if `dealt`.
         branches: indices of the n branches.
         compiled: whether `torch.compile` runs the model.
         dealt: whether the lines of the batch are distributed among the branches, so that the batch is not repeated.
@@ -371,7 +370,6 @@ def run_batched(
         output = base(**widened)
         losses = router_losses(base, one, inputs)
     one.resume_in_backward(output.log_probs, losses)
-    weights = weights() if callable(weights) else weights
     weighted, nll = _weigh(output.log_probs, rows, weights)
     result = {"log_probs": weighted, "nll": nll, "aux_loss": losses}
     per_token = {name: value for name in _PER_TOKEN if (value := getattr(output, name)) is not None}

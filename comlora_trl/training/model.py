@@ -148,22 +148,20 @@ class ComLoRAModel(BranchModel):
         return self._forward_branches(branch_pass, **kwargs)
 
     def _forward_branches(self, how: BranchPass, **inputs: Any) -> CompetitionOutput:
-        rows, alive = Rows.of(inputs), how.alive.to(inputs["labels"].device)
+        labels = inputs["labels"]
+        rows, alive = Rows.of(inputs), how.alive.to(labels.device)
+        scores = probabilities = None
+        if self.selector is not None:
+            with without_plans(inputs["input_ids"]):
+                scores = self.score(inputs["input_ids"], rows, labels)
+            probabilities = selection_probabilities(scores, how.settings.top_n, alive)
         dtype = torch.float64 if self.get_base_model().dtype == torch.float64 else torch.float32
-        scored: dict[str, Tensor] = {}
-
-        def weights() -> Tensor:
-            if self.selector is not None:
-                with without_plans(inputs["input_ids"]):
-                    scored["scores"] = self.score(inputs["input_ids"], rows, inputs["labels"])
-                scored["probabilities"] = selection_probabilities(scored["scores"], how.settings.top_n, alive)
-            own = scored.get("probabilities")
-            result = row_weights(own, rows.count, how.eta, how.settings, alive, dtype, how.remaining)
-            return result if how.branch_weights is None else result * how.branch_weights.to(result)[:, None]
-
+        weights = row_weights(probabilities, rows.count, how.eta, how.settings, alive, dtype, how.remaining)
+        if how.branch_weights is not None:
+            weights = weights * how.branch_weights.to(weights)[:, None]
         dealt = how.owners, how.rows_per_line, how.router_weights
         output = self.run_branches(inputs, rows, weights, how.living, how.chunk, is_compiling(), *dealt)
-        return CompetitionOutput(**output, **scored)
+        return CompetitionOutput(**output, scores=scores, probabilities=probabilities)
 
     def score(self, input_ids: Tensor, rows: Rows, labels: Tensor) -> Tensor:
         """The selector's scores sim, [R, K], for the rows of a batch (eq. 1–3)."""
