@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ from studies.real_base.worker import kept_folder
 METRICS = ("bleu", "meteor", "rouge_l", "bertscore_precision", "bertscore_recall", "bertscore_f1", "average")
 
 
-def score_replies(arguments: argparse.Namespace) -> None:
-    """Scores what has no line in replies.jsonl yet; each adapter is a line as soon as it is done."""
+def score_replies(arguments: argparse.Namespace, about: Mapping[str, Any]) -> None:
+    """Scores what has no line in replies.jsonl yet; each adapter is a line as soon as it is done.
+
+    Args:
+        arguments: of the command.
+        about: is added to every line: commit, versions, machine.
+    """
     # Beside results_gemma3.jsonl it is replies_gemma3.jsonl
     own = stem.removeprefix("results") if (stem := arguments.results.stem).startswith("results_") else ""
     file = arguments.results.parent / f"replies{own}.jsonl"
@@ -38,7 +44,7 @@ def score_replies(arguments: argparse.Namespace) -> None:
         model = base.export(arguments.base, (arguments.work or Path(folder)) / "base")
         with ThreadPoolExecutor(arguments.workers) as pool:
             for job, metrics in pool.map(lambda one: (one, evaluate(one, model, arguments)), kept):
-                line = {**job, "limit": arguments.replies, "metrics": metrics}
+                line = {**job, "limit": arguments.replies, "metrics": metrics, **about}
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(line) + "\n")
                 print(f"{job['arm']}, seed {job['seed']}: {json.dumps(metrics)}", flush=True)

@@ -13,6 +13,7 @@ from studies.common.statistics import Interval, difference, interval
 from studies.real_base import base, data
 from studies.real_base.arms import (
     AVERAGED,
+    EARLIEST,
     EARLY,
     EARLY_OF_EIGHT,
     GRID_FIELD,
@@ -229,7 +230,7 @@ def settings_table(arms: Arms, best: float) -> str:
     centres = (best, on_lattice(best * LOW))
     heads = [text for c in centres for text in (f"NLL, around {c:g}", f"against the grid of 4 around {c:g}")]
     lines = [f"| tournament | units | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
-    for k, rungs in ((4, EARLY), (4, MIDDLE), (4, LATE), (8, EARLY_OF_EIGHT), (8, MIDDLE_OF_EIGHT)):
+    for k, rungs in ((4, EARLIEST), (4, EARLY), (4, MIDDLE), (4, LATE), (8, EARLY_OF_EIGHT), (8, MIDDLE_OF_EIGHT)):
         for rows in ("shared", "all"):
             for by in (AVERAGED, *(f"{AVERAGED} {horizon:g}" for horizon in OTHER_HORIZONS), "nll", "accuracy"):
                 cells, units = [], None
@@ -291,7 +292,7 @@ def clock(results: Sequence[Row]) -> str:
     alone = {row["arm"]: row for row in results if "alone" in row}
     single = next((row["seconds"] for name, row in alone.items() if name.startswith("TRL")), None)
     lines = ["| seed 0, alone on the machine | units | seconds | to TRL's | held-out NLL |", "|---|---|---|---|---|"]
-    for name, row in alone.items():
+    for name, row in sorted(alone.items(), key=lambda arm: arm[1]["seconds"]):
         ratio = f"{row['seconds'] / single:.2f}" if single else "–"
         nll = _figures({"guess": guess(row), **row["branches"].get(str(row["winner"]), {})}, None, 0)["test_nll"]
         lines.append(f"| {name} | {row['units']:.2f} | {row['seconds']:.1f} | {ratio} | {nll:.3f} |")
@@ -369,6 +370,13 @@ def second(results: Sequence[Row], rates: Sequence[float], best: float | None) -
         rows += [
             (f"tournament of 4, {seen} rows, around {rate:g}", tournament_name(4, EARLY, seen, by, rate))
             for seen, by in (("shared", AVERAGED), ("all", "nll"))
+        ]
+        rows += [
+            (
+                f"rungs {EARLIEST}, by {by}, shared rows, around {rate:g}",
+                tournament_name(4, EARLIEST, "shared", by, rate),
+            )
+            for by in (AVERAGED, f"{AVERAGED} {OTHER_HORIZONS[-1]:g}")
         ]
     parts = {
         "Grids and tournaments": table(arms, rows, baseline),

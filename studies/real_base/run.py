@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +48,7 @@ from studies.real_base.arms import (  # noqa: E402
 )
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gguf")
+METRIC_VERSIONS = ("lm_eval", "sacrebleu", "nltk", "rouge_score", "bert_score")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -188,19 +190,26 @@ def settings_of(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def about(arguments: argparse.Namespace, folder: Path, workers: int, mps: bool) -> dict[str, Any]:
     """What every line carries: commit, versions, machine, base, data, and what results must agree in."""
-    import torch
-
     files = data.files(arguments.task, arguments.data)
     names = ("task", "rows", "validation", "test", "batch", "bf16")
     return {
         "settings": {name: getattr(arguments, name) for name in names},
         "base": json.loads((folder / base.RECORD).read_text()),
         "data": {file.name: base.sha256(file) for file in files},
-        "commit": commit(),
-        "versions": {name: known for name in VERSIONS if (known := installed(name))},
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        **origin(VERSIONS),
         "workers": workers,
         "mps": mps,
+    }
+
+
+def origin(packages: Iterable[str]) -> dict[str, Any]:
+    """Where a figure comes from: commit, versions of the packages, machine."""
+    import torch
+
+    return {
+        "commit": commit(),
+        "versions": {name: known for name in packages if (known := installed(name))},
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
 
@@ -260,7 +269,7 @@ def main() -> None:
     if arguments.replies:
         from studies.real_base.replies import score_replies
 
-        score_replies(arguments)
+        score_replies(arguments, origin([*VERSIONS, *METRIC_VERSIONS]))
     elif arguments.dry_run:
         list_missing(arguments, plan)
         return

@@ -426,11 +426,12 @@ def test_replies_are_scored_by_a_command_that_exists(
     monkeypatch.setattr(replies.subprocess, "run", lm_eval)
     more = ["--workers", "1", "--adapters", str(tmp_path / "kept"), "--replies", "3", "--work", str(tmp_path)]
     monkeypatch.setattr(replies.base, "export", lambda source, folder: Path(tiny.base))
-    replies.score_replies(arguments(tiny, results, *more))
+    replies.score_replies(arguments(tiny, results, *more), {"commit": "abc"})
     assert importlib.util.find_spec(asked[0][asked[0].index("-m") + 1]) is not None
     assert [str(kept) in " ".join(command) for command in asked] == [False, True]  # the base, and seed 1
     assert "left out" in capsys.readouterr().out
-    assert [line["seed"] for line in report.read_results(tmp_path / "replies.jsonl")] == [0, 1]
+    lines = report.read_results(tmp_path / "replies.jsonl")
+    assert [(line["seed"], line["commit"]) for line in lines] == [(0, "abc"), (1, "abc")]
 
 
 def test_a_packages_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
