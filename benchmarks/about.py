@@ -5,10 +5,17 @@ import os
 import platform
 import subprocess
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
+
+
+def origin(*more: str) -> dict[str, Any]:
+    """All three, as entries of a result."""
+    return {"commit": commit(), "machine": machine(), "versions": versions(*more)}
 
 
 def machine() -> str:
@@ -17,9 +24,17 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of the working directory's repository, or GIT_COMMIT, which a copy without a repository needs."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return os.environ.get("GIT_COMMIT") or found or "unknown"
+    """The repository's commit, with + if tracked files are changed; "unknown" without a repository.
+
+    GIT_COMMIT replaces it, for a copy without git's folder.
+    """
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
+    head, changes = (
+        subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    return (head or "unknown") + ("+" if changes else "")
 
 
 def versions(*more: str) -> dict[str, str]:

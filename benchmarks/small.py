@@ -198,9 +198,7 @@ def run(
     times = [1e3 * (later - earlier) for earlier, later in zip(marks, marks[1:], strict=False)]
     late = times[len(times) // 2 :]
     found: dict[str, Any] = {
-        "machine": about.machine(),
-        "commit": about.commit(),
-        "versions": about.versions(),
+        **about.origin(),
         "arm": arm,
         "shape": shape,
         "rows": rows,

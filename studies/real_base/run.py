@@ -20,14 +20,11 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import about  # noqa: E402
 from studies.common.pool import Job, Pool, shared_gpu  # noqa: E402
 from studies.real_base import base, data, report  # noqa: E402
 from studies.real_base.arms import (  # noqa: E402
@@ -47,8 +45,8 @@ from studies.real_base.arms import (  # noqa: E402
     timed_arms,
 )
 
-VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gguf")
-METRIC_VERSIONS = ("lm_eval", "sacrebleu", "nltk", "rouge_score", "bert_score")
+PACKAGES = ("datasets", "gguf")  # whose versions results name, besides those that a step runs through
+METRICS = ("lm_eval", "sacrebleu", "nltk", "rouge_score", "bert_score")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -188,7 +186,7 @@ def settings_of(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"base": str(folder), "data": str(arguments.data.absolute()), "adapters": adapters, **own}
 
 
-def about(arguments: argparse.Namespace, folder: Path, workers: int, mps: bool) -> dict[str, Any]:
+def conditions(arguments: argparse.Namespace, folder: Path, workers: int, mps: bool) -> dict[str, Any]:
     """What every line carries: commit, versions, machine, base, data, and what results must agree in."""
     files = data.files(arguments.task, arguments.data)
     names = ("task", "rows", "validation", "test", "batch", "bf16")
@@ -196,43 +194,10 @@ def about(arguments: argparse.Namespace, folder: Path, workers: int, mps: bool) 
         "settings": {name: getattr(arguments, name) for name in names},
         "base": json.loads((folder / base.RECORD).read_text()),
         "data": {file.name: base.sha256(file) for file in files},
-        **origin(VERSIONS),
+        **about.origin(*PACKAGES),
         "workers": workers,
         "mps": mps,
     }
-
-
-def origin(packages: Iterable[str]) -> dict[str, Any]:
-    """Where a figure comes from: commit, versions of the packages, machine."""
-    import torch
-
-    return {
-        "commit": commit(),
-        "versions": {name: known for name in packages if (known := installed(name))},
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-    }
-
-
-def commit() -> str:
-    """Of the repository; "unknown" where it is no checkout, and with + where files are changed.
-
-    STUDY_COMMIT names it on a machine that has a copy without git's folder.
-    """
-    if given := os.environ.get("STUDY_COMMIT"):
-        return given
-    found = [
-        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    ]
-    return (found[0] or "unknown") + ("+" if found[1] else "")
-
-
-def installed(name: str) -> str | None:
-    """The version of a package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def check_settings(results: list[dict[str, Any]], own: dict[str, Any], path: Path) -> None:
@@ -251,10 +216,10 @@ def train(arguments: argparse.Namespace, plan: Plan, folder: Path) -> int:
     deadline = time.monotonic() + arguments.seconds if arguments.seconds else None
     work = arguments.work or folder
     model = base.export(arguments.base, work / "base")
-    check_settings(report.read_results(arguments.results), about(arguments, model, 0, False), arguments.results)
+    check_settings(report.read_results(arguments.results), conditions(arguments, model, 0, False), arguments.results)
     workers = 1 if arguments.alone else min(arguments.workers, max(1, len(plan.missing())))
     with shared_gpu() if workers > 1 else nullcontext({}) as environment:
-        own = about(arguments, model, workers, bool(environment))
+        own = conditions(arguments, model, workers, bool(environment))
         command = [sys.executable, "-m", "studies.real_base.worker", json.dumps(settings_of(arguments, model))]
         environment = {**environment, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if deadline is not None:
@@ -269,7 +234,7 @@ def main() -> None:
     if arguments.replies:
         from studies.real_base.replies import score_replies
 
-        score_replies(arguments, origin([*VERSIONS, *METRIC_VERSIONS]))
+        score_replies(arguments, about.origin(*PACKAGES, *METRICS))
     elif arguments.dry_run:
         list_missing(arguments, plan)
         return

@@ -11,7 +11,6 @@ arms are compared seed by seed.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,16 +19,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from study_arms import SHARE, SIZES, TIMED, TUNED, Arm, all_arms
-from study_questions import print_report
-from study_report import read_results
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "demo")]
 from demo_facts import shuffled_world  # noqa: E402
 from make_demo_data import make_splits  # noqa: E402
+from study_arms import SHARE, SIZES, TIMED, TUNED, Arm, all_arms  # noqa: E402
+from study_questions import print_report  # noqa: E402
+from study_report import read_results  # noqa: E402
 
+from benchmarks import about  # noqa: E402
 from studies.common.pool import Job, Pool, shared_gpu  # noqa: E402
 
 VALIDATION, TEST = 25, 150  # rows of each task
@@ -116,11 +115,7 @@ def precision_of(arguments: argparse.Namespace) -> str:
 
 def describe_run(workers: int, precision: str) -> dict[str, Any]:
     """Commit, machine, how many runs shared it, and in what precision."""
-    import torch
-
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {"commit": commit.strip() or "unknown", "machine": machine, "workers": workers, "precision": precision}
+    return {"commit": about.commit(), "machine": about.machine(), "workers": workers, "precision": precision}
 
 
 def main() -> None:
@@ -133,7 +128,8 @@ def main() -> None:
         passes = {arm.name: arm.row_passes for arm in arms}
         for job in jobs:
             print(f"{job['arm']}, {job['size']} rows, seed {job['seed']}: {passes[job['arm']]:,} row passes")
-        sys.exit(f"{len(jobs)} runs, {sum(passes[job['arm']] for job in jobs):,} row passes")
+        print(f"{len(jobs)} runs, {sum(passes[job['arm']] for job in jobs):,} row passes")
+        return
     alone = [] if arguments.report else jobs_alone(arms, arguments.results)
     failed = train(jobs, alone, arguments) if jobs or alone else 0
     print_report(read_results(arguments.results))

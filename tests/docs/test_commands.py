@@ -92,3 +92,24 @@ def test_the_commands_of_a_page_run(page, folder):
                 run(command, folder, **environment)
                 done.append((environment, command))
     assert done
+
+
+PROGRAMS = [
+    "studies/small_world/run.py",
+    *exhaustive(
+        *("studies/real_base/run.py", "studies/real_base/base.py", "studies/paper_tables/run.py"),
+        *(f"benchmarks/{name}.py" for name in ("check_graphs", "host", "many_gpus", "peers", "run", "small")),
+        *(f"scripts/{name}.py" for name in ("sft", "dpo", "export_winner")),
+        *(f"tools/demo/{name}.py" for name in ("make_demo_data", "make_preferences", "pretrain_demo")),
+        "tools/docs/generate.py",
+    ),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_starts_as_it_is_typed(program):
+    """From the checkout, where no path but the program's own folder is known."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, program, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]

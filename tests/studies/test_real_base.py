@@ -382,7 +382,7 @@ def test_the_command_trains_what_is_missing_and_no_more(tiny: worker.Settings, t
     assert run.Plan(given).missing() == []
     other = arguments(tiny, results, *more, "--bf16")
     with pytest.raises(SystemExit, match="has runs with settings"):
-        run.check_settings(lines, run.about(other, Path(tiny.base), 1, False), results)
+        run.check_settings(lines, run.conditions(other, Path(tiny.base), 1, False), results)
 
 
 def test_definitions_are_learnt_and_do_not_mix_with_replies(
@@ -395,7 +395,7 @@ def test_definitions_are_learnt_and_do_not_mix_with_replies(
     lines = report.read_results(results)
     assert len(lines) == 3 and all(line["settings"]["task"] == "wordnet" for line in lines)
     assert set(lines[0]["data"]) == set(data.TASKS["wordnet"].files)
-    other = run.about(arguments(tiny, results), Path(tiny.base), 1, False)
+    other = run.conditions(arguments(tiny, results), Path(tiny.base), 1, False)
     with pytest.raises(SystemExit, match="has runs with settings"):
         run.check_settings(lines, other, results)
     study = worker.Study(replace(tiny, data=str(wordnet), task="wordnet"))
