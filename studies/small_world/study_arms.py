@@ -99,7 +99,7 @@ def tournament(
     label = tournament_name(len(rates), rungs, sharing, by, f" {rows} a step" if rows != ROWS else "") + name
     criterion = {"nll": "validation_loss", "accuracy": "validation_accuracy", "selector": "selector"}[by]
     given = {"comlora_rungs": rungs, "comlora_rows": sharing, "comlora_winner_by": criterion}
-    given["comlora_selector"] = by == "selector"
+    given |= {"comlora_selector": by == "selector", "comlora_rung_average": 0.0}  # rungs measure trained weights
     return Arm(label, with_rates(rates, **given), **more)
 
 
