@@ -211,7 +211,7 @@ class CompetingTrainer:
             competition.state.living,
             resumed=None if resumed is None else resumed.rates,
             goes_on=resumed is not None,
-            deepspeed=self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else None,
+            deepspeed=self._deepspeed_settings(),
             fsdp=self.is_fsdp_enabled,
         )
         if self.is_deepspeed_enabled and has_evaluation_weights(self.optimizer):
@@ -252,6 +252,10 @@ class CompetingTrainer:
                 f"rung may choose otherwise than in an uninterrupted run; resume with {before} to avoid this."
             )
         return WeightAverages(self.comlora_model, horizon, saved)
+
+    def _deepspeed_settings(self) -> dict[str, Any] | None:
+        """DeepSpeed's configuration, from the argument `deepspeed` or from `accelerate launch`; None without it."""
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config.config if self.is_deepspeed_enabled else None
 
     def finish_competition(self) -> None:
         """Selects and exports the winner, and prints the table, at the end of training and before other callbacks."""

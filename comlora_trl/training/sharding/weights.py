@@ -30,6 +30,7 @@ def whole_state(
     Returns:
         copies on the CPU of every process, by their names in the model.
     """
+    reshard(model)  # gathered copies may have the lower precision of the forward
     state: dict[str, Tensor] = {}
     if names is not None:
         buffers = model.named_buffers(remove_duplicate=False)
