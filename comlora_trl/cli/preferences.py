@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 
 from comlora_trl.cli import training
@@ -72,6 +73,22 @@ def parse_arguments(name: str, config: type, description: str, argv: list[str]) 
     return parser.parse_args_and_config(args=argv)
 
 
+def check_flags(given: set[str], script_args: Any, dataset_args: Any) -> None:
+    """Checks that every given flag of the data has an effect.
+
+    Raises:
+        ValueError: if a flag has none; the message names the flag and the reason.
+    """
+    options = {"dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
+    own = script_args.dataset_name in (None, "demo") or Path(script_args.dataset_name).is_file()
+    mixture = "with a mixture (datasets: in --config), which names its own data"
+    unread = {
+        mixture: {"dataset_name", *options} if dataset_args.datasets else (),
+        "with the demo's data or a file, which has one split": options if own and not dataset_args.datasets else (),
+    }
+    training.refuse_unread(given, unread)
+
+
 def load_preferences(name: str, script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any]:
     """The training set, and the data's evaluation set if there is one. Otherwise the trainer holds examples out."""
     if dataset_args.datasets:
@@ -83,7 +100,11 @@ def load_preferences(name: str, script_args: Any, training_args: Any, dataset_ar
         own = training_args.comlora_validation_size is None
         return demo_preferences("train", name), demo_preferences("validation", name) if own else None
     if Path(source).is_file():
-        return load_dataset("json", data_files=source, split="train"), None
+        try:
+            return load_dataset("json", data_files=source, split="train"), None
+        except DatasetGenerationError as error:
+            cause = error.__cause__ or error
+            raise ValueError(f"{source} can't be read as JSON or JSON lines: {cause}") from error
     options = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
     dataset = load_dataset(source, **options)
     validation = dataset.get(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None
@@ -101,9 +122,10 @@ def run(name: str, trainer: type, config: type, description: str, argv: list[str
     """
 
     def build(own: list[str]) -> Any:
-        arguments = parse_arguments(name, config, description, own)
+        arguments, given = parse_arguments(name, config, description, own), training.given_options(own)
         script_args, training_args, _, dataset_args = arguments
+        check_flags(given, script_args, dataset_args)
         load = partial(load_preferences, name, script_args, training_args, dataset_args)
-        return training.build_trainer(trainer, training.given_options(own), arguments, load)
+        return training.build_trainer(trainer, given, arguments, load)
 
     training.run(build, argv)

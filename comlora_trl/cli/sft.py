@@ -74,9 +74,7 @@ def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args
         "without --load_in_4bit": () if model_args.load_in_4bit else bits,
         "here, nor in TRL's own script": {"ignore_bias_buffers"},
     }
-    for reason, names in unread.items():
-        for name in sorted(given & set(names)):
-            raise ValueError(f"--{name} does nothing {reason}: leave it out.")
+    training.refuse_unread(given, unread)
     if model_args.lora_task_type != "CAUSAL_LM":
         raise ValueError(f"--lora_task_type {model_args.lora_task_type} is not possible: SFT trains CAUSAL_LM.")
 

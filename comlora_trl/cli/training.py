@@ -1,13 +1,14 @@
 """Code shared by the training commands: the model's flags, building a trainer from parsed flags, and the run."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from comlora_trl.data.loading import PRESETS
@@ -35,6 +36,21 @@ def given_options(argv: list[str]) -> set[str]:
         with open(argv[argv.index("--config") + 1]) as file:
             names |= set(yaml.safe_load(file) or {})
     return names
+
+
+def refuse_unread(given: set[str], unread: Mapping[str, Collection[str]]) -> None:
+    """Checks that every given flag has an effect.
+
+    Args:
+        given: the result of [`given_options`].
+        unread: for each reason, the flags that have no effect for that reason.
+
+    Raises:
+        ValueError: if a flag has none; the message names the flag and the reason.
+    """
+    for reason, names in unread.items():
+        for name in sorted(given & set(names)):
+            raise ValueError(f"--{name} does nothing {reason}: leave it out.")
 
 
 def data_name(script_args: Any, dataset_args: Any) -> str:
@@ -105,20 +121,34 @@ def build_trainer(
     return built
 
 
+class _FirstStep(TrainerCallback):
+    """Knows whether a training has reached its first step."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        self.reached = True
+
+
 def run(build: Callable[[list[str]], Any], argv: list[str] | None) -> None:
-    """Builds a trainer, trains and saves the winner. An error before training ends the process with one line.
+    """Builds a trainer, trains and saves the winner. An error before the first step ends the process with one line.
 
     Args:
         build: builds the trainer from the flags.
         argv: the flags; None for the process's arguments.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv, first_step = sys.argv[1:] if argv is None else argv, _FirstStep()
     try:
         trainer = build(argv)
+        trainer.add_callback(first_step)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except (ValueError, TypeError, OSError, ImportError) as error:
+        if first_step.reached:
+            raise
         # Such an error comes from the user's input, and its message says what to do: no traceback is needed
         sys.exit(f"error: {error}")
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

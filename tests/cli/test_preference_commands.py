@@ -14,10 +14,13 @@ COMMANDS = [dpo, kto, reward]
     [
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is not a folder"),
         (["--use_peft", "false"], "--use_peft false is not possible"),
+        (["--dataset_train_split", "trian"], "--dataset_train_split does nothing with the demo's data or a file"),
+        (["--dataset_name", "broken.json"], "error: broken.json can't be read as JSON or JSON lines: "),
     ],
 )
 def test_flags_that_cannot_be_followed_end_in_one_line(command, flags, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{broken")
     with pytest.raises(SystemExit, match=line):
         command.main([*flags, "--use_cpu", "true"])
 

@@ -93,6 +93,30 @@ def test_a_checkpoint_that_is_not_there(sft, folder):
         sft("--dataset_name", folder / "my.json", "--resume_from_checkpoint", "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--comlora_tournament", "--comlora_rungs", "0.5:2,0.6:1"], "comlora_rungs='0.5:2,0.6:1' is not possible"),
+        (["--resume_from_checkpoint", "."], r"\. is not a ComLoRA checkpoint"),
+        (["--per_device_train_batch_size", "0"], "batch_size"),
+    ],
+)
+def test_what_only_the_training_can_check_ends_in_one_line(sft, folder, flags, line):
+    with pytest.raises(SystemExit, match=f"error: .*{line}"):
+        sft("--dataset_name", folder / "my.json", "--comlora_validation_size", 4, "--use_cpu", *SHORT, *flags,
+            "--model_name_or_path", folder / "base", short=False)  # fmt: skip
+
+
+def test_an_error_after_the_first_step_keeps_its_traceback(sft, folder, script, monkeypatch):
+    class Failing(ComLoRASFTTrainer):
+        def training_step(self, *args, **kwargs):
+            raise ValueError("a fault of the code")
+
+    monkeypatch.setattr(script, "ComLoRASFTTrainer", Failing)
+    with pytest.raises(ValueError, match="a fault of the code"):
+        sft("--dataset_name", folder / "my.json", "--use_cpu")
+
+
 def test_what_is_not_installed(sft, folder, monkeypatch):
     def missing(*args, **kwargs):
         raise ImportError("the package is not installed")

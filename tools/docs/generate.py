@@ -142,8 +142,8 @@ def configuration() -> str:
         bases = " and of ".join(f"`{base.__name__}`" for base in config.__bases__ if dataclasses.is_dataclass(base))
         changed = any(own_fields(config))
         lines += section(config, f"All fields of {bases}{', and with these defaults:' if changed else '.'}")
-    lines += section(ComLoRAScriptConfig, "`comlora-sft` only. Its folders lie in the working directory:")
-    lines += section(ComLoRAModelConfig, "`comlora-sft` only. It changes these defaults of TRL's `ModelConfig`:")
+    lines += section(ComLoRAScriptConfig, "The commands only. Its folders lie in the working directory:")
+    lines += section(ComLoRAModelConfig, "The commands only. It changes these defaults of TRL's `ModelConfig`:")
     return "\n".join(lines).strip() + "\n"
 
 
