@@ -39,6 +39,7 @@ from comlora_trl.data.demo import read_demo_rows
 from comlora_trl.plots import draw
 
 COST_FILE = "cost.json"
+EXTRA_FILE = "extra.json"  # the flags of sft.py that a run was given besides its recipe
 MOST_JOBS = 4  # of the demo's runs at once, each of 1 to 2 GB
 
 
@@ -76,6 +77,7 @@ def perform(run: Planned, options: argparse.Namespace, data_dir: Path | None) ->
     environment = {"COMLORA_DATA_DIR": str(data_dir)} if data_dir else {}
     if new:
         execute(training_command(run, options.launch, options.extra), run.folder / "train.log", threads)
+        (run.folder / EXTRA_FILE).write_text(json.dumps(options.extra), encoding="utf-8")
     if not options.figure:
         score(run, options, threads | environment)
     seconds = time.monotonic() - start
@@ -122,6 +124,19 @@ def remaining(runs: list[Planned], output: Path, jobs: int) -> str:
     return text
 
 
+def check_extra(runs: list[Planned], extra: list[str]) -> None:
+    """Ends the command if a run that is there was trained with other flags after `--`."""
+    for run in runs:
+        file = run.folder / EXTRA_FILE
+        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        if run.trained and own != extra:
+            said, asked = (shlex.join(flags) or "no flags" for flags in (own, extra))
+            sys.exit(
+                f"error: {run.folder} was trained with {said} after --, and this command has {asked}: give the same, "
+                "or another folder with --output"
+            )
+
+
 def main(argv: list[str]) -> None:
     options = parse(argv)
     output = options.output.absolute()
@@ -131,6 +146,7 @@ def main(argv: list[str]) -> None:
     else:
         runs = plan(options.table, options.scale, output, options.seeds, options.model)
         todo = [run for run in runs if not run.done]
+    check_extra(runs, options.extra)
     name = f"Figure {options.figure}" if options.figure else f"Table {options.table}"
     print(f"{name}, scale {options.scale}: {len(runs)} run{'s' * (len(runs) > 1)}, ", end="")
     print(f"{len(runs) - len(todo)} done; {remaining(runs, output, options.jobs)}")

@@ -107,6 +107,19 @@ def test_a_figure_is_drawn_of_one_run(tmp_path, monkeypatch, capsys, figure):
     assert f"figure{figure}.png" in capsys.readouterr().out
 
 
+def test_a_run_with_other_flags_is_not_taken_for_this_one(tmp_path):
+    folder = planning.plan_figure("2", "demo", tmp_path, None).folder
+    (folder / "winner").mkdir(parents=True)
+    (folder / "winner" / "adapter_config.json").write_text("{}")
+    (folder / reproduce.EXTRA_FILE).write_text('["--max_steps", "4"]')
+    command = ["--figure", "2", "--dry_run", "--output", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match="was trained with --max_steps 4 after --, and this command has no flags: giv"
+    ):
+        reproduce.main(command)
+    reproduce.main([*command, "--", "--max_steps", "4"])
+
+
 def test_a_dry_run_lists_runs_and_cost_and_does_nothing(tmp_path, capsys):
     reproduce.main(["--table", "5", "--dry_run", "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
