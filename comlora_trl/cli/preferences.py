@@ -79,12 +79,11 @@ def check_flags(given: set[str], script_args: Any, dataset_args: Any) -> None:
     Raises:
         ValueError: if a flag has none; the message names the flag and the reason.
     """
-    options = {"dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
-    own = script_args.dataset_name in (None, "demo") or Path(script_args.dataset_name).is_file()
-    mixture = "with a mixture (datasets: in --config), which names its own data"
-    unread = {
-        mixture: {"dataset_name", *options} if dataset_args.datasets else (),
-        "with the demo's data or a file, which has one split": options if own and not dataset_args.datasets else (),
+    local = script_args.dataset_name in (None, "demo") or Path(script_args.dataset_name).is_file()
+    unread = training.unread_by_data(dataset_args) | {
+        "with the demo's data or a file, which has one split": training.ONE_DATA_SET - {"dataset_name"}
+        if local
+        else (),
     }
     training.refuse_unread(given, unread)
 

@@ -63,13 +63,9 @@ def check_flags(given: set[str], script_args: Any, model_args: Any, dataset_args
     Raises:
         ValueError: if a flag has none; the message names the flag and the reason.
     """
-    single = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
-    mixture = {"streaming", "test_split_size"}
     bits = {"bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"}
     local = script_args.dataset_name in (None, *PRESETS) or Path(script_args.dataset_name).is_file()
-    unread = {
-        "with a mixture (datasets: in --config), which names its own data": single if dataset_args.datasets else (),
-        "without a mixture (datasets: in --config)": () if dataset_args.datasets else mixture,
+    unread = training.unread_by_data(dataset_args) | {
         "with a preset or a file, which has no configurations": {"dataset_config"} if local else (),
         "without --load_in_4bit": () if model_args.load_in_4bit else bits,
         "here, nor in TRL's own script": {"ignore_bias_buffers"},

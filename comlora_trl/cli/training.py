@@ -38,6 +38,20 @@ def given_options(argv: list[str]) -> set[str]:
     return names
 
 
+# Flags of TRL's scripts for one data set, and those of a mixture of several
+ONE_DATA_SET = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
+MIXTURE = {"streaming", "test_split_size"}
+
+
+def unread_by_data(dataset_args: Any) -> dict[str, Collection[str]]:
+    """The flags of data that have no effect with a mixture or without one, for [`refuse_unread`]."""
+    mixed = bool(dataset_args.datasets)
+    return {
+        "with a mixture (datasets: in --config), which names its own data": ONE_DATA_SET if mixed else (),
+        "without a mixture (datasets: in --config)": () if mixed else MIXTURE,
+    }
+
+
 def refuse_unread(given: set[str], unread: Mapping[str, Collection[str]]) -> None:
     """Checks that every given flag has an effect.
 

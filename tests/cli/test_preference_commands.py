@@ -15,6 +15,7 @@ COMMANDS = [dpo, kto, reward]
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is not a folder"),
         (["--use_peft", "false"], "--use_peft false is not possible"),
         (["--dataset_train_split", "trian"], "--dataset_train_split does nothing with the demo's data or a file"),
+        (["--test_split_size", "0.1"], "--test_split_size does nothing without a mixture"),
         (["--dataset_name", "broken.json"], "error: broken.json can't be read as JSON or JSON lines: "),
     ],
 )
